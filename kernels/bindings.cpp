@@ -1,0 +1,109 @@
+// The Python module pycse.kernels._native. Pointers and sizes in, nothing of torch; the GIL is released in every kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace pycse;
+using Address = std::uintptr_t;  // a tensor's data_ptr(), 0 for none
+
+template <class T = void>
+static T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+#ifdef PYCSE_WITH_CUDA
+void bind_cuda(py::module_& m);
+#endif
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "pycse's compiled kernels. Use the functions of pycse; these take raw addresses and check nothing.";
+  using nogil = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Contrastive>(m, "Contrastive")
+      .def(py::init([](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift,
+                       double hard_weight, std::optional<double> exclude_above, Address r2, Address positives,
+                       Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dtau,
+                       Address dm) {
+             Contrastive p;
+             p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
+             p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
+             p.hard_weight = hard_weight;
+             p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
+             p.r2 = at(r2), p.positives = at<int64_t>(positives);
+             p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
+             p.coef = at(coef), p.coef_all = coef_all;
+             p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
+             return p;
+           }),
+           py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
+           py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("positives") = 0,
+           py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
+           py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0)
+      .def(
+          "symmetric_state",
+          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum, Address s_diag,
+             Address lneg_column, Address lse_column) {
+            p.lpos = at<double>(lpos), p.lneg = at<double>(lneg);
+            p.column_max = at<double>(column_max), p.column_sum = at<double>(column_sum);
+            p.s_diag = at(s_diag), p.lneg_column = at<double>(lneg_column), p.lse_column = at(lse_column);
+          },
+          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"), py::arg("s_diag"),
+          py::arg("lneg_column"), py::arg("lse_column"));
+
+  auto panel = [](int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address scratch, int threads) {
+    return Panel{DType(dtype), at(S), ld, i0, c, at(scratch), threads};
+  };
+  m.def(
+      "rows",
+      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address scratch,
+              int threads, bool grad) {
+        cpu_kernels().rows(p, panel(dtype, S, ld, i0, c, scratch, threads), grad);
+      },
+      nogil());
+  m.def(
+      "columns",
+      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
+        cpu_kernels().columns(p, panel(dtype, S, ld, i0, c, 0, threads));
+      },
+      nogil());
+  m.def(
+      "symmetric",
+      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
+        cpu_kernels().symmetric(p, panel(dtype, S, ld, i0, c, 0, threads));
+      },
+      nogil());
+  m.def(
+      "normalize",
+      [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int threads) {
+        cpu_kernels().normalize(DType(dtype), at(z), ld, n, D, at(r), at(out), threads);
+      },
+      nogil());
+  m.def(
+      "project",
+      [](int dtype, int g_dtype, Address z, int64_t ld, Address g, int64_t n, int64_t D, Address r, bool scaled,
+         Address out, int threads) {
+        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), n, D, at(r), scaled, at(out), threads);
+      },
+      nogil());
+  m.def(
+      "small",
+      [](const Contrastive& p, int dtype, int64_t D, Address z1, int64_t ld1, Address z2, int64_t ld2, bool normalize,
+         Address work, Address dz1, Address dz2, Address total, int threads) {
+        cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, at<float>(work), at(dz1),
+                                     at(dz2), at<float>(total), threads});
+      },
+      nogil());
+  m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
+    return small_work_size(B, N, D, DType(dtype));
+  });
+  #ifdef PYCSE_WITH_CUDA
+  m.def("cuda_compiled", [] { return true; });
+#else
+  m.def("cuda_compiled", [] { return false; });
+#endif
+  m.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
+  m.def("cpu_instruction_sets", &cpu_instruction_sets);
+#ifdef PYCSE_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

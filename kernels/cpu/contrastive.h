@@ -1,0 +1,74 @@
+// What the CPU row kernels are given. Plain data: the bindings fill it, every instruction-set variant reads it.
+#pragma once
+#include <cstdint>
+
+namespace pycse {
+
+enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
+
+// One contrastive problem. "acc" is the accumulation type: float for f32 and bf16 panels, double for f64.
+struct Contrastive {
+  int64_t B = 0, N = 0;
+  bool focal = true;
+  double inv_tau = 20, m = 0;
+  double shift = 0;                       // subtracted from every logit when fixed_shift; else the row's own maximum
+  bool fixed_shift = false;
+  double hard_weight = 0;                 // added to the logits of keys kB + i, k >= 1
+  bool exclude = false;
+  double exclude_above = 0;               // a key with s_ij > s_i,pos + exclude_above is no negative
+  const void* r2 = nullptr;               // (N) acc: 1/|z2_j|, 0 for a zero vector
+  const int64_t* positives = nullptr;     // (B) or null: i
+  const int64_t* query_ids = nullptr;     // (B) or null
+  const int64_t* key_ids = nullptr;       // (N) or null
+  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;                   // (B) acc
+  void* dtau = nullptr;                   // (B) acc or null: coef_i dL_i/dtau
+  void* dm = nullptr;                     // (B) acc or null: coef_i dL_i/dm
+  double* lpos = nullptr;                 // (B) or null: logit of the positive
+  double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
+  double* column_max = nullptr;           // (N) symmetric only: running maximum and sum over the rows so far
+  double* column_sum = nullptr;           // (N)
+  const void* s_diag = nullptr;           // (N) acc: s_jj, needed by exclude in columns
+  const double* lneg_column = nullptr;    // (N) symmetric only: the finished log-sums of the columns
+  const void* lse_column = nullptr;       // (N) acc: log(exp(lneg_column) + exp(lpos))
+};
+
+// Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
+struct Panel {
+  DType dtype = DType::f32;
+  void* S = nullptr;
+  int64_t ld = 0, i0 = 0, c = 0;
+  void* scratch = nullptr;                // (threads, N) acc, bf16 gradients only
+  int threads = 1;
+};
+
+struct Small {                            // a whole forward + backward in one call, for batches that fit in cache
+  DType dtype = DType::f32;
+  int64_t D = 0, ld1 = 0, ld2 = 0;
+  const void *z1 = nullptr, *z2 = nullptr;
+  bool normalize = true;
+  float* work = nullptr;                  // small_work_size floats
+  void *dz1 = nullptr, *dz2 = nullptr;    // (B, D), (N, D) contiguous or null, in dtype
+  float* total = nullptr;                 // sum_i coef_i L_i
+  int threads = 1;
+};
+
+// r1, r2 and the rows' losses, the panel of similarities, and for bf16 the gradients before they are rounded.
+inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype) {
+  return 2 * B + N + B * N + (dtype == DType::bf16 ? (B + N) * D : 0);
+}
+
+// The table that each instruction-set variant fills.
+struct Kernels {
+  const char* isa;
+  void (*rows)(const Contrastive&, const Panel&, bool grad);
+  void (*columns)(const Contrastive&, const Panel&);
+  void (*symmetric)(const Contrastive&, const Panel&);
+  void (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads);
+  void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t n, int64_t D,
+                  const void* r, bool scaled, void* out, int threads);
+  void (*small)(const Contrastive&, const Small&);
+};
+
+}  // namespace pycse

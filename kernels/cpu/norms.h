@@ -1,0 +1,83 @@
+// Normalisation and its gradient, one visit each.
+//
+//   r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
+//   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat and k = r; or g already carries r (scaled) and k = 1
+#pragma once
+#include "contrastive.h"
+#include "simd.h"
+
+namespace pycse::PYCSE_ISA {
+
+constexpr double kTinyNorm = 1e-12;
+
+template <class T, class U>
+PYCSE_INLINE acc_t<T> dot(const T* x, const U* y, int64_t D) {
+  acc_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < D; ++k) sum += load(x[k]) * acc_t<T>(load(y[k]));
+  return sum;
+}
+
+// The norm, also where its square leaves float's range.
+template <class T>
+PYCSE_INLINE double norm(const T* z, int64_t D) {
+  double square = dot(z, z, D);
+  if (square > 1e-30 && square < 1e30) return std::sqrt(square);
+  square = 0;
+  for (int64_t k = 0; k < D; ++k) square += double(load(z[k])) * double(load(z[k]));
+  return std::sqrt(square);
+}
+
+// r = 1/|z|, and with `out` also zhat in z's own type.
+template <class T>
+void normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads) {
+  using A = acc_t<T>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; ++i) {
+    const T* zi = static_cast<const T*>(z) + i * ld;
+    double length = norm(zi, D);
+    const A ri = length <= kTinyNorm ? A(0) : A(1 / length);
+    if (r) static_cast<A*>(r)[i] = ri;
+    if (out) {
+      T* oi = static_cast<T*>(out) + i * D;
+      for (int64_t k = 0; k < D; ++k) store(oi[k], load(zi[k]) * ri);
+    }
+  }
+}
+
+inline void normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads) {
+  switch (dtype) {
+    case DType::f32: return normalize_of<float>(z, ld, n, D, r, out, threads);
+    case DType::bf16: return normalize_of<bf16>(z, ld, n, D, r, out, threads);
+    case DType::f64: return normalize_of<double>(z, ld, n, D, r, out, threads);
+  }
+}
+
+template <class T, class G>
+PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, bool scaled, T* out) {
+  using A = acc_t<T>;
+  const A k = scaled ? A(r != 0) : r;
+  const A along = r * (r * dot(z, g, D));
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * load(z[d])));
+}
+
+template <class T, class G>
+void project_of(const void* z, int64_t ld, const void* g, int64_t n, int64_t D, const void* r, bool scaled, void* out,
+                int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; ++i)
+    project_row(static_cast<const T*>(z) + i * ld, static_cast<const G*>(g) + i * D, D,
+                static_cast<const acc_t<T>*>(r)[i], scaled, static_cast<T*>(out) + i * D);
+}
+
+inline void project(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t n, int64_t D,
+                    const void* r, bool scaled, void* out, int threads) {
+  auto run = [&](auto body) { body(z, ld, g, n, D, r, scaled, out, threads); };
+  if (z_type == DType::f64) return run(project_of<double, double>);
+  if (z_type == DType::f32) return run(project_of<float, float>);
+  if (g_type == DType::f32) return run(project_of<bf16, float>);
+  return run(project_of<bf16, bf16>);
+}
+
+}  // namespace pycse::PYCSE_ISA

@@ -1,0 +1,206 @@
+// The row kernel: one visit turns a panel of raw products into losses and gradients.
+//
+// Symbols (kernels/README.md). A panel holds c rows of S_ij = z1hat_i . z2_j; the keys' norms fold in here:
+//   s_ij = S_ij r_j                 r_j = 1/|z2_j|
+//   l_ij = (q s + b) s / tau        logit.h; + hard_weight for row i's own hard negatives
+//   L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
+// Gradient, with p the softmax over the row, written over S:
+//   G_ij = coef_i p_ij l'(s_ij) r_j               negatives
+//   G_ip = -coef_i (sum_neg p_ij) l'_pos(s_ip) r_p   the positive: from the negatives' sum, so that a confident row
+//          (p -> 1) keeps its digits; p - 1 would cancel.
+// Stored: nothing but the panel. Memory: O(1) beyond it (bf16: one fp32 row for each thread).
+#pragma once
+#include <algorithm>
+
+#include "../common/logit.h"
+#include "contrastive.h"
+#include "simd.h"
+
+namespace pycse::PYCSE_ISA {
+
+constexpr int64_t kBlock = 256;  // keys visited at a time: the additive bias of a block stays in L1
+constexpr int64_t kLane = 16;    // floats of the widest vector: a ragged tail is padded to this, never run as scalars
+
+template <class A>
+struct alignas(64) Bias {
+  A values[kBlock];
+  A zeros[kBlock] = {};
+};
+
+// What is added to the logits of row i's keys [a, a + n): 0 for a negative, -inf for a key that is none (the positive,
+// a key with the row's id, a key above the threshold), hard_weight for the row's own hard negatives.
+// `positive` is the row's positive, or -1 where none is to be left out. Padding [n, padded) is left out too.
+template <class T, class A>
+PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive, const T* S, const A* r2, A threshold,
+                              int64_t a, int64_t n, int64_t padded, Bias<A>& bias) {
+  const A minus_inf = -INFINITY;
+  // The first own hard negative at or after a: kB + i with k >= 1.
+  int64_t hard = p.N;
+  if (p.hard_weight != 0) {
+    int64_t k = std::max<int64_t>(1, (a - i + p.B - 1) / p.B);
+    hard = k * p.B + i;
+  }
+  bool has_positive = positive >= a && positive < a + n;
+  bool plain = !p.query_ids && !p.exclude && n == padded && !has_positive && hard >= a + n;
+  if (plain) return bias.zeros;
+
+  A* v = bias.values;
+  for (int64_t k = 0; k < padded; ++k) v[k] = 0;
+  if (p.query_ids) {
+    const int64_t id = p.query_ids[i];
+    const int64_t* ids = p.key_ids + a;
+    for (int64_t k = 0; k < n; ++k) v[k] = ids[k] == id ? minus_inf : v[k];
+  }
+  if (p.exclude)
+    for (int64_t k = 0; k < n; ++k) v[k] = load(S[k]) * r2[k] > threshold ? minus_inf : v[k];
+  for (; hard < a + n; hard += p.B) v[hard - a] += A(p.hard_weight);
+  if (has_positive) v[positive - a] = minus_inf;
+  for (int64_t k = n; k < padded; ++k) v[k] = minus_inf;
+  return v;
+}
+
+struct Sums {
+  double z = 0, el = 0, es = 0;  // sum over the negatives of e, e l, e s (the last two for dL/dtau and dL/dm)
+};
+
+template <bool Grad, bool Params, class T, class A>
+PYCSE_INLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t n, Logit<A> logit, A shift, Sums& sums) {
+  A z = 0, el = 0, es = 0;
+#pragma omp simd reduction(+ : z, el, es)
+  for (int64_t k = 0; k < n; ++k) {
+    A r = r2[k];
+    A s = load(S[k]) * r;
+    A l = logit(s);
+    A e = exp_(l - shift + bias[k]);
+    z += e;
+    if constexpr (Params) {
+      el += e * l;
+      es += e * s;
+    }
+    if constexpr (Grad) g[k] = e * logit.slope(s) * r;
+  }
+  sums.z += z;
+  sums.el += el;
+  sums.es += es;
+}
+
+template <class T, class A>
+PYCSE_INLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Logit<A> logit, A best) {
+#pragma omp simd reduction(max : best)
+  for (int64_t k = 0; k < n; ++k) {
+    A l = logit(load(S[k]) * r2[k]) + bias[k];
+    best = l > best ? l : best;
+  }
+  return best;
+}
+
+// Runs body(a, n, S, r2, bias, g) over the row's keys in blocks whose length is a multiple of kLane; the ragged last
+// lanes run on padded copies.
+template <class T, class A, class F>
+PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold, A* g,
+                              Bias<A>& bias, F body) {
+  const int64_t whole = p.N / kLane * kLane;
+  for (int64_t a = 0; a < whole; a += kBlock) {
+    int64_t n = std::min(kBlock, whole - a);
+    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, bias), g + a);
+  }
+  if (int64_t n = p.N - whole; n > 0) {
+    T tail[kLane] = {};
+    A r_tail[kLane] = {}, g_tail[kLane];
+    for (int64_t k = 0; k < n; ++k) {
+      tail[k] = S[whole + k];
+      r_tail[k] = r2[whole + k];
+    }
+    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, bias), g_tail);
+    if (g != nullptr)
+      for (int64_t k = 0; k < n; ++k) g[whole + k] = g_tail[k];
+  }
+}
+
+PYCSE_INLINE double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+
+template <class A>
+PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
+  return p.coef ? double(static_cast<const A*>(p.coef)[i]) : p.coef_all;
+}
+
+// One row: the loss (returned through p), and with Grad the gradient in place of S. g is S itself when T is A.
+template <bool Grad, bool Params, class T>
+PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<acc_t<T>>& bias) {
+  using A = acc_t<T>;
+  const A* r2 = static_cast<const A*>(p.r2);
+  const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
+  const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
+  const int64_t pos = p.positives ? p.positives[i] : i;
+  const A s_pos = load(S[pos]) * r2[pos];
+  const double l_pos = logit_pos(s_pos);
+  const A threshold = s_pos + A(p.exclude_above);
+
+  A shift = A(p.shift);
+  if (!p.fixed_shift) {
+    shift = A(l_pos);
+    over_blocks(p, i, pos, S, r2, threshold, static_cast<A*>(nullptr), bias,
+                [&](int64_t n, const T* s, const A* r, const A* b, A*) __attribute__((always_inline)) {
+                  shift = block_max(s, r, b, n, logit, shift);
+                });
+  }
+
+  Sums sums;
+  over_blocks(p, i, pos, S, r2, threshold, g, bias,
+              [&](int64_t n, const T* s, const A* r, const A* b, A* out) __attribute__((always_inline)) {
+                visit<Grad, Params>(s, r, b, out, n, logit, shift, sums);
+              });
+
+  const double z_neg = sums.z, z = z_neg + std::exp(l_pos - shift);
+  const double l_neg = std::log(z_neg) + shift;
+  if (p.loss) static_cast<A*>(p.loss)[i] = A(z_neg == 0 ? 0 : softplus(l_neg - l_pos));
+  if (p.lpos) p.lpos[i] = l_pos;
+  if (p.lneg) p.lneg[i] = l_neg;
+  if constexpr (Grad) {
+    const double coef = coef_of<A>(p, i) / z;
+    const A f = A(coef * p.inv_tau);
+    const A g_pos = A(-z_neg * coef * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[pos]));
+    for (int64_t k = 0; k < p.N; ++k) store(S[k], g[k] * f);
+    store(S[pos], g_pos);
+    if constexpr (Params) {
+      if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-coef * p.inv_tau * (sums.el - z_neg * l_pos));
+      if (p.dm) static_cast<A*>(p.dm)[i] = A(coef * p.inv_tau * sums.es);
+    }
+  }
+}
+
+template <bool Grad, bool Params, class T>
+void rows_of(const Contrastive& p, const Panel& panel) {
+  using A = acc_t<T>;
+#pragma omp parallel for num_threads(panel.threads) schedule(static)
+  for (int t = 0; t < panel.threads; ++t) {
+    Bias<A> bias;
+    const int64_t begin = panel.c * t / panel.threads, end = panel.c * (t + 1) / panel.threads;
+    for (int64_t k = begin; k < end; ++k) {
+      T* S = static_cast<T*>(panel.S) + k * panel.ld;
+      A* g = nullptr;
+      if constexpr (Grad) {
+        if constexpr (sizeof(T) == sizeof(A)) g = reinterpret_cast<A*>(S);
+        else g = static_cast<A*>(panel.scratch) + t * p.N;
+      }
+      row<Grad, Params, T>(p, panel.i0 + k, S, g, bias);
+    }
+  }
+}
+
+template <class T>
+void rows_dtype(const Contrastive& p, const Panel& panel, bool grad) {
+  if (!grad) rows_of<false, false, T>(p, panel);
+  else if (p.dtau || p.dm) rows_of<true, true, T>(p, panel);
+  else rows_of<true, false, T>(p, panel);
+}
+
+inline void rows(const Contrastive& p, const Panel& panel, bool grad) {
+  switch (panel.dtype) {
+    case DType::f32: return rows_dtype<float>(p, panel, grad);
+    case DType::bf16: return rows_dtype<bf16>(p, panel, grad);
+    case DType::f64: return rows_dtype<double>(p, panel, grad);
+  }
+}
+
+}  // namespace pycse::PYCSE_ISA

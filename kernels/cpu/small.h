@@ -1,0 +1,185 @@
+// A whole forward and backward in one call, for batches whose panel fits in cache (there, dispatch costs more than
+// arithmetic). The mathematics is rows.h's; the three products are small register-tiled ones:
+//
+//   S   = z1hat z2^T            dot products, kDotRows x kDotCols at a time, no packing
+//   dz1 = project(G z2)         kRows rows by kVecs vectors at a time
+//   dz2 = project(G^T z1hat)    the same tiles, G read by columns
+//
+// Rows are shared out among the threads; one barrier before dz2, whose rows are keys.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "norms.h"
+#include "rows.h"
+
+namespace pycse::PYCSE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kDotRows = 4, kDotCols = 5, kRows = 6, kVecs = 4;  // 20 and 24 of 32 registers accumulate
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kDotRows = 3, kDotCols = 3, kRows = 4, kVecs = 2;   // 9 and 8 of 16
+#else
+constexpr int kWidth = 4, kDotRows = 3, kDotCols = 3, kRows = 4, kVecs = 2;
+#endif
+
+typedef float vec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t uvec __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t hvec __attribute__((vector_size(kWidth * 2)));
+
+PYCSE_INLINE vec load_vec(const float* x) {
+  vec v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+PYCSE_INLINE vec load_vec(const bf16* x) {
+  hvec h;
+  std::memcpy(&h, x, sizeof h);
+  return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+PYCSE_INLINE float total(vec v) {
+  float sum = 0;
+  for (int k = 0; k < kWidth; ++k) sum += v[k];
+  return sum;
+}
+
+// S[i0:i1, :] = diag(r1) x y^T. Rows past an edge repeat the last one and are not stored.
+template <class T>
+PYCSE_INLINE void similarities(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t i0, int64_t i1, int64_t N,
+                               int64_t D, const float* r1, float* S) {
+  const int64_t whole = D / kWidth * kWidth;
+  for (int64_t i = i0; i < i1; i += kDotRows)
+    for (int64_t j = 0; j < N; j += kDotCols) {
+      const T *a[kDotRows], *b[kDotCols];
+      for (int k = 0; k < kDotRows; ++k) a[k] = x + std::min(i + k, i1 - 1) * ldx;
+      for (int k = 0; k < kDotCols; ++k) b[k] = y + std::min(j + k, N - 1) * ldy;
+      vec acc[kDotRows][kDotCols] = {};
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        vec bv[kDotCols];
+#pragma GCC unroll 8
+        for (int k = 0; k < kDotCols; ++k) bv[k] = load_vec(b[k] + d);
+#pragma GCC unroll 8
+        for (int h = 0; h < kDotRows; ++h) {
+          vec av = load_vec(a[h] + d);
+#pragma GCC unroll 8
+          for (int k = 0; k < kDotCols; ++k) acc[h][k] += av * bv[k];
+        }
+      }
+      for (int h = 0; h < kDotRows && i + h < i1; ++h)
+        for (int k = 0; k < kDotCols && j + k < N; ++k) {
+          float sum = total(acc[h][k]);
+          for (int64_t d = whole; d < D; ++d) sum += load(a[h][d]) * load(b[k][d]);
+          S[(i + h) * N + j + k] = sum * r1[i + h];
+        }
+    }
+}
+
+// out[h, d : d + V kWidth] = sum_j G(h, j) z[j, d : ...] for kRows rows h, of which `valid` are stored.
+template <int V, class T>
+PYCSE_INLINE void product_tile(const float* const* G, int64_t step, const T* z, int64_t ld, int64_t n, float* out,
+                               int64_t D, int valid) {
+  vec acc[kRows][V] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    vec zv[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) zv[v] = load_vec(z + j * ld + v * kWidth);
+#pragma GCC unroll 8
+    for (int h = 0; h < kRows; ++h) {
+      const float g = G[h][j * step];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[h][v] += g * zv[v];
+    }
+  }
+  for (int h = 0; h < valid; ++h)
+    for (int v = 0; v < V; ++v) std::memcpy(out + h * D + v * kWidth, &acc[h][v], sizeof(vec));
+}
+
+// out[i0:i1, :] = sum_j G(i, j) z_j, with G(i, j) = G[i * row + j * step].
+template <class T>
+PYCSE_INLINE void product(const float* G, int64_t row, int64_t step, const T* z, int64_t ld, int64_t n, int64_t D,
+                          int64_t i0, int64_t i1, float* out) {
+  constexpr int64_t wide = kVecs * kWidth;
+  for (int64_t d = 0; d < D;) {
+    const int64_t left = D - d, taken = left >= wide ? wide : left >= kWidth ? kWidth : left;
+    for (int64_t i = i0; i < i1; i += kRows) {
+      const float* rows[kRows];
+      for (int h = 0; h < kRows; ++h) rows[h] = G + std::min(i + h, i1 - 1) * row;
+      const int valid = int(std::min<int64_t>(kRows, i1 - i));
+      float* o = out + i * D + d;
+      if (taken == wide) product_tile<kVecs>(rows, step, z + d, ld, n, o, D, valid);
+      else if (taken == kWidth) product_tile<1>(rows, step, z + d, ld, n, o, D, valid);
+      else
+        for (int h = 0; h < valid; ++h)
+          for (int64_t k = 0; k < taken; ++k) {
+            float sum = 0;
+            for (int64_t j = 0; j < n; ++j) sum += rows[h][j * step] * load(z[j * ld + d + k]);
+            o[h * D + k] = sum;
+          }
+    }
+    d += taken;
+  }
+}
+
+template <class T>
+void small_of(Contrastive p, const Small& q) {
+  const int64_t B = p.B, N = p.N, D = q.D;
+  const T *z1 = static_cast<const T*>(q.z1), *z2 = static_cast<const T*>(q.z2);
+  T *dz1 = static_cast<T*>(q.dz1), *dz2 = static_cast<T*>(q.dz2);
+  float *r1 = q.work, *r2 = r1 + B, *loss = r2 + N, *S = loss + B;
+  float *g1 = S + B * N, *g2 = g1 + B * D;
+  if constexpr (sizeof(T) == sizeof(float)) g1 = dz1, g2 = dz2;
+  p.r2 = r2;
+  if (p.loss == nullptr) p.loss = loss;
+  const bool grad = dz1 || dz2 || p.dtau || p.dm;
+
+  auto inverse_norm = [&](const T* z) {
+    double length = q.normalize ? norm(z, D) : 1;
+    return length <= kTinyNorm ? 0.0f : float(1 / length);
+  };
+  auto project = [&](const T* z, const float* g, float r, bool scaled, T* out) {
+    if (q.normalize) return project_row(z, g, D, r, scaled, out);
+    for (int64_t d = 0; d < D; ++d) store(out[d], g[d]);
+  };
+
+#pragma omp parallel num_threads(q.threads)
+  {
+#ifdef _OPENMP
+    const int64_t t = omp_get_thread_num(), T_ = omp_get_num_threads();
+#else
+    const int64_t t = 0, T_ = 1;
+#endif
+    const int64_t i0 = B * t / T_, i1 = B * (t + 1) / T_, j0 = N * t / T_, j1 = N * (t + 1) / T_;
+    for (int64_t i = i0; i < i1; ++i) r1[i] = inverse_norm(z1 + i * q.ld1);
+    for (int64_t j = j0; j < j1; ++j) r2[j] = inverse_norm(z2 + j * q.ld2);
+    similarities(z1, q.ld1, z2, q.ld2, i0, i1, N, D, r1, S);
+#pragma omp barrier
+    Bias<float> bias;
+    for (int64_t i = i0; i < i1; ++i) {
+      float* s = S + i * N;
+      if (!grad) row<false, false, float>(p, i, s, s, bias);
+      else if (p.dtau || p.dm) row<true, true, float>(p, i, s, s, bias);
+      else row<true, false, float>(p, i, s, s, bias);
+    }
+    if (dz1) {
+      product(S, N, 1, z2, q.ld2, N, D, i0, i1, g1);
+      for (int64_t i = i0; i < i1; ++i) project(z1 + i * q.ld1, g1 + i * D, r1[i], false, dz1 + i * D);
+    }
+    if (dz2) {
+      for (int64_t i = i0; i < i1; ++i)  // z1hat = r1 z1: the factor goes to the small operand
+        for (int64_t j = 0; j < N; ++j) S[i * N + j] *= r1[i];
+#pragma omp barrier
+      product(S, 1, N, z1, q.ld1, B, D, j0, j1, g2);
+      for (int64_t j = j0; j < j1; ++j) project(z2 + j * q.ld2, g2 + j * D, r2[j], true, dz2 + j * D);
+    }
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < B; ++i) sum += coef_of<float>(p, i) * static_cast<const float*>(p.loss)[i];
+  if (q.total) *q.total = float(sum);
+}
+
+inline void small(const Contrastive& p, const Small& q) {
+  if (q.dtype == DType::f32) return small_of<float>(p, q);
+  if (q.dtype == DType::bf16) return small_of<bf16>(p, q);
+}
+
+}  // namespace pycse::PYCSE_ISA

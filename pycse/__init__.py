@@ -1,0 +1,12 @@
+"""pycse: fused contrastive losses for sentence embeddings.
+
+    from pycse import fused_focal_infonce
+    loss = fused_focal_infonce(z1, z2, temperature=0.05, m=0.3)
+    loss.backward()
+"""
+
+from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.report import info
+
+__all__ = ["fused_focal_infonce", "fused_infonce", "info"]
+__version__ = "0.1.0"

@@ -1,0 +1,140 @@
+"""The C++ kernels of kernels/cpu around PyTorch's GEMMs; small batches in one native call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pycse import panel
+from pycse.problem import Contrastive, Result
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+# Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
+# (docs/performance.md, "small batches").
+SMALL = {torch.float32: 64 << 20, torch.bfloat16: 16 << 20}
+
+
+def _native():
+    from pycse.kernels import native
+
+    return native()
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
+    return _native().Contrastive(
+        p.z1.shape[0],
+        p.z2.shape[0],
+        p.focal,
+        p.temperature,
+        p.m,
+        p.shift,
+        p.hard_negative_weight,
+        p.exclude_above,
+        positives=_pointer(p.positives),
+        query_ids=_pointer(p.query_ids),
+        key_ids=_pointer(p.key_ids),
+        coef=coef.data_ptr() if isinstance(coef, Tensor) else 0,
+        coef_all=1.0 if isinstance(coef, Tensor) else coef,
+        **{name: _pointer(t) for name, t in tensors.items()},
+    )
+
+
+class Kernels(panel.Kernels):
+    def __init__(self, p: Contrastive, state: panel.State) -> None:
+        self.p, self.state = p, state
+        self.native = _native()
+        self.threads = torch.get_num_threads()
+        self.code = CODES[p.z1.dtype]
+        if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
+            state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc)
+        self.problem = _problem(
+            p, state.coef, r2=state.r2, loss=state.loss, dtau=state.dtau, dm=state.dm
+        )
+        if state.sums is not None:
+            s = state.sums
+            self.problem.symmetric_state(
+                s.lpos.data_ptr(),
+                s.lneg.data_ptr(),
+                s.column_max.data_ptr(),
+                s.column_sum.data_ptr(),
+                s.s_diag.data_ptr(),
+                s.lneg_column.data_ptr(),
+                s.lse_column.data_ptr(),
+            )
+        # A bf16 gradient row is held in fp32 until it is rounded once.
+        needs_row = p.z1.dtype == torch.bfloat16
+        self.scratch = torch.empty(self.threads, p.z2.shape[0]) if needs_row else None
+
+    def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
+        return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
+
+    def rows(self, S: Tensor, i0: int, grad: bool) -> None:
+        self.native.rows(self.problem, *self._panel(S, i0), _pointer(self.scratch), self.threads, grad)
+
+    def columns(self, S: Tensor, i0: int) -> None:
+        self.native.columns(self.problem, *self._panel(S, i0), self.threads)
+
+    def symmetric(self, S: Tensor, i0: int) -> None:
+        self.native.symmetric(self.problem, *self._panel(S, i0), self.threads)
+
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
+        self.native.normalize(
+            self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.threads
+        )
+
+    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+        self.native.project(
+            self.code,
+            CODES[g.dtype],
+            z.data_ptr(),
+            z.stride(0),
+            g.data_ptr(),
+            *z.shape,
+            r.data_ptr(),
+            scaled,
+            out.data_ptr(),
+            self.threads,
+        )
+
+
+def _small(p: Contrastive) -> Result:
+    native, code = _native(), CODES[p.z1.dtype]
+    (B, D), N = p.z1.shape, p.z2.shape[0]
+    rows = torch.empty(B)
+    loss = torch.empty(())
+    work = torch.empty(native.small_work_size(B, N, D, code))
+    dz1 = torch.empty((B, D), dtype=p.z1.dtype) if p.needs.z1 else None
+    dz2 = torch.empty((N, D), dtype=p.z1.dtype) if p.needs.z2 else None
+    dtau = torch.empty(B) if p.needs.temperature else None
+    dm = torch.empty(B) if p.needs.m else None
+    coef = p.row_coefficients()
+    native.small(
+        _problem(p, coef, loss=rows, dtau=dtau, dm=dm),
+        code,
+        D,
+        p.z1.data_ptr(),
+        p.z1.stride(0),
+        p.z2.data_ptr(),
+        p.z2.stride(0),
+        p.normalize,
+        work.data_ptr(),
+        _pointer(dz1),
+        _pointer(dz2),
+        loss.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Result(
+        rows, dz1, dz2, None if dtau is None else dtau.sum(), None if dm is None else dm.sum(), loss
+    )
+
+
+def contrastive(p: Contrastive) -> Result:
+    limit = 0 if p.symmetric else SMALL.get(p.z1.dtype, 0)
+    if p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1] <= limit:
+        return _small(p)
+    return panel.contrastive(p, Kernels)

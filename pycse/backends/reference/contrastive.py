@@ -1,0 +1,65 @@
+"""InfoNCE and Focal-InfoNCE as the formulas say: materialises N x N, any float dtype, differentiable to any order.
+
+    s_ij = z1hat_i . z2hat_j
+    InfoNCE        l_ij = s_ij / tau
+    Focal-InfoNCE  l_ii = s_ii^2 / tau      l_ij = s_ij (s_ij + m) / tau        (arXiv 2310.06918, eq. 5)
+    L_i  = logsumexp_j l_ij - l_i,pos
+
+This is the oracle that every kernel is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pycse.problem import Contrastive
+
+
+def normalized(z: Tensor) -> Tensor:
+    """z / |z|; rows with |z| <= 1e-12 become 0 with gradient 0."""
+    # Scaled by its largest entry first, so that |z| itself cannot overflow or underflow.
+    scale = z.detach().abs().amax(dim=1, keepdim=True)
+    unit = z / torch.where(scale > 0, scale, 1)
+    length = unit.norm(dim=1, keepdim=True)
+    tiny = (length.detach() * scale) <= 1e-12
+    return torch.where(tiny, 0, unit / torch.where(tiny, 1, length))
+
+
+def contrastive(p: Contrastive) -> Tensor:
+    """The reduced loss, by autograd all the way."""
+    z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
+    s = (z1 @ z2.t()).to(p.acc)
+    B, N = s.shape
+    i, j = torch.arange(B, device=s.device), torch.arange(N, device=s.device)
+    pos = i if p.positives is None else p.positives
+
+    positive = j == pos[:, None]
+    s_pos = s.gather(1, pos[:, None])
+    if p.focal:
+        l = torch.where(positive, s * s, s * (s + p.m)) / p.temperature
+    else:
+        l = s / p.temperature
+    own_hard = (j >= B) & (j % B == i[:, None]) & ~positive
+    l = torch.where(own_hard, l + p.hard_negative_weight, l)
+    l_pos = l.gather(1, pos[:, None])
+
+    same_id = torch.zeros_like(positive)
+    if p.query_ids is not None and p.key_ids is not None:
+        same_id = p.query_ids[:, None] == p.key_ids
+
+    def losses(s_pos: Tensor, dim: int) -> Tensor:
+        dropped = same_id
+        if p.exclude_above is not None:
+            dropped = dropped | (s.detach() > s_pos.detach() + p.exclude_above)
+        kept = l.masked_fill(dropped & ~positive, -torch.inf)
+        # softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation.
+        negatives = kept.masked_fill(positive, -torch.inf)
+        alone = torch.isneginf(negatives).all(dim)
+        negatives = negatives.masked_fill(alone.unsqueeze(dim) & positive, 0)  # keeps gradients of empty rows finite
+        return torch.where(alone, 0, torch.logaddexp(l.new_zeros(()), negatives.logsumexp(dim) - l_pos.squeeze(1)))
+
+    rows = losses(s_pos, 1)
+    if p.symmetric:
+        rows = (rows + losses(s_pos.t(), 0)) / 2
+    return p.reduce(rows)

@@ -1,0 +1,172 @@
+"""The `pycse` command. Everything heavy is imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from pycse.training.errors import UserError, require_extras
+from pycse.training.recipes import RECIPES
+from pycse.training.settings import DEFAULT_LAYERS, DEFAULT_STEPS, DEVICES, EVALUATIONS, Settings
+
+app = typer.Typer(
+    help="Fused contrastive losses for sentence embeddings: train and evaluate encoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+DEFAULTS = Settings()
+DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
+EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
+
+
+@contextmanager
+def reported(command: str) -> Iterator[None]:
+    """Turn what the user can put right into one line on stderr and exit code 2. The only place that does."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"pycse {command}: error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def quiet(local: bool) -> None:
+    """Keep the libraries silent and, for a model on this disk, off the network. Before their first import."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if local:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def is_local(model: Optional[str]) -> bool:
+    """Whether the model lies on this disk; UserError for a path that holds none."""
+    from pycse.training.encoder import resolve_model
+
+    return model is None or resolve_model(model)[1]
+
+
+@app.command()
+def info() -> None:
+    """List the backends, usable or why not, with versions."""
+    import pycse
+
+    typer.echo(str(pycse.info()))
+
+
+@app.command()
+def train(
+    model: Annotated[Optional[str], typer.Option(
+        help="Hugging Face id or folder of the encoder to start from. Default: the all-MiniLM-L6-v2 that comes with "
+             "the training extras.")] = None,
+    layers: Annotated[Optional[str], typer.Option(
+        help=f"Layers to keep, from 0, as in 0,2,4, or all. Default: {DEFAULT_LAYERS} of the default model, all of "
+             "another.")] = None,
+    train_file: Annotated[Optional[str], typer.Option(
+        help="Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a "
+             "hard negative). Default: English Wikipedia sentences that come with the training extras.")] = None,
+    eval_file: Annotated[Optional[list[str]], typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
+    out: Annotated[Optional[str], typer.Option(
+        help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME.")] = None,
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = DEFAULTS.recipe,
+    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = DEFAULTS.temperature,
+    m: Annotated[Optional[float], typer.Option(
+        help=f"Hardness, recipe focal only. Default: {RECIPES['focal'].own['m']}.")] = None,
+    hard_negative_weight: Annotated[float, typer.Option(
+        help="Added to the logits of a row's own hard negatives.")] = DEFAULTS.hard_negative_weight,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Mean of the loss in both directions.")] = False,
+    backend: Annotated[str, typer.Option(
+        help="Backend of the loss; pycse info lists them.")] = DEFAULTS.backend,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = DEFAULTS.batch_size,
+    steps: Annotated[Optional[int], typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(help="Times through the text, instead of --steps.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, linear warm-up and decay.")] = DEFAULTS.lr,
+    warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = DEFAULTS.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = DEFAULTS.weight_decay,
+    max_length: Annotated[int, typer.Option(
+        help="Tokens that training text is cut at; evaluation reads as far as the encoder can.")] = DEFAULTS.max_length,
+    eval_steps: Annotated[Optional[int], typer.Option(
+        help=f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of dropout and of the order of the text.")] = DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = DEFAULTS.device,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
+) -> None:
+    """Train a sentence encoder and evaluate it before and after.
+
+    Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere. With the defaults it
+    needs no network.
+    """
+    options = {name: value for name, value in locals().items() if name != "eval_file"}
+    with reported("train"):
+        settings = Settings(**options, eval_files=tuple(eval_file or ()))
+        settings.check()
+        require_extras()
+        quiet(is_local(model))
+
+        from rich.console import Console
+
+        from pycse.training import report
+        from pycse.training.train import train as run_training
+
+        console = Console()
+        run, folder = run_training(settings, console)
+        report.show_and_write(run, folder, console)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hugging Face id or folder of the encoder.")],
+    eval_file: Annotated[Optional[list[str]], typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
+    layers: Annotated[str, typer.Option(help="Layers to keep, from 0, as in 0,2,4.")] = "all",
+    batch_size: Annotated[int, typer.Option(help="Texts embedded at a time.")] = 64,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = DEFAULTS.device,
+    json: Annotated[Optional[str], typer.Option(help="New file to write the scores to as well.")] = None,
+) -> None:
+    """Print Spearman on the Lee documents and on every --eval-file, alignment and uniformity."""
+    with reported("eval"):
+        Settings(device=device, batch_size=batch_size).check()
+        if json is not None and Path(json).exists():
+            raise UserError(f"--json {json} exists and is not overwritten; give a new file")
+        require_extras()
+        quiet(is_local(model))
+
+        from rich.console import Console
+
+        from pycse.training import report
+        from pycse.training.encoder import keep_layers, load_encoder, parse_layers, resolve_model
+        from pycse.training.evaluate import evaluate as scores_of
+        from pycse.training.evaluate import evaluation_sets
+
+        keep = parse_layers(layers)
+        sets = evaluation_sets(tuple(eval_file or ()))
+        encoder = load_encoder(resolve_model(model)[0], device)
+        if keep is not None:
+            keep_layers(encoder, keep)
+        scores = scores_of(encoder, sets, batch_size)
+        Console().print(report.scores_table({"score": scores}, title=f"Evaluation of {model}"))
+        if json is not None:
+            report.write_json({"model": model, "scores": scores}, Path(json))
+
+
+def main() -> None:
+    """Entry point of the `pycse` command."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a plain curve, not a traceback
+    app(prog_name="pycse")
+
+
+if __name__ == "__main__":
+    main()

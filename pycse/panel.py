@@ -1,0 +1,209 @@
+"""The row-panel algorithm: exact loss and gradients in one pass over blocks of rows, without an N x N matrix.
+
+    for each panel I of c rows:
+        S      = z1hat[I] z2^T        GEMM   2 c N D
+        rows   S -> losses, G = dL/dS in place, keys' norms folded in
+        g1     = G z2                 GEMM   2 c N D     dz1[I] = project(g1)
+        g2    += G^T z1hat[I]         GEMM   2 c N D     dz2 = project(g2) at the end
+
+6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2 D.
+PyTorch's GEMMs do the products; a backend brings the kernels between them (``Kernels``). Where its ``rows`` leaves G
+without the rows' factors f_i (a kernel that sees a tile before its row is complete), it returns f and the driver applies
+it to the small operands: g1 and z1hat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pycse.problem import Contrastive, Result
+
+PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
+GPU_PANEL_ROWS = 2048  # g2 is read and written once a panel: 8 N^2 D / c bytes beside the panel's own 6 N^2
+
+
+@dataclass
+class LogSums:
+    """What the symmetric loss keeps between its two sweeps, (B,) each."""
+
+    lpos: Tensor  # logit of the positive
+    lneg: Tensor  # log of the sum over the row's negatives
+    column_max: Tensor
+    column_sum: Tensor
+    lneg_column: Tensor  # as lneg, for columns
+    lse_column: Tensor  # lneg_column with the positive
+    s_diag: Tensor  # s_jj: columns compare with it, and their panel may come later
+
+    @classmethod
+    def empty(cls, B: int, wide: torch.dtype, p: Contrastive) -> LogSums:
+        new = lambda dtype: torch.empty(B, dtype=dtype, device=p.z1.device)  # noqa: E731
+        return cls(new(wide), new(wide), new(wide), new(wide), new(wide), new(p.acc), new(p.acc))
+
+
+@dataclass
+class State:
+    """Per-row and per-column results that the kernels fill; None where not needed. All (B,) or (N,)."""
+
+    r2: Tensor
+    coef: Tensor | float
+    loss: Tensor
+    dtau: Tensor | None = None
+    dm: Tensor | None = None
+    sums: LogSums | None = None
+
+
+class Kernels:
+    """What a backend brings. All work in place on tensors of the driver's; ``i0`` is the panel's first row."""
+
+    temporaries: ClassVar[int] = 0
+    statistics: ClassVar[torch.dtype] = torch.float64  # of the symmetric log-sums
+
+    def __init__(self, p: Contrastive, state: State) -> None:
+        raise NotImplementedError
+
+    def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
+        """S = z1hat z2^T."""
+        return torch.mm(z1hat, z2.t(), out=out)
+
+    def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        """similarities and rows in one kernel, or the two in turn."""
+        self.similarities(z1hat, self.p.z2, S)
+        return self.rows(S, i0, grad)
+
+    def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        """Losses of the panel's rows; with ``grad`` G over S. Returns f where G lacks the rows' factors."""
+        raise NotImplementedError
+
+    def columns(self, S: Tensor, i0: int) -> None:
+        """Folds the panel into the columns' running maxima and sums."""
+        raise NotImplementedError
+
+    def symmetric(self, S: Tensor, i0: int) -> None:
+        """G of the symmetric loss over S, complete."""
+        raise NotImplementedError
+
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
+        """r = 1/|z| (0 for a zero vector) and out = r z."""
+        raise NotImplementedError
+
+    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+        """dL/dz from g = dL/dzhat (or from r dL/dzhat, where g is ``scaled`` already)."""
+        raise NotImplementedError
+
+    p: Contrastive
+    state: State
+
+
+def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
+    """c: how many rows fit in PANEL_BYTES, between 64 and 2048."""
+    if p.z1.is_cuda:
+        return min(B, GPU_PANEL_ROWS)
+    row_bytes = N * (p.z1.element_size() + temporaries * p.acc.itemsize)
+    c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 512, PANEL_BYTES // row_bytes))
+    return B if c >= B else c
+
+
+def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
+    z1, z2 = p.z1, p.z2
+    (B, D), N = z1.shape, z2.shape[0]
+    new = lambda *shape, dtype=p.acc: torch.empty(shape, dtype=dtype, device=z1.device)  # noqa: E731
+
+    grad = p.needs.z1 or p.needs.z2 or p.needs.temperature or p.needs.m
+    state = State(r2=new(N), coef=p.row_coefficients(), loss=new(B))
+    state.dtau = new(B) if p.needs.temperature else None
+    state.dm = new(B) if p.needs.m else None
+    if p.symmetric:
+        state.sums = LogSums.empty(B, kernels.statistics, p)
+    k = kernels(p, state)
+    if p.normalize:
+        k.normalize(z2, state.r2, None)
+    else:
+        state.r2.fill_(1)
+
+    c = panel_rows(B, N, p, k.temporaries)
+    r1, panel = new(c), new(c, N, dtype=z1.dtype)
+    z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
+
+    def panels():
+        """Panels in turn: first row, z1[I], z1hat[I], r1[I], S[I]."""
+        for i0 in range(0, B, c):
+            z = z1[i0 : i0 + c]
+            n = z.shape[0]
+            if z1hat_panel is None:
+                yield i0, z, z, r1[:n], panel[:n]
+            else:
+                k.normalize(z, r1[:n], z1hat_panel[:n])
+                yield i0, z, z1hat_panel[:n], r1[:n], panel[:n]
+
+    if p.symmetric:
+        _log_sums(p, k, state, panels)
+
+    dz1 = new(B, D, dtype=z1.dtype) if p.needs.z1 else None
+    g2: Tensor | None = None
+    if grad or not p.symmetric:
+        for i0, z, z1hat, r, S in panels():
+            if p.symmetric:
+                f = k.symmetric(k.similarities(z1hat, z2, S), i0)
+            else:
+                f = k.fused_rows(z1hat, S, i0, grad)
+            if dz1 is not None:
+                part = dz1[i0 : i0 + S.shape[0]]
+                g1 = torch.mm(S, z2, out=part)
+                if f is not None:
+                    g1.mul_(f[:, None])
+                if p.normalize:
+                    k.project(z, g1, r, False, part)
+            if p.needs.z2:
+                scaled = z1hat if f is None else (z1hat * f[:, None]).to(z1hat.dtype)
+                g2 = _accumulate(g2, S, scaled, single=S.shape[0] == B)
+
+    dz2 = None
+    if g2 is not None:
+        dz2 = g2 if g2.dtype == z2.dtype else new(N, D, dtype=z2.dtype)
+        if p.normalize:
+            k.project(z2, g2, state.r2, True, dz2)
+        elif dz2 is not g2:
+            dz2.copy_(g2)
+    return Result(
+        state.loss,
+        dz1,
+        dz2,
+        None if state.dtau is None else state.dtau.sum(),
+        None if state.dm is None else state.dm.sum(),
+    )
+
+
+def _accumulate(g2: Tensor | None, G: Tensor, z1hat: Tensor, single: bool) -> Tensor:
+    """g2 + G^T z1hat in the accumulation type; the first panel writes instead of adding."""
+    if G.dtype in (torch.float32, torch.float64):
+        return torch.mm(G.t(), z1hat) if g2 is None else g2.addmm_(G.t(), z1hat)
+    # Never a 16-bit accumulator: the product is rounded once, the sum stays in fp32.
+    product = torch.mm(G.t(), z1hat)
+    if g2 is None:
+        return product if single else product.float()
+    return g2.add_(product)
+
+
+def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
+    """The first symmetric sweep: log-sums over the negatives of each row and column, and the losses."""
+    sums = state.sums
+    assert sums is not None
+    sums.column_max.fill_(-torch.inf)
+    sums.column_sum.zero_()
+    if p.exclude_above is not None:
+        for i0, _, z1hat, _, _ in panels():
+            part = slice(i0, i0 + z1hat.shape[0])
+            sums.s_diag[part] = (z1hat.to(p.acc) * p.z2[part].to(p.acc)).sum(1) * state.r2[part]
+    for i0, _, z1hat, _, S in panels():
+        k.similarities(z1hat, p.z2, S)
+        k.rows(S, i0, False)
+        k.columns(S, i0)
+    torch.add(sums.column_sum.log(), sums.column_max, out=sums.lneg_column)
+    sums.lneg_column.masked_fill_(sums.column_sum == 0, -torch.inf)
+    sums.lse_column.copy_(torch.logaddexp(sums.lneg_column, sums.lpos))
+    d = sums.lneg_column - sums.lpos
+    state.loss.add_(torch.logaddexp(torch.zeros_like(d), d)).div_(2)

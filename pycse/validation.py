@@ -1,0 +1,167 @@
+"""Every check of user input, before any work. Messages name the argument, what it was and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycse.backends import CHOICES
+from pycse.problem import REDUCTIONS
+
+
+def _what(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def embeddings(name: str, z: Any) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {_what(z)}")
+    if z.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
+    if not z.dtype.is_floating_point or z.dtype.itemsize == 1:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
+    if z.shape[0] == 0 or z.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(z.shape)}")
+
+
+def same_device(z1: Tensor, **others: Any) -> None:
+    for name, tensor in others.items():
+        if isinstance(tensor, Tensor) and tensor.device != z1.device:
+            raise ValueError(f"{name} must be on z1's device {z1.device}, got {tensor.device}")
+
+
+def real(name: str, value: Any, *, positive: bool = False) -> None:
+    """A finite Python number, or a 0-d float tensor (whose value check_values looks at)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
+        return
+    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always
+    if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
+    allowed = "a finite number > 0" if positive else "a finite number"
+    if not math.isfinite(value) or (positive and not value > 0):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def vector(name: str, value: Any, length: int, kind: str) -> None:
+    """None, or a 1-d tensor of ``length``: ids and positives are integers, weights floats."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape ({length},), got {_what(value)}")
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
+    if kind == "integer" and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+    if kind == "float" and not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_what(value)}")
+
+
+def contrastive(
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    positives: Any,
+    hard_negative_weight: Any,
+    query_ids: Any,
+    key_ids: Any,
+    exclude_above: Any,
+    symmetric: Any,
+    normalize: Any,
+    weight: Any,
+    reduction: Any,
+    backend: Any,
+    validate: Any,
+) -> None:
+    """Everything that can be checked without reading a tensor's values."""
+    embeddings("z1", z1)
+    embeddings("z2", z2)
+    if z1.dtype != z2.dtype and not torch.is_autocast_enabled(z1.device.type):
+        raise TypeError(f"z2 must have z1's dtype {z1.dtype}, got {z2.dtype}")
+    (B, D), N = z1.shape, z2.shape[0]
+    if z2.shape[1] != D:
+        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    real("temperature", temperature, positive=True)
+    real("m", m)
+    vector("positives", positives, B, "integer")
+    vector("query_ids", query_ids, B, "integer")
+    vector("key_ids", key_ids, N, "integer")
+    vector("weight", weight, B, "float")
+    same_device(
+        z1,
+        z2=z2,
+        temperature=temperature,
+        m=m,
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        weight=weight,
+    )
+    if positives is None and N < B:
+        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    for name, value in (("hard_negative_weight", hard_negative_weight), ("exclude_above", exclude_above)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number, got {_what(value)}")
+    real("hard_negative_weight", hard_negative_weight)
+    if exclude_above is not None:
+        real("exclude_above", exclude_above)
+    flag("symmetric", symmetric)
+    flag("normalize", normalize)
+    flag("validate", validate)
+    if hard_negative_weight != 0 and (N % B != 0 or N == B):
+        raise ValueError(
+            f"hard_negative_weight needs K >= 1 hard negatives a row, N = (K + 1) B keys; got N = {N}, B = {B}"
+        )
+    if symmetric:
+        if N != B:
+            raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
+        if positives is not None:
+            raise ValueError("symmetric=True needs the default positives (row i, key i); got positives as well")
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, CHOICES)
+
+
+def check_values(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor | None,
+    m: Tensor | None,
+    weight: Tensor | None,
+    positives: Tensor | None,
+    focal: bool,
+) -> None:
+    """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    if temperature is not None:
+        value = temperature.item()
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
+    if m is not None and focal:
+        value = m.item()
+        if not math.isfinite(value):
+            raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
+    if positives is not None:
+        low, high = (x.item() for x in positives.aminmax())
+        if low < 0 or high >= z2.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"positives must lie in [0, {z2.shape[0] - 1}] (keys), got {bad}")

@@ -1,0 +1,51 @@
+"""Drives CMake; everything else about the package stands in pyproject.toml. Needs no torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cuda_wanted() -> bool:
+    """PYCSE_CUDA=1 asks for CUDA kernels, 0 leaves them out; by default they are built where nvcc is found."""
+    wish = os.environ.get("PYCSE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"PYCSE_CUDA is {wish!r}; it may be 1 (CUDA kernels or an error), 0 (none) or unset")
+    found = shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
+    if wish == "1" and found is None:
+        raise SystemExit("PYCSE_CUDA=1 and no nvcc: put nvcc on PATH or set CUDA_HOME")
+    return wish != "0" and found is not None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPYCSE_CUDA={'ON' if cuda_wanted() else 'OFF'}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("pycse.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
