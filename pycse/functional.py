@@ -154,7 +154,7 @@ def _contrastive(
                 excluded, symmetric, normalize, reduction,
             )  # fmt: skip
         )
-    return ops.contrastive(
+    return ops.contrastive_loss(
         z1, z2, tau, margin, weight, positives, query_ids, key_ids, tau_value, margin_value, focal,
-        float(hard_negative_weight), excluded, symmetric, normalize, reduction, backend, validate, [False] * 5,
-    )[0]  # fmt: skip
+        float(hard_negative_weight), excluded, symmetric, normalize, reduction, backend, validate,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ it to the small operands: g1 and z1hat.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ class LogSums:
 
     lpos: Tensor  # logit of the positive
     lneg: Tensor  # log of the sum over the row's negatives
-    column_max: Tensor
+    column_max: Tensor  # in bits: of l / log 2
     column_sum: Tensor
     lneg_column: Tensor  # as lneg, for columns
     lse_column: Tensor  # lneg_column with the positive
@@ -202,7 +203,7 @@ def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
         k.similarities(z1hat, p.z2, S)
         k.rows(S, i0, False)
         k.columns(S, i0)
-    torch.add(sums.column_sum.log(), sums.column_max, out=sums.lneg_column)
+    torch.add(sums.column_sum.log2(), sums.column_max, out=sums.lneg_column).mul_(math.log(2))
     sums.lneg_column.masked_fill_(sums.column_sum == 0, -torch.inf)
     sums.lse_column.copy_(torch.logaddexp(sums.lneg_column, sums.lpos))
     d = sums.lneg_column - sums.lpos

@@ -27,7 +27,7 @@ struct Contrastive {
   void* dm = nullptr;                     // (B) acc or null: coef_i dL_i/dm
   double* lpos = nullptr;                 // (B) or null: logit of the positive
   double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
-  double* column_max = nullptr;           // (N) symmetric only: running maximum and sum over the rows so far
+  double* column_max = nullptr;           // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
   double* column_sum = nullptr;           // (N)
   const void* s_diag = nullptr;           // (N) acc: s_jj, needed by exclude in columns
   const double* lneg_column = nullptr;    // (N) symmetric only: the finished log-sums of the columns

@@ -21,31 +21,39 @@ namespace pycse::PYCSE_ISA {
 constexpr int64_t kBlock = 256;  // keys visited at a time: the additive bias of a block stays in L1
 constexpr int64_t kLane = 16;    // floats of the widest vector: a ragged tail is padded to this, never run as scalars
 
+// Logits are in units of log 2 where they meet the exponential: bits(s) = (q s + b) s / (tau ln 2) = (u s + v) s.
+template <class A>
+struct Bits {
+  A u, v;
+  explicit Bits(const Logit<A>& l) : u(A(l.q * l.inv_tau * kLog2e)), v(A(l.b * l.inv_tau * kLog2e)) {}
+};
+
+// What is added to the bits of a key: offset (minus the row's shift) for a negative, -inf for a key that is none,
+// hard_weight more for one of the row's own hard negatives.
 template <class A>
 struct alignas(64) Bias {
   A values[kBlock];
-  A zeros[kBlock] = {};
+  A plain[kBlock];  // offset everywhere: most blocks
+  A offset = 0;
+  void set(A value) {
+    offset = value;
+    for (int64_t k = 0; k < kBlock; ++k) plain[k] = value;
+  }
 };
 
-// What is added to the logits of row i's keys [a, a + n): 0 for a negative, -inf for a key that is none (the positive,
-// a key with the row's id, a key above the threshold), hard_weight for the row's own hard negatives.
-// `positive` is the row's positive, or -1 where none is to be left out. Padding [n, padded) is left out too.
+// The bias of row i's keys [a, a + n); no negatives are the positive, a key with the row's id, a key above the threshold,
+// and the padding [n, padded).
 template <class T, class A>
 PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive, const T* S, const A* r2, A threshold,
                               int64_t a, int64_t n, int64_t padded, Bias<A>& bias) {
   const A minus_inf = -INFINITY;
-  // The first own hard negative at or after a: kB + i with k >= 1.
-  int64_t hard = p.N;
-  if (p.hard_weight != 0) {
-    int64_t k = std::max<int64_t>(1, (a - i + p.B - 1) / p.B);
-    hard = k * p.B + i;
-  }
-  bool has_positive = positive >= a && positive < a + n;
-  bool plain = !p.query_ids && !p.exclude && n == padded && !has_positive && hard >= a + n;
-  if (plain) return bias.zeros;
+  int64_t hard = p.N;  // the first own hard negative at or after a: kB + i with k >= 1
+  if (p.hard_weight != 0) hard = std::max<int64_t>(1, (a - i + p.B - 1) / p.B) * p.B + i;
+  const bool has_positive = positive >= a && positive < a + n;
+  if (!p.query_ids && !p.exclude && n == padded && !has_positive && hard >= a + n) return bias.plain;
 
   A* v = bias.values;
-  for (int64_t k = 0; k < padded; ++k) v[k] = 0;
+  for (int64_t k = 0; k < padded; ++k) v[k] = bias.offset;
   if (p.query_ids) {
     const int64_t id = p.query_ids[i];
     const int64_t* ids = p.key_ids + a;
@@ -53,28 +61,29 @@ PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive,
   }
   if (p.exclude)
     for (int64_t k = 0; k < n; ++k) v[k] = load(S[k]) * r2[k] > threshold ? minus_inf : v[k];
-  for (; hard < a + n; hard += p.B) v[hard - a] += A(p.hard_weight);
+  for (; hard < a + n; hard += p.B) v[hard - a] += A(p.hard_weight * kLog2e);
   if (has_positive) v[positive - a] = minus_inf;
   for (int64_t k = n; k < padded; ++k) v[k] = minus_inf;
   return v;
 }
 
 struct Sums {
-  double z = 0, el = 0, es = 0;  // sum over the negatives of e, e l, e s (the last two for dL/dtau and dL/dm)
+  double z = 0, el = 0, es = 0;  // over the negatives: e, e l and e s (the last two for dL/dtau and dL/dm)
 };
 
+// Not inlined: inside a larger body GCC keeps these loops scalar, ten times slower; a call for each block is free.
 template <bool Grad, bool Params, class T, class A>
-PYCSE_INLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t n, Logit<A> logit, A shift, Sums& sums) {
+PYCSE_NOINLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t n, Logit<A> logit, Bits<A> bits,
+                          Sums& sums) {
   A z = 0, el = 0, es = 0;
 #pragma omp simd reduction(+ : z, el, es)
   for (int64_t k = 0; k < n; ++k) {
     A r = r2[k];
     A s = load(S[k]) * r;
-    A l = logit(s);
-    A e = exp_(l - shift + bias[k]);
+    A e = exp2_((bits.u * s + bits.v) * s + bias[k]);
     z += e;
     if constexpr (Params) {
-      el += e * l;
+      el += e * logit(s);
       es += e * s;
     }
     if constexpr (Grad) g[k] = e * logit.slope(s) * r;
@@ -85,16 +94,23 @@ PYCSE_INLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t n,
 }
 
 template <class T, class A>
-PYCSE_INLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Logit<A> logit, A best) {
+PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bits<A> bits, A best) {
 #pragma omp simd reduction(max : best)
   for (int64_t k = 0; k < n; ++k) {
-    A l = logit(load(S[k]) * r2[k]) + bias[k];
-    best = l > best ? l : best;
+    A s = load(S[k]) * r2[k];
+    A x = (bits.u * s + bits.v) * s + bias[k];
+    best = x > best ? x : best;
   }
   return best;
 }
 
-// Runs body(a, n, S, r2, bias, g) over the row's keys in blocks whose length is a multiple of kLane; the ragged last
+template <class T, class A>
+PYCSE_NOINLINE void scale(const A* g, A f, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) store(out[k], g[k] * f);
+}
+
+// Runs body(n, S, r2, bias, g) over the row's keys in blocks whose length is a multiple of kLane; the ragged last
 // lanes run on padded copies.
 template <class T, class A, class F>
 PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold, A* g,
@@ -125,42 +141,44 @@ PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
 }
 
 // One row: the loss (returned through p), and with Grad the gradient in place of S. g is S itself when T is A.
+// bias.offset is -shift in bits where the shift is fixed.
 template <bool Grad, bool Params, class T>
 PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<acc_t<T>>& bias) {
   using A = acc_t<T>;
   const A* r2 = static_cast<const A*>(p.r2);
   const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
   const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
+  const Bits<A> bits(logit);
   const int64_t pos = p.positives ? p.positives[i] : i;
   const A s_pos = load(S[pos]) * r2[pos];
   const double l_pos = logit_pos(s_pos);
   const A threshold = s_pos + A(p.exclude_above);
 
-  A shift = A(p.shift);
   if (!p.fixed_shift) {
-    shift = A(l_pos);
+    bias.set(0);
+    A top = A(l_pos * kLog2e);
     over_blocks(p, i, pos, S, r2, threshold, static_cast<A*>(nullptr), bias,
                 [&](int64_t n, const T* s, const A* r, const A* b, A*) __attribute__((always_inline)) {
-                  shift = block_max(s, r, b, n, logit, shift);
+                  top = block_max(s, r, b, n, bits, top);
                 });
+    bias.set(-top);
   }
 
   Sums sums;
   over_blocks(p, i, pos, S, r2, threshold, g, bias,
               [&](int64_t n, const T* s, const A* r, const A* b, A* out) __attribute__((always_inline)) {
-                visit<Grad, Params>(s, r, b, out, n, logit, shift, sums);
+                visit<Grad, Params>(s, r, b, out, n, logit, bits, sums);
               });
 
-  const double z_neg = sums.z, z = z_neg + std::exp(l_pos - shift);
-  const double l_neg = std::log(z_neg) + shift;
+  const double z_neg = sums.z, z = z_neg + std::exp2(l_pos * kLog2e + double(bias.offset));
+  const double l_neg = (std::log2(z_neg) - double(bias.offset)) * kLn2;
   if (p.loss) static_cast<A*>(p.loss)[i] = A(z_neg == 0 ? 0 : softplus(l_neg - l_pos));
   if (p.lpos) p.lpos[i] = l_pos;
   if (p.lneg) p.lneg[i] = l_neg;
   if constexpr (Grad) {
     const double coef = coef_of<A>(p, i) / z;
-    const A f = A(coef * p.inv_tau);
     const A g_pos = A(-z_neg * coef * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[pos]));
-    for (int64_t k = 0; k < p.N; ++k) store(S[k], g[k] * f);
+    scale(g, A(coef * p.inv_tau), S, p.N);
     store(S[pos], g_pos);
     if constexpr (Params) {
       if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-coef * p.inv_tau * (sums.el - z_neg * l_pos));
@@ -175,6 +193,7 @@ void rows_of(const Contrastive& p, const Panel& panel) {
 #pragma omp parallel for num_threads(panel.threads) schedule(static)
   for (int t = 0; t < panel.threads; ++t) {
     Bias<A> bias;
+    bias.set(A(-p.shift * kLog2e));
     const int64_t begin = panel.c * t / panel.threads, end = panel.c * (t + 1) / panel.threads;
     for (int64_t k = begin; k < end; ++k) {
       T* S = static_cast<T*>(panel.S) + k * panel.ld;

@@ -16,7 +16,7 @@
 namespace pycse::PYCSE_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kDotRows = 4, kDotCols = 5, kRows = 6, kVecs = 4;  // 20 and 24 of 32 registers accumulate
+constexpr int kWidth = 16, kDotRows = 6, kDotCols = 4, kRows = 6, kVecs = 4;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
 constexpr int kWidth = 8, kDotRows = 3, kDotCols = 3, kRows = 4, kVecs = 2;   // 9 and 8 of 16
 #else
@@ -37,15 +37,25 @@ PYCSE_INLINE vec load_vec(const bf16* x) {
   std::memcpy(&h, x, sizeof h);
   return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
-PYCSE_INLINE float total(vec v) {
-  float sum = 0;
-  for (int k = 0; k < kWidth; ++k) sum += v[k];
-  return sum;
+// Sum of the lanes, by halves.
+typedef float vec4 __attribute__((vector_size(16)));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec16 __attribute__((vector_size(64)));
+PYCSE_INLINE float total(vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+PYCSE_INLINE float total(vec8 v) {
+  vec4 halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return total(halves[0] + halves[1]);
+}
+PYCSE_INLINE float total(vec16 v) {
+  vec8 halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return total(halves[0] + halves[1]);
 }
 
 // S[i0:i1, :] = diag(r1) x y^T. Rows past an edge repeat the last one and are not stored.
 template <class T>
-PYCSE_INLINE void similarities(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t i0, int64_t i1, int64_t N,
+PYCSE_NOINLINE void similarities(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t i0, int64_t i1, int64_t N,
                                int64_t D, const float* r1, float* S) {
   const int64_t whole = D / kWidth * kWidth;
   for (int64_t i = i0; i < i1; i += kDotRows)
@@ -96,7 +106,7 @@ PYCSE_INLINE void product_tile(const float* const* G, int64_t step, const T* z, 
 
 // out[i0:i1, :] = sum_j G(i, j) z_j, with G(i, j) = G[i * row + j * step].
 template <class T>
-PYCSE_INLINE void product(const float* G, int64_t row, int64_t step, const T* z, int64_t ld, int64_t n, int64_t D,
+PYCSE_NOINLINE void product(const float* G, int64_t row, int64_t step, const T* z, int64_t ld, int64_t n, int64_t D,
                           int64_t i0, int64_t i1, float* out) {
   constexpr int64_t wide = kVecs * kWidth;
   for (int64_t d = 0; d < D;) {
@@ -154,6 +164,7 @@ void small_of(Contrastive p, const Small& q) {
     similarities(z1, q.ld1, z2, q.ld2, i0, i1, N, D, r1, S);
 #pragma omp barrier
     Bias<float> bias;
+    bias.set(float(-p.shift * kLog2e));
     for (int64_t i = i0; i < i1; ++i) {
       float* s = S + i * N;
       if (!grad) row<false, false, float>(p, i, s, s, bias);

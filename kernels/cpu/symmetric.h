@@ -11,12 +11,14 @@
 
 namespace pycse::PYCSE_ISA {
 
-// -inf for pairs (i, j) that are no negatives of COLUMN j, else 0; thresholds compare with s_jj.
+// bias[k] for the pairs (i, a + k): -inf where i is no negative of COLUMN a + k (thresholds compare with s_jj), else
+// offset[k], minus the column's shift in bits.
 template <class T, class A>
-PYCSE_INLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int64_t a, int64_t n, A* bias) {
+PYCSE_NOINLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int64_t a, int64_t n, const A* offset,
+                                A* bias) {
   const A minus_inf = -INFINITY;
   const A* r2 = static_cast<const A*>(p.r2) + a;
-  for (int64_t k = 0; k < n; ++k) bias[k] = 0;
+  for (int64_t k = 0; k < n; ++k) bias[k] = offset[k];
   if (p.query_ids) {
     const int64_t id = p.query_ids[i];
     for (int64_t k = 0; k < n; ++k) bias[k] = p.key_ids[a + k] == id ? minus_inf : bias[k];
@@ -29,43 +31,56 @@ PYCSE_INLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int64
   if (i >= a && i < a + n) bias[i - a] = minus_inf;
 }
 
-// Folds the panel's rows into each column's running maximum and sum of exponentials.
+template <class T, class A>
+PYCSE_NOINLINE void column_tops(const T* S, const A* r2, const A* bias, int64_t n, Bits<A> bits, A* top) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    A s = load(S[k]) * r2[k];
+    A x = (bits.u * s + bits.v) * s + bias[k];
+    top[k] = x > top[k] ? x : top[k];
+  }
+}
+
+template <class T, class A>
+PYCSE_NOINLINE void column_sums(const T* S, const A* r2, const A* bias, int64_t n, Bits<A> bits, A* sum) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    A s = load(S[k]) * r2[k];
+    sum[k] += exp2_((bits.u * s + bits.v) * s + bias[k]);
+  }
+}
+
+// Folds the panel's rows into each column's running maximum (in bits) and sum of exponentials.
 template <class T>
 void columns_of(const Contrastive& p, const Panel& panel) {
   using A = acc_t<T>;
-  const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
+  const Bits<A> bits(negative_logit<A>(p.focal, A(p.m), A(p.inv_tau)));
   const int64_t blocks = (p.N + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(panel.threads) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t a = block * kBlock, n = std::min(kBlock, p.N - a);
     const A* r2 = static_cast<const A*>(p.r2) + a;
-    alignas(64) A bias[kBlock], shift[kBlock], sum[kBlock];
+    alignas(64) A bias[kBlock], offset[kBlock] = {}, top[kBlock], sum[kBlock] = {};
     double* column_max = p.column_max + a;
     double* column_sum = p.column_sum + a;
-    auto row_of = [&](int64_t k) { return static_cast<const T*>(panel.S) + k * panel.ld + a; };
+    auto row_of = [&](int64_t c) { return static_cast<const T*>(panel.S) + c * panel.ld + a; };
 
-    for (int64_t k = 0; k < n; ++k) shift[k] = A(p.fixed_shift ? p.shift : column_max[k]), sum[k] = 0;
+    for (int64_t k = 0; k < n; ++k) top[k] = A(p.fixed_shift ? p.shift * kLog2e : column_max[k]);
     if (!p.fixed_shift)
       for (int64_t c = 0; c < panel.c; ++c) {
-        const T* S = row_of(c);
-        column_bias(p, panel.i0 + c, S, a, n, bias);
-#pragma omp simd
-        for (int64_t k = 0; k < n; ++k) {
-          A l = logit(load(S[k]) * r2[k]) + bias[k];
-          shift[k] = l > shift[k] ? l : shift[k];
-        }
+        column_bias(p, panel.i0 + c, row_of(c), a, n, offset, bias);
+        column_tops(row_of(c), r2, bias, n, bits, top);
       }
+    for (int64_t k = 0; k < n; ++k) offset[k] = top[k] == -INFINITY ? A(0) : -top[k];
     for (int64_t c = 0; c < panel.c; ++c) {
-      const T* S = row_of(c);
-      column_bias(p, panel.i0 + c, S, a, n, bias);
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) sum[k] += exp_(logit(load(S[k]) * r2[k]) + bias[k] - shift[k]);
+      column_bias(p, panel.i0 + c, row_of(c), a, n, offset, bias);
+      column_sums(row_of(c), r2, bias, n, bits, sum);
     }
     for (int64_t k = 0; k < n; ++k) {
-      if (shift[k] == -INFINITY) continue;  // no negative yet
-      double old = column_sum[k];
-      column_sum[k] = (old == 0 ? 0 : old * std::exp(column_max[k] - double(shift[k]))) + double(sum[k]);
-      column_max[k] = double(shift[k]);
+      if (top[k] == -INFINITY) continue;  // no negative yet
+      const double old = column_sum[k];
+      column_sum[k] = (old == 0 ? 0 : old * std::exp2(column_max[k] - double(top[k]))) + double(sum[k]);
+      column_max[k] = double(top[k]);
     }
   }
 }
@@ -84,11 +99,32 @@ PYCSE_INLINE double log_add(double x, double y) {
 }
 PYCSE_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+// One block of a row: S -> G. Returns sum P l and sum P s through the last two arguments, P = dLoss/dl.
+template <bool Params, class T, class A>
+PYCSE_NOINLINE void symmetric_block(T* S, const A* r2, const A* row_bias, const A* column_bias, int64_t n,
+                                    Logit<A> logit, Bits<A> bits, A coef_i, const A* coef_j, double& el, double& es) {
+  A sum_l = 0, sum_s = 0;
+#pragma omp simd reduction(+ : sum_l, sum_s)
+  for (int64_t k = 0; k < n; ++k) {
+    A s = load(S[k]) * r2[k];
+    A x = (bits.u * s + bits.v) * s;
+    A P = A(0.5) * (coef_i * exp2_(x + row_bias[k]) + coef_j[k] * exp2_(x + column_bias[k]));
+    if constexpr (Params) {
+      sum_l += P * logit(s);
+      sum_s += P * s;
+    }
+    store(S[k], P * logit.slope(s) * logit.inv_tau * r2[k]);
+  }
+  el += sum_l;
+  es += sum_s;
+}
+
 template <bool Params, class T>
 void symmetric_of(const Contrastive& p, const Panel& panel) {
   using A = acc_t<T>;
   const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
   const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
+  const Bits<A> bits(logit);
   const A* r2 = static_cast<const A*>(p.r2);
   const A* coef = static_cast<const A*>(p.coef);
   const A* lse_column = static_cast<const A*>(p.lse_column);
@@ -97,31 +133,17 @@ void symmetric_of(const Contrastive& p, const Panel& panel) {
     const int64_t i = panel.i0 + c;
     T* S = static_cast<T*>(panel.S) + c * panel.ld;
     Bias<A> row_bias;
-    alignas(64) A col_bias[kBlock];
+    alignas(64) A offset[kBlock], bias[kBlock];
     const A s_pos = load(S[i]) * r2[i];
     const double l_pos = p.lpos[i];
-    const A lse = A(log_add(p.lneg[i], l_pos)), threshold = s_pos + A(p.exclude_above);
+    row_bias.set(A(-log_add(p.lneg[i], l_pos) * kLog2e));
     double el = 0, es = 0;
     for (int64_t a = 0; a < p.N; a += kBlock) {
       const int64_t n = std::min(kBlock, p.N - a);
-      T* s_block = S + a;
-      const A* bias = bias_of(p, i, i, s_block, r2 + a, threshold, a, n, n, row_bias);
-      column_bias(p, i, s_block, a, n, col_bias);
-      const A half = A(0.5), coef_i = coef[i], *coef_j = coef + a, *lse_j = lse_column + a;
-      A sum_l = 0, sum_s = 0;
-#pragma omp simd reduction(+ : sum_l, sum_s)
-      for (int64_t k = 0; k < n; ++k) {
-        A s = load(s_block[k]) * r2[a + k];
-        A l = logit(s);
-        A P = half * (coef_i * exp_(l + bias[k] - lse) + coef_j[k] * exp_(l + col_bias[k] - lse_j[k]));
-        if constexpr (Params) {
-          sum_l += P * l;
-          sum_s += P * s;
-        }
-        store(s_block[k], P * logit.slope(s) * r2[a + k] * logit.inv_tau);
-      }
-      el += sum_l;
-      es += sum_s;
+      for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
+      column_bias(p, i, S + a, a, n, offset, bias);
+      symmetric_block<Params>(S + a, r2 + a, bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias),
+                              bias, n, logit, bits, coef[i], coef + a, el, es);
     }
     const double P_pos = -0.5 * double(coef[i]) * (sigmoid(p.lneg[i] - l_pos) + sigmoid(p.lneg_column[i] - l_pos));
     store(S[i], A(P_pos * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[i])));

@@ -1,5 +1,5 @@
 """torch.library operators: schema, fake kernel, autograd and autocast. One boundary for each public call."""
 
-from pycse.ops.contrastive import contrastive
+from pycse.ops.contrastive import loss as contrastive_loss
 
-__all__ = ["contrastive"]
+__all__ = ["contrastive_loss"]

@@ -10,6 +10,7 @@ compute them again through the same op.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ _library.define(
 )
 contrastive = torch.ops.pycse.contrastive.default
 
-# Arguments that may require gradients, in the order of Needs, and where they stand in the schema.
-_DIFFERENTIABLE = 5
+# Where arguments stand in the schema: those that may require gradients come first, in the order of Needs.
+_DIFFERENTIABLE, _TENSORS, _WEIGHT, _REDUCTION = 5, 8, 4, 15
 _EMPTY = (0,)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_GUARD = contextlib.nullcontext()
 
 
 def _gradient_dtype(z: Tensor) -> torch.dtype:
@@ -69,7 +72,7 @@ def _forward(
     backend: str,
     validate: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     run = backends.module(backend, z1.device.type, "contrastive").contrastive
     if validate or z1.device.type == "cpu":
         check_values(z1, z2, temperature, m, weight, positives, focal)
@@ -94,19 +97,23 @@ def _forward(
     out = run(p)
     loss = out.loss if out.loss is not None and reduction != "none" else p.reduce(out.rows)
 
-    def given(gradient: Tensor | None, like: Tensor | None) -> Tensor:
-        if gradient is None or like is None:
-            return z1.new_empty(_EMPTY)
-        return gradient if like is z1 or like is z2 else gradient.to(like.dtype)
+
+    def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return gradient if gradient is None or like is None else gradient.to(like.dtype)
 
     return (
         loss,
-        given(out.dz1, z1),
-        given(out.dz2, z2),
-        given(out.dtemperature, temperature),
-        given(out.dm, m),
-        given(p.weight_gradient(out.rows), weight) if need.weight else z1.new_empty(_EMPTY),
+        out.dz1,
+        out.dz2,
+        in_type_of(out.dtemperature, temperature),
+        in_type_of(out.dm, m),
+        in_type_of(p.weight_gradient(out.rows), weight) if need.weight else None,
     )
+
+
+def _implementation(*args: Any) -> tuple[Tensor, ...]:
+    """_forward for the dispatcher: an op returns tensors, none of which are None or alias each other."""
+    return tuple(args[0].new_empty(_EMPTY) if t is None else t for t in _forward(*args))
 
 
 @torch.library.register_fake("pycse::contrastive", lib=_library)
@@ -127,81 +134,85 @@ def _fake(z1, z2, temperature, m, weight, *args):
 
 
 class _Contrastive(torch.autograd.Function):
-    """Arguments are the op's, the last one (needs) left out."""
+    """Arguments are ``run`` (the op, or in eager mode its implementation) and the op's, needs left out."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(ctx: Any, run: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
-        reduction = args[15]
-        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        now = [False] * _DIFFERENTIABLE if reduction == "none" else needs
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, *gradients = contrastive(*args, now)
-        ctx.save_for_backward(*args[:8])
-        ctx.options, ctx.needs = args[8:], needs
-        ctx.gradients = None if reduction == "none" else gradients
+        needs = list(ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
+        unknown = args[_REDUCTION] == "none"  # the upstream gradient is a vector that only backward knows
+        loss, *gradients = run(*args, [False] * _DIFFERENTIABLE if unknown else needs)
+        ctx.save_for_backward(*args[:_TENSORS])
+        ctx.options, ctx.needs, ctx.run = args[_TENSORS:], needs, run
+        ctx.gradients = None if unknown else gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> Any:
-        nothing = (None,) * (len(ctx.options) + 3)
+        tensors = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * (1 + _TENSORS + len(ctx.options))
         if upstream is None:
-            return (None,) * _DIFFERENTIABLE + nothing
-        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            return tuple(result)
+        twice = torch.is_grad_enabled()  # create_graph
+        with torch.no_grad() if twice else _NO_GUARD:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
                 gradients, upstream = _again(ctx, upstream)
-            result = [
-                _scaled(gradient, upstream, tensor) if needed else None
-                for gradient, tensor, needed in zip(gradients, ctx.saved_tensors, ctx.needs)
-            ]
-        if torch.is_grad_enabled():  # create_graph: fail where the second derivative is asked for
-            result = _twice(result)
-        return (*result, *nothing)
+            for k, needed in enumerate(ctx.needs):
+                if needed:
+                    result[k + 1] = _scaled(gradients[k], upstream, tensors[k])
+        return tuple(_raise_on_use(result) if twice else result)
 
 
 def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     """The gradients once more, and what is left to multiply them by."""
     tensors, options = list(ctx.saved_tensors), list(ctx.options)
-    one = upstream.new_ones(())
-    with torch._C._AutoDispatchBelowAutograd():
-        if options[7] != "none":
-            return list(contrastive(*tensors, *options, ctx.needs)[1:]), upstream
+    with torch.autocast(upstream.device.type, enabled=False):
+        if options[_REDUCTION - _TENSORS] != "none":
+            return list(ctx.run(*tensors, *options, ctx.needs)[1:]), upstream
         # sum_i u_i w_i L_i: the upstream gradient of each row is its weight.
-        weight, options[7] = tensors[4], "sum"
-        tensors[4] = upstream if weight is None else upstream * weight
-        *gradients, rows = contrastive(*tensors, *options, ctx.needs)[1:]
-    return [*gradients, rows * upstream if ctx.needs[4] else rows], one
+        weight, options[_REDUCTION - _TENSORS] = tensors[_WEIGHT], "sum"
+        tensors[_WEIGHT] = upstream if weight is None else upstream * weight
+        *gradients, rows = ctx.run(*tensors, *options, ctx.needs)[1:]
+    return [*gradients, rows * upstream if ctx.needs[_WEIGHT] else rows], upstream.new_ones(())
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     if type(gradient) is not Tensor:  # being traced: no values, nothing in place
         return (gradient * upstream).to(like.dtype)
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient.to(like.dtype)
-    return gradient.mul_(upstream).to(like.dtype)
+    if upstream.device.type != "cpu" or upstream.item() != 1:
+        gradient.mul_(upstream)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
-def _twice(gradients: list[Tensor | None]) -> list[Tensor | None]:
+def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients, raising where a second derivative is taken through them."""
     message = (
         b"pycse: double backward through a fused loss is not supported (its gradients are made in forward); "
         b"use backend='reference' for second derivatives"
     )
-    kept = [g for g in gradients if g is not None]
-    raising = torch._C._functions.DelayedError(message, len(kept))
-    marked = iter(raising(*[g.detach().requires_grad_() for g in kept]) if len(kept) > 1 else [raising(kept[0].detach().requires_grad_())])
-    return [None if g is None else next(marked) for g in gradients]
+    raising = torch._C._functions.DelayedError(message, 1)
+    return [None if g is None else raising(g.detach().requires_grad_()) for g in gradients]
 
 
-def _autograd(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_DIFFERENTIABLE]):
-        loss = _Contrastive.apply(*args[:-1])
-        return (loss, *(loss.detach().new_empty(_EMPTY) for _ in range(_DIFFERENTIABLE)))
+def _below_autograd(*args: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
         return contrastive(*args)
 
 
+def _wants_gradients(tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autograd(*args: Any) -> tuple[Tensor, ...]:
+    if _wants_gradients(args[:_DIFFERENTIABLE]):
+        loss = _Contrastive.apply(_below_autograd, *args[:-1])
+        return (loss, *(loss.detach().new_empty(_EMPTY) for _ in range(_DIFFERENTIABLE)))
+    return _below_autograd(*args)
+
+
 def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
+    """Casts the embeddings only, never the temperature, m or weights."""
     keys = torch._C.DispatchKeySet(key)
 
     def kernel(z1: Tensor, z2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -216,7 +227,26 @@ def _autocast(device: str, key: torch._C.DispatchKey) -> Any:
     return kernel
 
 
-_library.impl("contrastive", _forward, "CompositeExplicitAutograd")
+_library.impl("contrastive", _implementation, "CompositeExplicitAutograd")
 _library.impl("contrastive", _autograd, "Autograd")
 _library.impl("contrastive", _autocast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
 _library.impl("contrastive", _autocast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+
+
+def loss(z1: Tensor, z2: Tensor, *rest: Any) -> Tensor:
+    """The op's loss for the arguments of its schema up to ``validate``.
+
+    Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
+    """
+    plain = (
+        not torch.compiler.is_compiling()
+        and type(z1) in _PLAIN
+        and type(z2) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.is_autocast_enabled(z1.device.type)
+    )
+    if not plain:
+        return contrastive(z1, z2, *rest, [False] * _DIFFERENTIABLE)[0]
+    if _wants_gradients((z1, z2, *rest[: _DIFFERENTIABLE - 2])):
+        return _Contrastive.apply(_forward, z1, z2, *rest)
+    return _forward(z1, z2, *rest, [False] * _DIFFERENTIABLE)[0]

@@ -6,6 +6,8 @@ temporaries of the panel's size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,10 +98,10 @@ class Kernels(panel.Kernels):
         sums = self.state.sums
         assert sums is not None
         s, pos, _, i = self._panel(S, i0)
-        l = self._negatives(s, pos, sums.s_diag, i)
+        l = self._negatives(s, pos, sums.s_diag, i) / math.log(2)
         top = torch.maximum(sums.column_max, l.amax(0))
         safe = torch.where(torch.isneginf(top), 0, top)
-        sums.column_sum.mul_((sums.column_max - safe).exp()).add_((l - safe).exp().sum(0))
+        sums.column_sum.mul_((sums.column_max - safe).exp2()).add_((l - safe).exp2().sum(0))
         sums.column_max.copy_(top)
 
     def symmetric(self, S: Tensor, i0: int) -> None:
