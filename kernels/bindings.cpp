@@ -21,7 +21,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Contrastive>(m, "Contrastive")
       .def(py::init([](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift,
-                       double hard_weight, std::optional<double> exclude_above, Address r2, Address positives,
+                       double hard_weight, std::optional<double> exclude_above, Address r2, Address s_pos, Address positives,
                        Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dtau,
                        Address dm) {
              Contrastive p;
@@ -29,25 +29,25 @@ PYBIND11_MODULE(_native, m) {
              p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
              p.hard_weight = hard_weight;
              p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
-             p.r2 = at(r2), p.positives = at<int64_t>(positives);
+             p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
              p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
              p.coef = at(coef), p.coef_all = coef_all;
              p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
              return p;
            }),
            py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
-           py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("positives") = 0,
+           py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0, py::arg("positives") = 0,
            py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
            py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0)
       .def(
           "symmetric_state",
-          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum, Address s_diag,
+          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum,
              Address lneg_column, Address lse_column) {
             p.lpos = at<double>(lpos), p.lneg = at<double>(lneg);
             p.column_max = at<double>(column_max), p.column_sum = at<double>(column_sum);
-            p.s_diag = at(s_diag), p.lneg_column = at<double>(lneg_column), p.lse_column = at(lse_column);
+            p.lneg_column = at<double>(lneg_column), p.lse_column = at(lse_column);
           },
-          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"), py::arg("s_diag"),
+          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
           py::arg("lneg_column"), py::arg("lse_column"));
 
   auto panel = [](int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address scratch, int threads) {
@@ -86,10 +86,17 @@ PYBIND11_MODULE(_native, m) {
       },
       nogil());
   m.def(
+      "positives",
+      [](const Contrastive& p, int dtype, Address z1hat, int64_t ld1, Address z2, int64_t ld2, int64_t D, int64_t i0,
+         int64_t n, int threads) {
+        cpu_kernels().positives(p, DType(dtype), at(z1hat), ld1, at(z2), ld2, D, i0, n, threads);
+      },
+      nogil());
+  m.def(
       "small",
       [](const Contrastive& p, int dtype, int64_t D, Address z1, int64_t ld1, Address z2, int64_t ld2, bool normalize,
          Address work, Address dz1, Address dz2, Address total, int threads) {
-        cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, at<float>(work), at(dz1),
+        return cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, at<float>(work), at(dz1),
                                      at(dz2), at<float>(total), threads});
       },
       nogil());

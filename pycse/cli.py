@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -53,7 +54,7 @@ def quiet(local: bool) -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def is_local(model: Optional[str]) -> bool:
+def is_local(model: str | None) -> bool:
     """Whether the model lies on this disk; UserError for a path that holds none."""
     from pycse.training.encoder import resolve_model
 
@@ -70,37 +71,60 @@ def info() -> None:
 
 @app.command()
 def train(
-    model: Annotated[Optional[str], typer.Option(
-        help="Hugging Face id or folder of the encoder to start from. Default: the all-MiniLM-L6-v2 that comes with "
-             "the training extras.")] = None,
-    layers: Annotated[Optional[str], typer.Option(
-        help=f"Layers to keep, from 0, as in 0,2,4, or all. Default: {DEFAULT_LAYERS} of the default model, all of "
-             "another.")] = None,
-    train_file: Annotated[Optional[str], typer.Option(
-        help="Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a "
-             "hard negative). Default: English Wikipedia sentences that come with the training extras.")] = None,
-    eval_file: Annotated[Optional[list[str]], typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
-    out: Annotated[Optional[str], typer.Option(
-        help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face id or folder of the encoder to start from. Default: the all-MiniLM-L6-v2 that comes "
+            "with the training extras."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Layers to keep, from 0, as in 0,2,4, or all. Default: {DEFAULT_LAYERS} of the default model, all of "
+            "another."
+        ),
+    ] = None,
+    train_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a "
+            "hard negative). Default: English Wikipedia sentences that come with the training extras."
+        ),
+    ] = None,
+    positives: Annotated[
+        str | None,
+        typer.Option(
+            help="What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE) or "
+            "next (the sentence after it). Default: dropout for --train-file, next for the default text."
+        ),
+    ] = None,
+    eval_file: Annotated[list[str] | None, typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = DEFAULTS.recipe,
     temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = DEFAULTS.temperature,
-    m: Annotated[Optional[float], typer.Option(
-        help=f"Hardness, recipe focal only. Default: {RECIPES['focal'].own['m']}.")] = None,
-    hard_negative_weight: Annotated[float, typer.Option(
-        help="Added to the logits of a row's own hard negatives.")] = DEFAULTS.hard_negative_weight,
+    m: Annotated[
+        float | None, typer.Option(help=f"Hardness, recipe focal only. Default: {RECIPES['focal'].own['m']}.")
+    ] = None,
+    hard_negative_weight: Annotated[
+        float, typer.Option(help="Added to the logits of a row's own hard negatives.")
+    ] = DEFAULTS.hard_negative_weight,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Mean of the loss in both directions.")] = False,
-    backend: Annotated[str, typer.Option(
-        help="Backend of the loss; pycse info lists them.")] = DEFAULTS.backend,
+    backend: Annotated[str, typer.Option(help="Backend of the loss; pycse info lists them.")] = DEFAULTS.backend,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = DEFAULTS.batch_size,
-    steps: Annotated[Optional[int], typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Times through the text, instead of --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times through the text, instead of --steps.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate, linear warm-up and decay.")] = DEFAULTS.lr,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = DEFAULTS.warmup,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = DEFAULTS.weight_decay,
-    max_length: Annotated[int, typer.Option(
-        help="Tokens that training text is cut at; evaluation reads as far as the encoder can.")] = DEFAULTS.max_length,
-    eval_steps: Annotated[Optional[int], typer.Option(
-        help=f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens that training text is cut at; evaluation reads as far as the encoder can.")
+    ] = DEFAULTS.max_length,
+    eval_steps: Annotated[
+        int | None, typer.Option(help=f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of dropout and of the order of the text.")] = DEFAULTS.seed,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = DEFAULTS.device,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision in bfloat16.")] = False,
@@ -122,7 +146,7 @@ def train(
         from pycse.training import report
         from pycse.training.train import train as run_training
 
-        console = Console()
+        console = Console(markup=False, highlight=False)  # square brackets in file names are no markup
         run, folder = run_training(settings, console)
         report.show_and_write(run, folder, console)
 
@@ -130,11 +154,11 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hugging Face id or folder of the encoder.")],
-    eval_file: Annotated[Optional[list[str]], typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
+    eval_file: Annotated[list[str] | None, typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, from 0, as in 0,2,4.")] = "all",
     batch_size: Annotated[int, typer.Option(help="Texts embedded at a time.")] = 64,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = DEFAULTS.device,
-    json: Annotated[Optional[str], typer.Option(help="New file to write the scores to as well.")] = None,
+    json: Annotated[str | None, typer.Option(help="New file to write the scores to as well.")] = None,
 ) -> None:
     """Print Spearman on the Lee documents and on every --eval-file, alignment and uniformity."""
     with reported("eval"):
@@ -157,14 +181,17 @@ def evaluate(
         if keep is not None:
             keep_layers(encoder, keep)
         scores = scores_of(encoder, sets, batch_size)
-        Console().print(report.scores_table({"score": scores}, title=f"Evaluation of {model}"))
+        Console(markup=False, highlight=False).print(
+            report.scores_table({"score": scores}, title=f"Evaluation of {model}")
+        )
         if json is not None:
             report.write_json({"model": model, "scores": scores}, Path(json))
 
 
 def main() -> None:
     """Entry point of the `pycse` command."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a plain curve, not a traceback
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a poorer curve, not a traceback
     app(prog_name="pycse")
 
 

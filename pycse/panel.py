@@ -37,12 +37,11 @@ class LogSums:
     column_sum: Tensor
     lneg_column: Tensor  # as lneg, for columns
     lse_column: Tensor  # lneg_column with the positive
-    s_diag: Tensor  # s_jj: columns compare with it, and their panel may come later
 
     @classmethod
     def empty(cls, B: int, wide: torch.dtype, p: Contrastive) -> LogSums:
         new = lambda dtype: torch.empty(B, dtype=dtype, device=p.z1.device)  # noqa: E731
-        return cls(new(wide), new(wide), new(wide), new(wide), new(wide), new(p.acc), new(p.acc))
+        return cls(new(wide), new(wide), new(wide), new(wide), new(wide), new(p.acc))
 
 
 @dataclass
@@ -52,6 +51,9 @@ class State:
     r2: Tensor
     coef: Tensor | float
     loss: Tensor
+    # s_i,pos straight from the embeddings: a 16-bit panel has rounded it, and the loss is most sensitive there; and the
+    # columns of a symmetric loss compare with s_jj before their panel comes. None: taken from the panel.
+    s_pos: Tensor | None = None
     dtau: Tensor | None = None
     dm: Tensor | None = None
     sums: LogSums | None = None
@@ -78,6 +80,17 @@ class Kernels:
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         """Losses of the panel's rows; with ``grad`` G over S. Returns f where G lacks the rows' factors."""
         raise NotImplementedError
+
+    def positives(self, z1hat: Tensor, i0: int) -> None:
+        """state.s_pos of the panel's rows."""
+        p, part = self.p, slice(i0, i0 + z1hat.shape[0])
+        assert self.state.s_pos is not None
+        if p.positives is None:
+            keys, r = p.z2[part], self.state.r2[part]
+        else:
+            j = p.positives[part].clamp(0, p.z2.shape[0] - 1)
+            keys, r = p.z2[j], self.state.r2[j]
+        self.state.s_pos[part] = (z1hat.to(p.acc) * keys.to(p.acc)).sum(1) * r
 
     def columns(self, S: Tensor, i0: int) -> None:
         """Folds the panel into the columns' running maxima and sums."""
@@ -117,6 +130,8 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     state = State(r2=new(N), coef=p.row_coefficients(), loss=new(B))
     state.dtau = new(B) if p.needs.temperature else None
     state.dm = new(B) if p.needs.m else None
+    if z1.dtype == torch.bfloat16 or (p.symmetric and p.exclude_above is not None):
+        state.s_pos = new(B)
     if p.symmetric:
         state.sums = LogSums.empty(B, kernels.statistics, p)
     k = kernels(p, state)
@@ -134,11 +149,13 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         for i0 in range(0, B, c):
             z = z1[i0 : i0 + c]
             n = z.shape[0]
-            if z1hat_panel is None:
-                yield i0, z, z, r1[:n], panel[:n]
-            else:
-                k.normalize(z, r1[:n], z1hat_panel[:n])
-                yield i0, z, z1hat_panel[:n], r1[:n], panel[:n]
+            z1hat = z
+            if z1hat_panel is not None:
+                z1hat = z1hat_panel[:n]
+                k.normalize(z, r1[:n], z1hat)
+            if state.s_pos is not None:
+                k.positives(z1hat, i0)
+            yield i0, z, z1hat, r1[:n], panel[:n]
 
     if p.symmetric:
         _log_sums(p, k, state, panels)
@@ -196,9 +213,8 @@ def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
     sums.column_max.fill_(-torch.inf)
     sums.column_sum.zero_()
     if p.exclude_above is not None:
-        for i0, _, z1hat, _, _ in panels():
-            part = slice(i0, i0 + z1hat.shape[0])
-            sums.s_diag[part] = (z1hat.to(p.acc) * p.z2[part].to(p.acc)).sum(1) * state.r2[part]
+        for _ in panels():  # every s_jj before the first column
+            pass
     for i0, _, z1hat, _, S in panels():
         k.similarities(z1hat, p.z2, S)
         k.rows(S, i0, False)

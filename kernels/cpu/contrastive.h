@@ -17,6 +17,7 @@ struct Contrastive {
   bool exclude = false;
   double exclude_above = 0;               // a key with s_ij > s_i,pos + exclude_above is no negative
   const void* r2 = nullptr;               // (N) acc: 1/|z2_j|, 0 for a zero vector
+  void* s_pos = nullptr;                  // (B) acc: s of the positives from the embeddings; null: from the panel
   const int64_t* positives = nullptr;     // (B) or null: i
   const int64_t* query_ids = nullptr;     // (B) or null
   const int64_t* key_ids = nullptr;       // (N) or null
@@ -29,7 +30,6 @@ struct Contrastive {
   double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
   double* column_max = nullptr;           // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
   double* column_sum = nullptr;           // (N)
-  const void* s_diag = nullptr;           // (N) acc: s_jj, needed by exclude in columns
   const double* lneg_column = nullptr;    // (N) symmetric only: the finished log-sums of the columns
   const void* lse_column = nullptr;       // (N) acc: log(exp(lneg_column) + exp(lpos))
 };
@@ -68,7 +68,10 @@ struct Kernels {
   void (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads);
   void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t n, int64_t D,
                   const void* r, bool scaled, void* out, int threads);
-  void (*small)(const Contrastive&, const Small&);
+  // s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings.
+  void (*positives)(const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
+                    int64_t i0, int64_t n, int threads);
+  bool (*small)(const Contrastive&, const Small&);
 };
 
 }  // namespace pycse

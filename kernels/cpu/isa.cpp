@@ -13,6 +13,6 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, small};
+  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small};
 }
 }  // namespace pycse::PYCSE_ISA

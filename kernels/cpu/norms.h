@@ -53,13 +53,34 @@ inline void normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t
   }
 }
 
+template <class T>
+void positives_of(const Contrastive& p, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
+                  int64_t i0, int64_t n, int threads) {
+  using A = acc_t<T>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t k = 0; k < n; ++k) {
+    const int64_t i = i0 + k, j = p.positives ? p.positives[i] : i;
+    static_cast<A*>(p.s_pos)[i] = dot(static_cast<const T*>(z1hat) + k * ld1, static_cast<const T*>(z2) + j * ld2, D) *
+                                  static_cast<const A*>(p.r2)[j];
+  }
+}
+
+inline void positives(const Contrastive& p, DType dtype, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2,
+                      int64_t D, int64_t i0, int64_t n, int threads) {
+  switch (dtype) {
+    case DType::f32: return positives_of<float>(p, z1hat, ld1, z2, ld2, D, i0, n, threads);
+    case DType::bf16: return positives_of<bf16>(p, z1hat, ld1, z2, ld2, D, i0, n, threads);
+    case DType::f64: return positives_of<double>(p, z1hat, ld1, z2, ld2, D, i0, n, threads);
+  }
+}
+
 template <class T, class G>
 PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, bool scaled, T* out) {
   using A = acc_t<T>;
   const A k = scaled ? A(r != 0) : r;
-  const A along = r * (r * dot(z, g, D));
+  const A along = r * dot(z, g, D);  // r^2 alone may underflow
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * load(z[d])));
+  for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * (r * load(z[d]))));
 }
 
 template <class T, class G>

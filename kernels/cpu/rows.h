@@ -150,7 +150,7 @@ PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<a
   const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
   const Bits<A> bits(logit);
   const int64_t pos = p.positives ? p.positives[i] : i;
-  const A s_pos = load(S[pos]) * r2[pos];
+  const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[pos]) * r2[pos];
   const double l_pos = logit_pos(s_pos);
   const A threshold = s_pos + A(p.exclude_above);
 

@@ -130,8 +130,11 @@ PYCSE_NOINLINE void product(const float* G, int64_t row, int64_t step, const T* 
   }
 }
 
+// Longer rows than this go to the panels, which normalise them before the product: theirs may overflow.
+constexpr double kLongest = 1e15;
+
 template <class T>
-void small_of(Contrastive p, const Small& q) {
+bool small_of(Contrastive p, const Small& q) {
   const int64_t B = p.B, N = p.N, D = q.D;
   const T *z1 = static_cast<const T*>(q.z1), *z2 = static_cast<const T*>(q.z2);
   T *dz1 = static_cast<T*>(q.dz1), *dz2 = static_cast<T*>(q.dz2);
@@ -142,8 +145,13 @@ void small_of(Contrastive p, const Small& q) {
   if (p.loss == nullptr) p.loss = loss;
   const bool grad = dz1 || dz2 || p.dtau || p.dm;
 
+  int too_long = 0;
   auto inverse_norm = [&](const T* z) {
-    double length = q.normalize ? norm(z, D) : 1;
+    const double length = q.normalize ? norm(z, D) : 1;
+    if (length > kLongest) {
+#pragma omp atomic write
+      too_long = 1;
+    }
     return length <= kTinyNorm ? 0.0f : float(1 / length);
   };
   auto project = [&](const T* z, const float* g, float r, bool scaled, T* out) {
@@ -163,19 +171,20 @@ void small_of(Contrastive p, const Small& q) {
     for (int64_t j = j0; j < j1; ++j) r2[j] = inverse_norm(z2 + j * q.ld2);
     similarities(z1, q.ld1, z2, q.ld2, i0, i1, N, D, r1, S);
 #pragma omp barrier
+    const bool ok = !too_long;
     Bias<float> bias;
     bias.set(float(-p.shift * kLog2e));
-    for (int64_t i = i0; i < i1; ++i) {
+    for (int64_t i = i0; ok && i < i1; ++i) {
       float* s = S + i * N;
       if (!grad) row<false, false, float>(p, i, s, s, bias);
       else if (p.dtau || p.dm) row<true, true, float>(p, i, s, s, bias);
       else row<true, false, float>(p, i, s, s, bias);
     }
-    if (dz1) {
+    if (dz1 && ok) {
       product(S, N, 1, z2, q.ld2, N, D, i0, i1, g1);
       for (int64_t i = i0; i < i1; ++i) project(z1 + i * q.ld1, g1 + i * D, r1[i], false, dz1 + i * D);
     }
-    if (dz2) {
+    if (dz2 && ok) {
       for (int64_t i = i0; i < i1; ++i)  // z1hat = r1 z1: the factor goes to the small operand
         for (int64_t j = 0; j < N; ++j) S[i * N + j] *= r1[i];
 #pragma omp barrier
@@ -186,11 +195,12 @@ void small_of(Contrastive p, const Small& q) {
   double sum = 0;
   for (int64_t i = 0; i < B; ++i) sum += coef_of<float>(p, i) * static_cast<const float*>(p.loss)[i];
   if (q.total) *q.total = float(sum);
+  return !too_long;
 }
 
-inline void small(const Contrastive& p, const Small& q) {
+inline bool small(const Contrastive& p, const Small& q) {
   if (q.dtype == DType::f32) return small_of<float>(p, q);
-  if (q.dtype == DType::bf16) return small_of<bf16>(p, q);
+  return small_of<bf16>(p, q);
 }
 
 }  // namespace pycse::PYCSE_ISA

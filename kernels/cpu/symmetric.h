@@ -24,7 +24,7 @@ PYCSE_NOINLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int
     for (int64_t k = 0; k < n; ++k) bias[k] = p.key_ids[a + k] == id ? minus_inf : bias[k];
   }
   if (p.exclude) {
-    const A* diag = static_cast<const A*>(p.s_diag) + a;
+    const A* diag = static_cast<const A*>(p.s_pos) + a;
     for (int64_t k = 0; k < n; ++k)
       bias[k] = load(S[k]) * r2[k] > diag[k] + A(p.exclude_above) ? minus_inf : bias[k];
   }
@@ -134,7 +134,7 @@ void symmetric_of(const Contrastive& p, const Panel& panel) {
     T* S = static_cast<T*>(panel.S) + c * panel.ld;
     Bias<A> row_bias;
     alignas(64) A offset[kBlock], bias[kBlock];
-    const A s_pos = load(S[i]) * r2[i];
+    const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[i]) * r2[i];
     const double l_pos = p.lpos[i];
     row_bias.set(A(-log_add(p.lneg[i], l_pos) * kLog2e));
     double el = 0, es = 0;

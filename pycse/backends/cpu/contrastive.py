@@ -53,7 +53,7 @@ class Kernels(panel.Kernels):
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
             state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc)
         self.problem = _problem(
-            p, state.coef, r2=state.r2, loss=state.loss, dtau=state.dtau, dm=state.dm
+            p, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dtau=state.dtau, dm=state.dm
         )
         if state.sums is not None:
             s = state.sums
@@ -62,7 +62,6 @@ class Kernels(panel.Kernels):
                 s.lneg.data_ptr(),
                 s.column_max.data_ptr(),
                 s.column_sum.data_ptr(),
-                s.s_diag.data_ptr(),
                 s.lneg_column.data_ptr(),
                 s.lse_column.data_ptr(),
             )
@@ -75,6 +74,13 @@ class Kernels(panel.Kernels):
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> None:
         self.native.rows(self.problem, *self._panel(S, i0), _pointer(self.scratch), self.threads, grad)
+
+    def positives(self, z1hat: Tensor, i0: int) -> None:
+        z2 = self.p.z2
+        self.native.positives(
+            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), z1hat.shape[1],
+            i0, z1hat.shape[0], self.threads,
+        )  # fmt: skip
 
     def columns(self, S: Tensor, i0: int) -> None:
         self.native.columns(self.problem, *self._panel(S, i0), self.threads)
@@ -102,7 +108,8 @@ class Kernels(panel.Kernels):
         )
 
 
-def _small(p: Contrastive) -> Result:
+def _small(p: Contrastive) -> Result | None:
+    """None for embeddings so long that their products might overflow: the panels normalise rows first."""
     native, code = _native(), CODES[p.z1.dtype]
     (B, D), N = p.z1.shape, p.z2.shape[0]
     rows = torch.empty(B)
@@ -113,7 +120,7 @@ def _small(p: Contrastive) -> Result:
     dtau = torch.empty(B) if p.needs.temperature else None
     dm = torch.empty(B) if p.needs.m else None
     coef = p.row_coefficients()
-    native.small(
+    done = native.small(
         _problem(p, coef, loss=rows, dtau=dtau, dm=dm),
         code,
         D,
@@ -128,6 +135,8 @@ def _small(p: Contrastive) -> Result:
         loss.data_ptr(),
         torch.get_num_threads(),
     )
+    if not done:
+        return None
     return Result(
         rows, dz1, dz2, None if dtau is None else dtau.sum(), None if dm is None else dm.sum(), loss
     )
@@ -135,6 +144,6 @@ def _small(p: Contrastive) -> Result:
 
 def contrastive(p: Contrastive) -> Result:
     limit = 0 if p.symmetric else SMALL.get(p.z1.dtype, 0)
-    if p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1] <= limit:
-        return _small(p)
+    if p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1] <= limit and (result := _small(p)) is not None:
+        return result
     return panel.contrastive(p, Kernels)

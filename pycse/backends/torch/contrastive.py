@@ -45,7 +45,8 @@ class Kernels(panel.Kernels):
         valid = (pos >= 0) & (pos < S.shape[1])
         pos = pos.clamp(0, S.shape[1] - 1)[:, None]
         s = S.to(p.acc) * self.state.r2
-        s_pos = torch.where(valid[:, None], s.gather(1, pos), torch.nan)
+        s_pos = s.gather(1, pos) if self.state.s_pos is None else self.state.s_pos[i, None]
+        s_pos = torch.where(valid[:, None], s_pos, torch.nan)
         return s, pos, s_pos, i
 
     def _negatives(self, s: Tensor, pos: Tensor, s_pos: Tensor, i: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Kernels(panel.Kernels):
         sums = self.state.sums
         assert sums is not None
         s, pos, _, i = self._panel(S, i0)
-        l = self._negatives(s, pos, sums.s_diag, i) / math.log(2)
+        l = self._negatives(s, pos, self.state.s_pos, i) / math.log(2)
         top = torch.maximum(sums.column_max, l.amax(0))
         safe = torch.where(torch.isneginf(top), 0, top)
         sums.column_sum.mul_((sums.column_max - safe).exp2()).add_((l - safe).exp2().sum(0))
@@ -113,7 +114,7 @@ class Kernels(panel.Kernels):
         coef = torch.as_tensor(out.coef, dtype=p.acc, device=S.device).expand(p.z1.shape[0])
         lse = torch.logaddexp(sums.lneg[part], sums.lpos[part])[:, None].to(p.acc)
         P = coef[part, None] * (self._negatives(s, pos, s_pos, i) - lse).exp_()
-        P += coef * (self._negatives(s, pos, sums.s_diag, i) - sums.lse_column).exp_()
+        P += coef * (self._negatives(s, pos, self.state.s_pos, i) - sums.lse_column).exp_()
         P *= 0.5
         sigma = torch.sigmoid(sums.lneg[part] - sums.lpos[part]) + torch.sigmoid(sums.lneg_column[part] - sums.lpos[part])
         P_pos = (-0.5 * coef[part] * sigma)[:, None].to(p.acc)

@@ -1,0 +1,105 @@
+"""The table of cases that every backend is held to. Shapes are ragged on purpose: 1, tile - 1, tile + 1, primes."""
+
+from __future__ import annotations
+
+import torch
+
+from oracle import Case
+
+
+def _ids(n: int, groups: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, groups, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def _weights(n: int) -> torch.Tensor:
+    return torch.linspace(0, 2, n, dtype=torch.float64)
+
+
+SHAPES = [
+    Case(1, None, 5),
+    Case(1, 3, 2),
+    Case(2, None, 7),
+    Case(15, None, 33),
+    Case(16, 17, 16),
+    Case(17, 31, 97),
+    Case(63, 65, 64),
+    Case(64, None, 128),
+    Case(127, 257, 31),
+    Case(129, 512, 48, focal=False),
+    Case(101, 331, 40, tensors=True),
+]
+
+LOGITS = [
+    Case(temperature=0.01),
+    Case(temperature=1.0),
+    Case(temperature=0.01, focal=False),
+    Case(temperature=1.0, focal=False),
+    Case(m=0.0),
+    Case(m=-1.5),
+    Case(m=3.0),
+    Case(33, 70, tensors=True),
+    Case(33, 70, tensors=True, temperature=0.01),
+    Case(33, 70, tensors=True, focal=False),
+]
+
+HOSTILE = [
+    Case(kind="confident"),
+    Case(kind="confident", temperature=0.02),
+    Case(kind="duplicates"),
+    Case(kind="equal"),
+    Case(kind="zeros"),
+    Case(kind="zeros", focal=False),
+    Case(kind="scales", D=64),
+    Case(kind="opposite"),
+    Case(kind="opposite", temperature=0.01, focal=False),
+]
+
+OPTIONS = [
+    Case(20, 47, options={"positives": torch.arange(20) * 2 + 3}),
+    Case(20, 5, options={"positives": torch.arange(20) % 5}),
+    Case(20, 60, options={"hard_negative_weight": 1.5}),
+    Case(20, 40, options={"hard_negative_weight": -2.0}, tensors=True),
+    Case(20, 60, options={"hard_negative_weight": 1.0, "positives": torch.arange(20) + 20}),
+    Case(40, 90, options={"query_ids": _ids(40, 6), "key_ids": _ids(90, 6, 1)}),
+    Case(9, options={"query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),  # no negatives at all
+    Case(40, 300, options={"exclude_above": 0.013}),
+    Case(40, 90, options={"exclude_above": -0.497}, tensors=True),
+    Case(kind="unit", options={"normalize": False}),
+    Case(30, 50, kind="unit", options={"normalize": False}, tensors=True),
+    Case(kind="random", D=8, options={"normalize": False}, temperature=1.0),  # dot products far outside [-1, 1]
+    Case(33, 50, options={"reduction": "sum"}),
+    Case(33, 50, options={"reduction": "none"}),
+    Case(33, 50, options={"weight": _weights(33)}),
+    Case(33, 50, options={"weight": _weights(33), "reduction": "sum"}, tensors=True),
+    Case(33, 50, options={"weight": _weights(33), "reduction": "none"}, tensors=True),
+    Case(
+        24,
+        72,
+        tensors=True,
+        options={
+            "query_ids": _ids(24, 5),
+            "key_ids": _ids(72, 5, 1),
+            "hard_negative_weight": 0.7,
+            "exclude_above": 0.31,
+            "weight": _weights(24),
+        },
+    ),
+]
+
+SYMMETRIC = [
+    Case(1, options={"symmetric": True}),
+    Case(17, options={"symmetric": True}),
+    Case(65, options={"symmetric": True}, tensors=True),
+    Case(65, options={"symmetric": True}, tensors=True, focal=False),
+    Case(40, options={"symmetric": True}, temperature=0.01),
+    Case(40, options={"symmetric": True, "exclude_above": -0.417}),
+    Case(40, options={"symmetric": True, "query_ids": _ids(40, 6), "key_ids": _ids(40, 6, 1)}),
+    Case(9, options={"symmetric": True, "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),
+    Case(300, options={"symmetric": True, "weight": _weights(300)}),
+    Case(40, options={"symmetric": True, "reduction": "none", "weight": _weights(40)}, tensors=True),
+    Case(33, kind="confident", options={"symmetric": True}),
+    Case(33, kind="zeros", options={"symmetric": True}),
+    Case(33, kind="unit", options={"symmetric": True, "normalize": False}),
+]
+
+ALL = [*SHAPES, *LOGITS, *HOSTILE, *OPTIONS, *SYMMETRIC]
