@@ -13,7 +13,6 @@ def native() -> Any:
     global _module
     if _module is None:
         import torch  # noqa: F401
-
         from pycse.kernels import _native
 
         _module = _native

@@ -1,8 +1,8 @@
 """pycse: fused contrastive losses for sentence embeddings.
 
-    from pycse import fused_focal_infonce
-    loss = fused_focal_infonce(z1, z2, temperature=0.05, m=0.3)
-    loss.backward()
+from pycse import fused_focal_infonce
+loss = fused_focal_infonce(z1, z2, temperature=0.05, m=0.3)
+loss.backward()
 """
 
 from pycse.functional import fused_focal_infonce, fused_infonce

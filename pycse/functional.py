@@ -150,8 +150,20 @@ def _contrastive(
             validation.check_values(z1, z2, tau, margin, weight, positives, focal)
         return backends.module("reference", z1.device.type, "contrastive").contrastive(
             Contrastive(
-                z1, z2, temperature, m, focal, positives, query_ids, key_ids, weight, float(hard_negative_weight),
-                excluded, symmetric, normalize, reduction,
+                z1,
+                z2,
+                temperature,
+                m,
+                focal,
+                positives,
+                query_ids,
+                key_ids,
+                weight,
+                float(hard_negative_weight),
+                excluded,
+                symmetric,
+                normalize,
+                reduction,
             )  # fmt: skip
         )
     return ops.contrastive_loss(

@@ -165,7 +165,8 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             if p.symmetric:
-                f = k.symmetric(k.similarities(z1hat, z2, S), i0)
+                k.symmetric(k.similarities(z1hat, z2, S), i0)
+                f = None
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:

@@ -46,7 +46,8 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
     allowed = "a finite number > 0" if positive else "a finite number"
-    if not math.isfinite(value) or (positive and not value > 0):
+    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols.
+    if not -math.inf < value < math.inf or (positive and not value > 0):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 

@@ -36,7 +36,11 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.B}x{self.N or self.B}x{self.D}", "focal" if self.focal else "infonce", f"tau{self.temperature}"]
+        parts = [
+            f"{self.B}x{self.N or self.B}x{self.D}",
+            "focal" if self.focal else "infonce",
+            f"tau{self.temperature}",
+        ]
         parts += [self.kind] if self.kind != "random" else []
         parts += ["tensors"] if self.tensors else []
         parts += [f"m{self.m}"] if self.m != 0.3 else []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cases
-from oracle import Case, check, run
 from pycse import fused_focal_infonce, panel
 from pycse.backends.cpu import contrastive as cpu
+
+import cases
+from oracle import Case, check, run
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch as pytorch  # the name torch becomes this package's backend once that is imported
 
 NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 CHOICES = ("auto", *NAMES)
@@ -22,7 +23,7 @@ CHOICES = ("auto", *NAMES)
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def native_problem() -> str | None:
     """Why the compiled module cannot be loaded; None if it can."""
     try:
@@ -42,15 +43,15 @@ def native_problem() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unusable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all; None if it can."""
     if name == "cpu":
         return native_problem()
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _installed("triton"):
             return "triton is not installed: pip install 'pycse-kernels[triton]'"
-        if not torch.cuda.is_available() and not interpreted():
+        if not pytorch.cuda.is_available() and not interpreted():
             return "no NVIDIA GPU is available to PyTorch (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
     if name == "cuda":
         if native_problem() is not None:
@@ -59,15 +60,20 @@ def unusable(name: str) -> str | None:
 
         if not native().cuda_compiled():
             return "pycse was built without CUDA: install with nvcc on PATH and PYCSE_CUDA=1"
-        if not torch.cuda.is_available():
+        if not pytorch.cuda.is_available():
             return "no NVIDIA GPU is available to PyTorch"
     return None
 
 
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
 def interpreted() -> bool:
     """True where Triton kernels run in its interpreter, on CPU tensors."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -80,7 +86,7 @@ def wrong_device(name: str, device: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _auto(device: str) -> str:
     reasons = []
     for name in PREFERENCE.get(device, ()):
@@ -98,7 +104,7 @@ def _auto(device: str) -> str:
     return "torch"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def module(name: str, device: str, op: str) -> Any:
     """The module that implements ``op`` in the backend asked for. Raises RuntimeError where it cannot run."""
     if name == "auto":

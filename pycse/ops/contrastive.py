@@ -97,7 +97,6 @@ def _forward(
     out = run(p)
     loss = out.loss if out.loss is not None and reduction != "none" else p.reduce(out.rows)
 
-
     def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
         return gradient if gradient is None or like is None else gradient.to(like.dtype)
 
@@ -249,4 +248,5 @@ def loss(z1: Tensor, z2: Tensor, *rest: Any) -> Tensor:
         return contrastive(z1, z2, *rest, [False] * _DIFFERENTIABLE)[0]
     if _wants_gradients((z1, z2, *rest[: _DIFFERENTIABLE - 2])):
         return _Contrastive.apply(_forward, z1, z2, *rest)
-    return _forward(z1, z2, *rest, [False] * _DIFFERENTIABLE)[0]
+    value: Any = _forward(z1, z2, *rest, [False] * _DIFFERENTIABLE)  # type: ignore[call-arg]
+    return value[0]

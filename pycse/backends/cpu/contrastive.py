@@ -89,9 +89,7 @@ class Kernels(panel.Kernels):
         self.native.symmetric(self.problem, *self._panel(S, i0), self.threads)
 
     def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        self.native.normalize(
-            self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.threads
-        )
+        self.native.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.threads)
 
     def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
         self.native.project(
@@ -137,9 +135,7 @@ def _small(p: Contrastive) -> Result | None:
     )
     if not done:
         return None
-    return Result(
-        rows, dz1, dz2, None if dtau is None else dtau.sum(), None if dm is None else dm.sum(), loss
-    )
+    return Result(rows, dz1, dz2, None if dtau is None else dtau.sum(), None if dm is None else dm.sum(), loss)
 
 
 def contrastive(p: Contrastive) -> Result:

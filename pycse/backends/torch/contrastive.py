@@ -49,7 +49,7 @@ class Kernels(panel.Kernels):
         s_pos = torch.where(valid[:, None], s_pos, torch.nan)
         return s, pos, s_pos, i
 
-    def _negatives(self, s: Tensor, pos: Tensor, s_pos: Tensor, i: Tensor) -> Tensor:
+    def _negatives(self, s: Tensor, pos: Tensor, s_pos: Tensor | None, i: Tensor) -> Tensor:
         """Logits with -inf where a key is no negative of its row (or, with a row vector s_pos, of its column)."""
         p = self.p
         l = self.logit(s)
@@ -59,7 +59,7 @@ class Kernels(panel.Kernels):
             l.scatter_add_(1, own, torch.full_like(own, p.hard_negative_weight, dtype=l.dtype))
         if p.query_ids is not None and p.key_ids is not None:
             l.masked_fill_(p.query_ids[i, None] == p.key_ids, -torch.inf)
-        if p.exclude_above is not None:
+        if p.exclude_above is not None and s_pos is not None:
             l.masked_fill_(s > s_pos + p.exclude_above, -torch.inf)
         return l.scatter_(1, pos, -torch.inf)
 
@@ -116,7 +116,9 @@ class Kernels(panel.Kernels):
         P = coef[part, None] * (self._negatives(s, pos, s_pos, i) - lse).exp_()
         P += coef * (self._negatives(s, pos, self.state.s_pos, i) - sums.lse_column).exp_()
         P *= 0.5
-        sigma = torch.sigmoid(sums.lneg[part] - sums.lpos[part]) + torch.sigmoid(sums.lneg_column[part] - sums.lpos[part])
+        sigma = torch.sigmoid(sums.lneg[part] - sums.lpos[part]) + torch.sigmoid(
+            sums.lneg_column[part] - sums.lpos[part]
+        )
         P_pos = (-0.5 * coef[part] * sigma)[:, None].to(p.acc)
         if out.dtau is not None:
             out.dtau[part] = -((P * self.logit(s)).sum(1) + (P_pos * l_pos).squeeze(1)) / self.tau

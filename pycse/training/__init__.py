@@ -1,0 +1,1 @@
+"""Training and evaluation of sentence encoders: what `pycse train` and `pycse eval` run."""

@@ -1,0 +1,216 @@
+"""What a user sees of a run: tables, the loss curve on the terminal, a PNG of the curves, metrics.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pycse.training.evaluate import MEASURES, Scores
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pycse.training.data import Text
+    from pycse.training.train import Run
+
+PACKAGES = ("pycse-kernels", "torch", "sentence-transformers", "transformers")
+BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}
+
+
+def show_and_write(run: Run, out: Path, console: Console) -> None:
+    """Print the tables and the loss curve of a finished run; write curves.png and metrics.json to its folder."""
+    plot(run, out / "curves.png")
+    write_metrics(run, out / "metrics.json")
+    console.print(loss_curve(run, console.width))
+    console.print(scores_table({"before": run.before, "after": run.after}))
+    fine, sentence = verdict(run.before, run.after)
+    console.print(sentence, style="green" if fine else "bold red")
+    console.print(run_table(run, out))
+
+
+def text_table(text: Text) -> Table:
+    """What was kept of the text, and what was dropped and why."""
+    from rich.table import Table
+
+    unit = ("sentences", "pairs", "pairs with a hard negative")[len(text.columns) - 1]
+    title = f"Text: {text.source}"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("")
+    table.add_column("count", justify="right")
+    table.add_row(f"kept: {unit}", f"{len(text.rows):,}", style="bold")
+    for reason, count in text.dropped.most_common():
+        table.add_row(f"dropped: {reason}", f"{count:,}")
+    return table
+
+
+def run_table(run: Run, out: Path) -> Table:
+    """What was trained and how."""
+    from rich.table import Table
+
+    settings = run.settings
+    table = Table(title="Run", title_justify="left", show_header=False)
+    options = ", ".join(f"{name} {value}" for name, value in settings.loss_arguments().items())
+    for name, value in (
+        ("encoder", run.model),
+        ("layers", f"{','.join(map(str, run.layers))} of {run.layers_before}; {run.parameters / 1e6:.1f} M parameters"),
+        ("loss", f"{settings.recipe}: {options}"),
+        (
+            "steps",
+            f"{run.steps} of {settings.batch_size}, at most {settings.max_length} tokens, lr {settings.lr:g}, "
+            f"seed {settings.seed}",
+        ),
+        ("device", run.device + (", bf16" if settings.bf16 else "")),
+        ("time", f"{run.seconds['train']:.0f} s training with its evaluations, {run.seconds['total']:.0f} s in all"),
+        ("written to", f"{out}: model/, metrics.json, curves.png"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table:
+    """Scores side by side: {"before": ..., "after": ...}, or one column. With two, their difference is added."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("set")
+    table.add_column("measure")
+    headings = list(columns) + (["change"] if len(columns) == 2 else [])
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name in next(iter(columns.values())):
+        for measure in MEASURES:
+            values = [scores[name][measure] for scores in columns.values() if measure in scores[name]]
+            if not values:
+                continue
+            cells = [f"{value:.4f}" for value in values]
+            if len(values) == 2:
+                cells.append(f"{values[1] - values[0]:+.4f}")
+            table.add_row(name, f"{measure} ({BETTER[measure]})", *cells)
+        table.add_section()
+    return table
+
+
+def verdict(before: Scores, after: Scores) -> tuple[bool, str]:
+    """(no Spearman fell, one sentence in plain words about what the run did to the Spearman scores)."""
+    better: list[str] = []
+    worse: list[str] = []
+    for name, scores in before.items():
+        old, new = scores["spearman"], after[name]["spearman"]
+        phrase = f"{name} ({old:.4f} -> {new:.4f})"
+        # Not `new < old`: a score that is not a number is no success either.
+        (better if new > old else worse).append(phrase)
+    if not worse:
+        return True, f"The run made the model better on {', '.join(better)}."
+    sentence = f"The run made the model worse, or no better, on {', '.join(worse)}"
+    return False, sentence + (f", and better on {', '.join(better)}." if better else ".")
+
+
+def loss_curve(run: Run, width: int) -> str:
+    """The loss over the steps, drawn with characters."""
+    import plotext
+
+    steps, losses = zip(*run.loss, strict=True)
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(max(40, min(width, 100)), 15)
+    figure.title(f"loss over {run.steps} steps")
+    figure.draw(figure.signal(list(steps), list(losses), marker="braille").lines())
+    if wide(losses):
+        figure.ruler("y", "left").scale("log")
+    return plotext.uncolorize(str(figure.build()))
+
+
+def wide(losses) -> bool:
+    """Whether a logarithmic axis shows more."""
+    return min(losses) > 0 and max(losses) > 100 * min(losses)
+
+
+def plot(run: Run, path: Path) -> None:
+    """Write a PNG: the loss, and the Spearman, alignment and uniformity of every set, over the steps."""
+    # On import matplotlib writes a font cache to the home folder, unless told of another place.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("MPLCONFIGDIR", cache)
+        from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps state
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = dict(zip(("loss", *MEASURES), figure.subplots(2, 2).flat, strict=True))
+    steps, losses = zip(*run.loss, strict=True)
+    panels["loss"].plot(steps, losses, linewidth=1)
+    if wide(losses):
+        panels["loss"].set_yscale("log")
+    panels["loss"].set_title(f"loss ({run.settings.recipe})")
+    for measure in MEASURES:
+        for name in run.before:
+            points = [(step, scores[name][measure]) for step, scores in run.scores if measure in scores[name]]
+            if points:
+                panels[measure].plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        panels[measure].set_title(f"{measure} ({BETTER[measure]})")
+        panels[measure].legend()
+    for panel in panels.values():
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    figure.suptitle(f"{run.model}, layers {','.join(map(str, run.layers))} of {run.layers_before}")
+    figure.savefig(path, dpi=120)
+
+
+def write_metrics(run: Run, path: Path) -> None:
+    """Write metrics.json: settings, versions, counts, scores before and after, and the whole history."""
+    fine, sentence = verdict(run.before, run.after)
+    metrics = {
+        "settings": run.settings.as_dict(),
+        "versions": {name: installed(name) for name in PACKAGES},
+        "model": {
+            "name": run.model,
+            "layers": run.layers,
+            "layers_before": run.layers_before,
+            "parameters": run.parameters,
+        },
+        "device": run.device,
+        "steps": run.steps,
+        "text": {
+            "source": run.text.source,
+            "columns": list(run.text.columns),
+            "kept": len(run.text.rows),
+            "dropped": dict(run.text.dropped.most_common()),
+        },
+        "before": run.before,
+        "after": run.after,
+        "better": fine,
+        "verdict": sentence,
+        "history": {
+            "loss": [{"step": step, "loss": loss} for step, loss in run.loss],
+            "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
+        },
+        "seconds": run.seconds,
+    }
+    write_json(metrics, path)
+
+
+def write_json(value, path: Path) -> None:
+    """Write JSON that every reader takes: what is not finite becomes null."""
+    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value):
+    """The same nested value, with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+"""Every choice of a training run, with its default, checked before any work is done.
+
+No torch here: `pycse --help` reads the defaults from this file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+from pycse.training.errors import UserError
+from pycse.training.recipes import RECIPES, SHARED
+
+DEFAULT_LAYERS = "0,2,4"  # of the bundled MiniLM: every other layer, so that there is something to learn
+DEFAULT_STEPS = 100
+EVALUATIONS = 10  # during a run, when --eval-steps is not given
+POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass
+class Settings:
+    """What to train, on what, how, and where to. None means: the default described in `pycse train --help`."""
+
+    model: str | None = None
+    layers: str | None = None
+    train_file: str | None = None
+    positives: str | None = None
+    eval_files: tuple[str, ...] = ()
+    out: str | None = None
+    recipe: str = "focal"
+    temperature: float = 0.05
+    m: float | None = None
+    hard_negative_weight: float = 0.0
+    symmetric: bool = False
+    backend: str = "auto"
+    batch_size: int = 64
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float = 1e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_length: int = 32
+    eval_steps: int | None = None
+    seed: int = 42
+    device: str = "auto"
+    bf16: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for the first setting that is out of its range or does not go with another."""
+        if self.recipe not in RECIPES:
+            raise UserError(f"--recipe {self.recipe}: unknown; use one of {', '.join(RECIPES)}")
+        if self.m is not None and "m" not in RECIPES[self.recipe].own:
+            raise UserError(f"--m does not belong to --recipe {self.recipe}; leave it out or use --recipe focal")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("--steps and --epochs exclude each other; give one of them")
+        if self.positives not in (None, *POSITIVES):
+            raise UserError(f"--positives {self.positives}: unknown; use one of {', '.join(POSITIVES)}")
+        if self.device not in DEVICES:
+            raise UserError(f"--device {self.device}: unknown; use one of {', '.join(DEVICES)}")
+        for name in ("temperature", "epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--{name} is {value:g}; it must be a finite number above 0")
+        for name in ("m", "hard_negative_weight"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
+        for name, least in (("batch_size", 2), ("steps", 1), ("max_length", 3), ("eval_steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed is {self.seed}; it must be below 2**32")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"--warmup is {self.warmup:g}; it must be a share of the steps: at least 0, below 1")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise UserError(f"--weight-decay is {self.weight_decay:g}; it must be a finite number, at least 0")
+
+    def check_columns(self, columns: int) -> None:
+        """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
+        if self.symmetric and columns == 3:
+            raise UserError("--symmetric needs sentences or pairs; this text has hard negatives, so leave it out")
+        if self.hard_negative_weight and columns != 3:
+            raise UserError("--hard-negative-weight needs a third column of hard negatives in --train-file")
+
+    def loss_arguments(self) -> dict:
+        """Keyword arguments for the loss of the recipe."""
+        own = {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in RECIPES[self.recipe].own.items()
+        }
+        return own | {name: getattr(self, name) for name in SHARED}
+
+    def as_dict(self) -> dict:
+        """For metrics.json: everything as the run used it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | self.loss_arguments() | {"eval_files": list(self.eval_files)}
+
+
+def flag(name: str) -> str:
+    """Field name -> how the option is written."""
+    return name.replace("_", "-")
+
+
+def output_folder(out: str | None, recipe: str) -> Path:
+    """The folder to write to, which is new or empty; it is not made here. UserError if it has content.
+
+    Without `out`: runs/RECIPE-DATE-TIME, with a number behind it where that exists.
+    """
+    if out is None:
+        name = Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+        path, count = name, 1
+        while path.exists():
+            count += 1
+            path = name.with_name(f"{name.name}-{count}")
+    else:
+        path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; give a new or empty folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {path} has content, which is not overwritten; give a new or empty folder")
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path}: cannot write in {nearest}; give another folder")
+    return path

@@ -1,0 +1,130 @@
+"""Wrong arguments: a named error before any work, on every backend alike."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pycse import fused_focal_infonce, fused_infonce
+from pycse.losses import FocalInfoNCELoss, InfoNCELoss
+
+z = torch.randn(4, 6)
+long = torch.arange(4)
+
+BAD = [
+    # what is changed, the error, what its message must say
+    ({"z1": torch.randn(4)}, ValueError, r"z1 must have 2 dimensions .* got shape \(4,\)"),
+    ({"z2": torch.randn(2, 4, 6)}, ValueError, r"z2 must have 2 dimensions"),
+    ({"z1": [[1.0, 2.0]]}, TypeError, r"z1 must be a torch.Tensor"),
+    ({"z2": torch.randn(4, 7)}, ValueError, r"z2 must have z1's 6 features, got shape \(4, 7\)"),
+    ({"z2": torch.randn(3, 6)}, ValueError, r"at least z1's 4 rows .* got 3"),
+    ({"z1": torch.ones(4, 6, dtype=torch.long)}, TypeError, r"z1 must be float32.* got torch.int64"),
+    ({"z2": z.double()}, TypeError, r"z2 must have z1's dtype torch.float32, got torch.float64"),
+    ({"z1": torch.randn(0, 6)}, ValueError, r"z1 must have at least one row"),
+    ({"z2": torch.randn(0, 6)}, ValueError, r"z2 must have at least one row"),
+    ({"z2": torch.randn(4, 6, device="meta")}, ValueError, r"z2 must be on z1's device cpu, got meta"),
+    ({"temperature": 0}, ValueError, r"temperature must be a finite number > 0, got 0"),
+    ({"temperature": -0.1}, ValueError, r"temperature .* -0.1"),
+    ({"temperature": math.nan}, ValueError, r"temperature .* nan"),
+    ({"temperature": math.inf}, ValueError, r"temperature .* inf"),
+    ({"temperature": "0.05"}, TypeError, r"temperature must be a number or a 0-d float tensor, got '0.05'"),
+    ({"temperature": True}, TypeError, r"temperature .* True"),
+    ({"temperature": torch.tensor([0.05])}, ValueError, r"temperature .* shape \(1,\)"),
+    ({"temperature": torch.tensor(1)}, ValueError, r"temperature .* torch.int64"),
+    ({"temperature": torch.tensor(-1.0)}, ValueError, r"temperature .* tensor holding -1.0"),
+    ({"temperature": torch.tensor(math.nan)}, ValueError, r"temperature .* tensor holding nan"),
+    ({"m": math.nan}, ValueError, r"m must be a finite number, got nan"),
+    ({"m": torch.tensor(math.inf)}, ValueError, r"m .* tensor holding inf"),
+    ({"m": None}, TypeError, r"m must be a number"),
+    ({"positives": long + 1}, ValueError, r"positives must lie in \[0, 3\] .* got 4"),
+    ({"positives": long - 1}, ValueError, r"positives must lie in \[0, 3\] .* got -1"),
+    ({"positives": torch.arange(3)}, ValueError, r"positives must have shape \(4,\), got \(3,\)"),
+    ({"positives": torch.ones(4)}, TypeError, r"positives must be an integer tensor, got torch.float32"),
+    ({"positives": [0, 1, 2, 3]}, TypeError, r"positives must be a tensor"),
+    ({"positives": torch.ones(4, dtype=torch.bool)}, TypeError, r"positives must be an integer tensor, got torch.bool"),
+    ({"query_ids": long}, ValueError, r"key_ids must be given together with query_ids"),
+    ({"key_ids": long}, ValueError, r"query_ids must be given together with key_ids"),
+    ({"query_ids": long, "key_ids": torch.arange(5)}, ValueError, r"key_ids must have shape \(4,\), got \(5,\)"),
+    ({"query_ids": torch.arange(5), "key_ids": long}, ValueError, r"query_ids must have shape \(4,\), got \(5,\)"),
+    ({"hard_negative_weight": 1.0}, ValueError, r"hard_negative_weight needs K >= 1 hard negatives .* N = 4, B = 4"),
+    ({"hard_negative_weight": math.nan}, ValueError, r"hard_negative_weight must be a finite number"),
+    ({"hard_negative_weight": torch.tensor(1.0)}, TypeError, r"hard_negative_weight must be a number"),
+    ({"exclude_above": math.nan}, ValueError, r"exclude_above must be a finite number"),
+    ({"exclude_above": "x"}, TypeError, r"exclude_above must be a number"),
+    ({"symmetric": True, "z2": torch.randn(8, 6)}, ValueError, r"symmetric=True needs as many keys as rows.* 4 .* 8"),
+    ({"symmetric": True, "positives": long}, ValueError, r"symmetric=True needs the default positives"),
+    ({"symmetric": 1}, TypeError, r"symmetric must be True or False, got 1"),
+    ({"normalize": None}, TypeError, r"normalize must be True or False"),
+    ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \(4,\), got \(3,\)"),
+    ({"weight": long}, TypeError, r"weight must be a float tensor, got torch.int64"),
+    ({"weight": 2.0}, TypeError, r"weight must be a tensor"),
+    ({"reduction": "avg"}, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    ({"backend": "gpu"}, ValueError, r"backend must be one of 'auto', .* got 'gpu'"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[str(k) + next(iter(c)) for k, (c, _, _) in enumerate(BAD)])
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch", "cpu"])
+def test_named_error(change, error, message, backend):
+    arguments = {"z1": z, "z2": z, "backend": backend, **change}
+    with pytest.raises(error, match=message):
+        fused_focal_infonce(**arguments)
+    if "m" not in change:
+        with pytest.raises(error, match=message):
+            fused_infonce(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_says_why(backend):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, so this backend runs")
+    with pytest.raises(RuntimeError, match=rf"backend='{backend}' cannot run here: .*"):
+        fused_focal_infonce(z, z, backend=backend)
+
+
+def test_modules_check_their_configuration_at_once():
+    with pytest.raises(ValueError, match="temperature"):
+        InfoNCELoss(0.0)
+    with pytest.raises(ValueError, match="m must be"):
+        FocalInfoNCELoss(0.05, math.nan)
+    with pytest.raises(ValueError, match="reduction"):
+        FocalInfoNCELoss(reduction="avg")
+    with pytest.raises(TypeError, match="symetric"):
+        FocalInfoNCELoss(symetric=True)
+
+
+def test_one_row_works():
+    one = torch.randn(1, 6, requires_grad=True)
+    for backend in ("reference", "torch", "cpu"):
+        loss = fused_focal_infonce(one, one.detach(), backend=backend)
+        loss.backward()
+        assert loss.item() == 0 and not one.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_more_than_2_to_the_31_elements_do_not_overflow(backend):
+    """c N > 2^31 through a strided panel, and N D > 2^31 in the keys, without the memory: expanded and strided views."""
+    from pycse import panel
+    from pycse.backends.cpu import contrastive as cpu
+    from pycse.backends.torch import contrastive as plain
+    from pycse.problem import Contrastive, Needs
+
+    kernels = {"torch": plain, "cpu": cpu}[backend].Kernels
+    rows, N, stride = 3, 64, 2**30 + 16  # row 2 begins beyond 2^31 elements
+    wide = torch.empty(1)
+    wide.untyped_storage().resize_(4 * (2 * stride + N))  # untouched pages take no memory
+    S = torch.as_strided(wide, (rows, N), (stride, 1))
+    values = torch.randn(rows, N).clamp(-1, 1)
+    S.copy_(values)
+    compact = values.clone()
+    keys = torch.randn(N, 4)
+    outcome = []
+    for panel_S in (S, compact):
+        p = Contrastive(keys[:rows], keys, 0.05, 0.3, True, needs=Needs(True, True))
+        state = panel.State(r2=torch.ones(N), coef=1.0, loss=torch.empty(rows))
+        kernels(p, state).rows(panel_S, 0, True)
+        outcome.append((state.loss, panel_S.clone()))
+    for strided, dense in zip(*outcome):
+        assert torch.equal(strided, dense)

@@ -1,0 +1,169 @@
+"""The package as installed: fresh processes with parts missing, one OpenMP runtime, a clean binary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pycse.kernels import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str, tmp_path: Path, **env: str) -> str:
+    """Runs code in a fresh process outside the checkout and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r}: raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by a test)", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+USE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, pycse
+    z = torch.randn(5, 8, requires_grad=True)
+    for _ in range(2): pycse.fused_focal_infonce(z, z.detach()).backward()
+print([str(w.message) for w in caught if "pycse" in str(w.message)])
+print(pycse.info())
+"""
+
+
+def test_without_triton(tmp_path):
+    out = python(BLOCK.format(blocked=["triton"]) + USE, tmp_path)
+    assert out.startswith("[]")
+
+
+def test_importing_loads_nothing_heavy(tmp_path):
+    code = "import torch; before = set(__import__('sys').modules); import pycse; print(*set(__import__('sys').modules) - before)"
+    loaded = python(code, tmp_path).split()
+    heavy = ("triton", "typer", "rich", "transformers", "sentence_transformers", "matplotlib", "numpy", "pycse.kernels")
+    assert "pycse.functional" in loaded
+    assert not [name for name in loaded if name.startswith(heavy)]
+
+
+def test_without_the_native_module_auto_warns_once_and_works(tmp_path):
+    out = python(BLOCK.format(blocked=["pycse.kernels._native"]) + USE, tmp_path)
+    warnings = eval(out.splitlines()[0])
+    assert len(warnings) == 1
+    assert "slower 'torch' backend" in warnings[0] and "pip install -e ." in warnings[0]
+    assert "backend cpu" in out and "auto on cpu" in out
+
+
+def test_without_the_native_module_a_named_backend_raises(tmp_path):
+    code = BLOCK.format(blocked=["pycse.kernels._native"]) + (
+        "import torch, pycse\n"
+        "try: pycse.fused_focal_infonce(torch.randn(5, 8), torch.randn(5, 8), backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert "backend='cpu' cannot run here" in python(code, tmp_path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_openmp_runtime_and_it_is_torchs(tmp_path):
+    code = (
+        "import torch; from pycse.kernels import native; native()\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line})"
+    )
+    mapped = python(code, tmp_path).split()
+    assert len(mapped) == 1 and "torch" in mapped[0], mapped
+
+
+def test_torchs_thread_count_is_used(tmp_path):
+    code = (
+        "import torch, os; torch.set_num_threads(1); import pycse\n"
+        "z = torch.randn(300, 64, requires_grad=True)\n"
+        "pycse.fused_focal_infonce(z, z.detach(), backend='cpu').backward()\n"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    base = "import torch, os; torch.set_num_threads(1); z = torch.randn(300, 64); (z @ z.T).sum(); print(len(os.listdir('/proc/self/task')))"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("counts threads in /proc")
+    assert int(python(code, tmp_path)) <= int(python(base, tmp_path)) + 1  # autograd's own thread
+
+
+def test_an_unknown_instruction_set_is_named(tmp_path):
+    code = (
+        "import torch, pycse\n"
+        "try: pycse.fused_focal_infonce(torch.randn(5, 8), torch.randn(5, 8), backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    out = python(code, tmp_path, PYCSE_CPU_ISA="sse9")
+    assert "sse9" in out and "portable" in out
+
+
+def test_info_names_every_backend():
+    import pycse
+
+    text = str(pycse.info())
+    for name in ("reference", "torch", "cpu", "triton", "cuda"):
+        assert f"backend {name}" in text
+
+
+def binary() -> bytes:
+    native()
+    from pycse.kernels import _native
+
+    return Path(_native.__file__).read_bytes()
+
+
+def test_no_absolute_path_in_the_binary():
+    content = binary()
+    for path in {str(ROOT), str(Path.home()), sys.prefix}:
+        if len(path) > 5:
+            assert path.encode() not in content, path
+
+
+def test_portable_code_calls_no_code_of_other_instruction_sets(tmp_path):
+    """Inline functions of the standard library must not be shared between instruction sets: the linker keeps one copy."""
+    from shutil import which
+
+    if which("nm") is None:
+        pytest.skip("nm is not installed")
+    from pycse.kernels import _native
+
+    symbols = subprocess.run(["nm", "-C", _native.__file__], capture_output=True, text=True).stdout
+    if not symbols.strip():
+        pytest.skip("the module is stripped; run in a build that is not")
+    shared = [s for s in symbols.splitlines() if " W std::" in s and ("min<" in s or "max<" in s)]
+    assert not shared, shared
+
+
+def test_a_gil_release_lets_python_run():
+    import threading
+    import time
+
+    import torch
+
+    from pycse import fused_focal_infonce
+
+    z = torch.randn(3000, 64)
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    time.sleep(0.01)
+    before = ticks[0]
+    for _ in range(5):
+        fused_focal_infonce(z, z, backend="cpu")
+    stop.set()
+    thread.join()
+    assert ticks[0] > before
