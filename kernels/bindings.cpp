@@ -80,9 +80,9 @@ PYBIND11_MODULE(_native, m) {
       nogil());
   m.def(
       "project",
-      [](int dtype, int g_dtype, Address z, int64_t ld, Address g, int64_t n, int64_t D, Address r, bool scaled,
-         Address out, int threads) {
-        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), n, D, at(r), scaled, at(out), threads);
+      [](int dtype, int g_dtype, Address z, int64_t ld, Address g, int64_t g_ld, int64_t n, int64_t D, Address r,
+         bool scaled, Address out, int threads) {
+        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), g_ld, n, D, at(r), scaled, at(out), threads);
       },
       nogil());
   m.def(

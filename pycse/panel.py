@@ -117,7 +117,7 @@ def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
     if p.z1.is_cuda:
         return min(B, GPU_PANEL_ROWS)
     row_bytes = N * (p.z1.element_size() + temporaries * p.acc.itemsize)
-    c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 512, PANEL_BYTES // row_bytes))
+    c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 1024, PANEL_BYTES // row_bytes))
     return B if c >= B else c
 
 
@@ -161,12 +161,12 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         _log_sums(p, k, state, panels)
 
     dz1 = new(B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2: Tensor | None = None
+    g2 = KeyGradient(p, c) if p.needs.z2 else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
+            f: Tensor | None = None
             if p.symmetric:
                 k.symmetric(k.similarities(z1hat, z2, S), i0)
-                f = None
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
@@ -176,17 +176,17 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
                     g1.mul_(f[:, None])
                 if p.normalize:
                     k.project(z, g1, r, False, part)
-            if p.needs.z2:
-                scaled = z1hat if f is None else (z1hat * f[:, None]).to(z1hat.dtype)
-                g2 = _accumulate(g2, S, scaled, single=S.shape[0] == B)
+            if g2 is not None:
+                g2.add(S, z1hat if f is None else (z1hat * f[:, None]).to(z1hat.dtype))
 
-    dz2 = None
+    dz2: Tensor | None = None
     if g2 is not None:
-        dz2 = g2 if g2.dtype == z2.dtype else new(N, D, dtype=z2.dtype)
+        total = g2.total
+        dz2 = total if total.dtype == z2.dtype and total.is_contiguous() else new(N, D, dtype=z2.dtype)
         if p.normalize:
-            k.project(z2, g2, state.r2, True, dz2)
-        elif dz2 is not g2:
-            dz2.copy_(g2)
+            k.project(z2, total, state.r2, True, dz2)
+        elif dz2 is not total:
+            dz2.copy_(total)
     return Result(
         state.loss,
         dz1,
@@ -196,15 +196,39 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     )
 
 
-def _accumulate(g2: Tensor | None, G: Tensor, z1hat: Tensor, single: bool) -> Tensor:
-    """g2 + G^T z1hat in the accumulation type; the first panel writes instead of adding."""
-    if G.dtype in (torch.float32, torch.float64):
-        return torch.mm(G.t(), z1hat) if g2 is None else g2.addmm_(G.t(), z1hat)
-    # Never a 16-bit accumulator: the product is rounded once, the sum stays in fp32.
-    product = torch.mm(G.t(), z1hat)
-    if g2 is None:
-        return product if single else product.float()
-    return g2.add_(product)
+class KeyGradient:
+    """The sum over panels of G^T z1hat, (N, D), in the accumulation type; the first panel writes instead of adding.
+
+    16-bit panels: each product is rounded once, their sum stays in fp32. On a CPU they are accumulated transposed, as
+    z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G (docs/performance.md).
+    """
+
+    def __init__(self, p: Contrastive, c: int) -> None:
+        (self.N, self.D), self.dtype, self.device = p.z2.shape, p.z2.dtype, p.z2.device
+        self.wide = self.dtype in (torch.float32, torch.float64)
+        self.transposed = not self.wide and self.device.type == "cpu" and self.N >= 1024
+        self.single = c == p.z1.shape[0]
+        self.sum: Tensor | None = None
+        self.product: Tensor | None = None
+
+    def add(self, G: Tensor, z1hat: Tensor) -> None:
+        if self.wide:
+            self.sum = torch.mm(G.t(), z1hat) if self.sum is None else self.sum.addmm_(G.t(), z1hat)
+            return
+        left, right = (z1hat.t().contiguous(), G) if self.transposed else (G.t(), z1hat)
+        if self.product is None:
+            shape = (self.D, self.N) if self.transposed else (self.N, self.D)
+            self.product = torch.empty(shape, dtype=self.dtype, device=self.device)
+        torch.mm(left, right, out=self.product)
+        if self.sum is not None:
+            self.sum.add_(self.product)
+        else:
+            self.sum = self.product if self.single else self.product.float()
+
+    @property
+    def total(self) -> Tensor:
+        assert self.sum is not None
+        return self.sum.t() if self.transposed else self.sum
 
 
 def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:

@@ -66,8 +66,8 @@ struct Kernels {
   void (*columns)(const Contrastive&, const Panel&);
   void (*symmetric)(const Contrastive&, const Panel&);
   void (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads);
-  void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t n, int64_t D,
-                  const void* r, bool scaled, void* out, int threads);
+  void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
+                  int64_t D, const void* r, bool scaled, void* out, int threads);
   // s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings.
   void (*positives)(const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
                     int64_t i0, int64_t n, int threads);

@@ -83,18 +83,44 @@ PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, boo
   for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * (r * load(z[d]))));
 }
 
-template <class T, class G>
-void project_of(const void* z, int64_t ld, const void* g, int64_t n, int64_t D, const void* r, bool scaled, void* out,
-                int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < n; ++i)
-    project_row(static_cast<const T*>(z) + i * ld, static_cast<const G*>(g) + i * D, D,
-                static_cast<const acc_t<T>*>(r)[i], scaled, static_cast<T*>(out) + i * D);
+// Rows of g [i, i + n) into buffer (n, D), where g is stored transposed: g_id at g[d * ld + i]. Whole cache lines at a time.
+constexpr int64_t kTransposed = 32;
+template <class G, class A>
+PYCSE_NOINLINE void gather_rows(const G* g, int64_t ld, int64_t i, int64_t n, int64_t D, A* buffer) {
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t k = 0; k < n; ++k) buffer[k * D + d] = A(load(g[d * ld + i + k]));
 }
 
-inline void project(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t n, int64_t D,
-                    const void* r, bool scaled, void* out, int threads) {
-  auto run = [&](auto body) { body(z, ld, g, n, D, r, scaled, out, threads); };
+// g_ld: 0 where g is (n, D) contiguous, else the leading dimension of the transposed (D, n).
+template <class T, class G>
+void project_of(const void* z, int64_t ld, const void* g_, int64_t g_ld, int64_t n, int64_t D, const void* r_,
+                bool scaled, void* out, int threads) {
+  using A = acc_t<T>;
+  const G* g = static_cast<const G*>(g_);
+  const A* r = static_cast<const A*>(r_);
+  auto zi = [&](int64_t i) { return static_cast<const T*>(z) + i * ld; };
+  auto oi = [&](int64_t i) { return static_cast<T*>(out) + i * D; };
+  if (g_ld == 0) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; ++i) project_row(zi(i), g + i * D, D, r[i], scaled, oi(i));
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    A* buffer = new A[kTransposed * D];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i += kTransposed) {
+      const int64_t rows = n - i < kTransposed ? n - i : kTransposed;
+      gather_rows(g, g_ld, i, rows, D, buffer);
+      for (int64_t k = 0; k < rows; ++k) project_row(zi(i + k), buffer + k * D, D, r[i + k], scaled, oi(i + k));
+    }
+    delete[] buffer;
+  }
+}
+
+inline void project(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
+                    int64_t D, const void* r, bool scaled, void* out, int threads) {
+  auto run = [&](auto body) { body(z, ld, g, g_ld, n, D, r, scaled, out, threads); };
   if (z_type == DType::f64) return run(project_of<double, double>);
   if (z_type == DType::f32) return run(project_of<float, float>);
   if (g_type == DType::f32) return run(project_of<bf16, float>);

@@ -98,6 +98,7 @@ class Kernels(panel.Kernels):
             z.data_ptr(),
             z.stride(0),
             g.data_ptr(),
+            0 if g.is_contiguous() else g.stride(1),
             *z.shape,
             r.data_ptr(),
             scaled,
