@@ -24,6 +24,7 @@ from torch import Tensor
 from pycse.problem import Contrastive, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
+KEY_BLOCK = 4096  # keys of one product S on a CPU
 GPU_PANEL_ROWS = 2048  # g2 is read and written once a panel: 8 N^2 D / c bytes beside the panel's own 6 N^2
 
 
@@ -69,8 +70,12 @@ class Kernels:
         raise NotImplementedError
 
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
-        """S = z1hat z2^T."""
-        return torch.mm(z1hat, z2.t(), out=out)
+        """S = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
+        if z2.device.type != "cpu" or z2.dtype == torch.bfloat16 or z2.shape[0] <= 2 * KEY_BLOCK:
+            return torch.mm(z1hat, z2.t(), out=out)
+        for j in range(0, z2.shape[0], KEY_BLOCK):
+            torch.mm(z1hat, z2[j : j + KEY_BLOCK].t(), out=out[:, j : j + KEY_BLOCK])
+        return out
 
     def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         """similarities and rows in one kernel, or the two in turn."""

@@ -12,7 +12,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
 # (docs/performance.md, "small batches").
-SMALL = {torch.float32: 16 << 20, torch.bfloat16: 1 << 20}
+SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
 
 def _native():
