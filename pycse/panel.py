@@ -64,7 +64,7 @@ class Kernels:
     """What a backend brings. All work in place on tensors of the driver's; ``i0`` is the panel's first row."""
 
     temporaries: ClassVar[int] = 0
-    statistics: ClassVar[torch.dtype] = torch.float64  # of the symmetric log-sums
+    statistics: ClassVar[torch.dtype | None] = None  # of the symmetric log-sums; None: the accumulation type
 
     def __init__(self, p: Contrastive, state: State) -> None:
         raise NotImplementedError
@@ -138,7 +138,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     if z1.dtype == torch.bfloat16 or (p.symmetric and p.exclude_above is not None):
         state.s_pos = new(B)
     if p.symmetric:
-        state.sums = LogSums.empty(B, kernels.statistics, p)
+        state.sums = LogSums.empty(B, kernels.statistics or p.acc, p)
     k = kernels(p, state)
     if p.normalize:
         k.normalize(z2, state.r2, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,26 @@ def test_compile_full_graph(backend, dynamic):
             results.append((loss.detach(), z1.grad, z2.grad))
         for eager, traced in zip(*results):
             torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.clean_memory
+def test_compile_with_inductor(tmp_path, monkeypatch):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+
+    def step(z1, z2):
+        return fused_focal_infonce(z1 * 2, z2.relu(), reduction="none").square().mean()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        z1, z2 = pair()
+        loss = function(z1, z2)
+        loss.backward()
+        results.append((loss.detach(), z1.grad, z2.grad))
+    for eager, traced in zip(*results):
+        torch.testing.assert_close(traced, eager)
 
 
 @pytest.mark.clean_memory

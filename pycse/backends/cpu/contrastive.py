@@ -45,6 +45,8 @@ def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
 
 
 class Kernels(panel.Kernels):
+    statistics = torch.float64
+
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         self.p, self.state = p, state
         self.native = _native()
