@@ -1,0 +1,220 @@
+"""Launches the kernels of kernels/triton for the panel driver. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from pycse import panel
+from pycse.backends import interpreted
+from pycse.kernels.triton import contrastive as row_kernels
+from pycse.kernels.triton import fused, norms, symmetric
+from pycse.problem import Contrastive, Result
+
+# Panels of GEMM tiles go down this many row tiles before the next column tile: all of a panel's 2048 rows (3 MB at
+# D = 768 in bf16) stay in L2 while the keys are read once.
+GROUP = 16
+# Half of the range that a fixed shift may span (Contrastive.shift): e then lies in [exp(-40), exp(40)], and neither it
+# nor its product with a key's inverse norm leaves float's or bfloat16's range.
+HALF_RANGE = 40.0
+
+
+class Tile(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Tiles of the fused GEMM by operand type and compute capability (at least), largest first: the first that gives every
+# multiprocessor a tile is taken, or the last. Bounds: 163 KB of shared memory on sm_80, 99 on sm_86 and sm_89, 227 on
+# sm_90; m n / (32 warps) registers for the accumulator beside the operands, without spilling (tests/triton_compile.py).
+TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("bf16", 90): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+    ("bf16", 86): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("bf16", 80): (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
+    ("tf32", 80): (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("ieee", 80): (Tile(64, 64, 32, 4, 2),),
+}
+
+
+def tile(kind: str, capability: int, processors: int, c: int, N: int, aligned: bool) -> Tile:
+    level = max(least for name, least in TILES if name == kind and least <= max(capability, 80))
+    tiles = TILES[kind, level]
+    if not aligned:  # element-wise loads hold a tile's operands in registers: the smallest
+        return tiles[-1]
+    for t in tiles:
+        if triton.cdiv(c, t.m) * triton.cdiv(N, t.n) >= processors:
+            return t
+    return tiles[-1]
+
+
+@functools.cache
+def device_properties(device: torch.device) -> tuple[int, int]:
+    """Compute capability and multiprocessors; those of an A100 for the interpreter's CPU tensors."""
+    if device.type != "cuda":
+        return 80, 108
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def dot_kind(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: as PyTorch's own GEMMs are told to for float32."""
+    if dtype == torch.bfloat16:
+        return "bf16"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the newer switches are in use, which the older one refuses to summarise
+        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"
+
+
+def block_of(n: int) -> int:
+    return min(2048, max(32, triton.next_power_of_2(n)))
+
+
+def rows_and_block(D: int) -> tuple[int, int]:
+    """Of the kernels that take rows of D features: about 2048 numbers to a program."""
+    block = block_of(D)
+    return max(1, min(16, 2048 // block)), block
+
+
+def warps_of(block: int) -> int:
+    return max(1, min(8, block // 256))
+
+
+class Kernels(panel.Kernels):
+    statistics: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, p: Contrastive, state: panel.State) -> None:
+        self.p, self.state = p, state
+        self.B, self.N = p.z1.shape[0], p.z2.shape[0]
+        self.coef = self._number(state.coef, self.B)  # row by row where it is a tensor
+        self.tau, self.m = self._number(p.temperature), self._number(p.m)
+        self.shift = None if p.shift is None else self._number((p.shift - HALF_RANGE) / math.log(2))
+        self.hard_weight = self._number(p.hard_negative_weight) if p.hard_negative_weight else None
+        self.exclude_above = None if p.exclude_above is None else self._number(p.exclude_above)
+        self.block = block_of(self.N)
+
+    def _number(self, value: float | Tensor, *shape: int) -> float | Tensor:
+        """What kernels take as a number. Triton's float arguments are float32: double precision needs a tensor."""
+        if isinstance(value, Tensor) or self.p.acc != torch.float64:
+            return value if isinstance(value, Tensor) else float(value)
+        return torch.full(shape, value, dtype=torch.float64, device=self.p.z1.device)
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.p.acc, device=self.p.z1.device)
+
+    def _fuses(self) -> bool:
+        """The epilogue of a GEMM sees a tile at a time: not the row's maximum, nor a threshold from its positive."""
+        p, out = self.p, self.state
+        if self.shift is None or p.exclude_above is not None or p.acc == torch.float64:
+            return False
+        # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match for
+        # cuBLAS.
+        if dot_kind(p.z1.dtype) == ("bf16" if interpreted() else "ieee"):
+            return False
+        return out.dtau is None and out.dm is None and out.sums is None
+
+    def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        if not self._fuses():
+            return super().fused_rows(z1hat, S, i0, grad)
+        p, out, z2 = self.p, self.state, self.p.z2
+        (c, D), N = z1hat.shape, self.N
+        kind = dot_kind(z2.dtype)
+        strides = z1hat.stride(0), z2.stride(0)
+        t = tile(kind, *device_properties(z2.device), c, N, aligned=not any(n % 16 for n in (D, *strides)))
+        tiles = triton.cdiv(N, t.n)
+        partial, s_pos = self._new(tiles, c), self._new(c)
+        f = self._new(c) if grad else None
+        G = S if grad else None
+        fused.fused_rows[(triton.cdiv(c, t.m) * tiles,)](
+            z1hat, z2, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
+            self.hard_weight, i0, c, self.B, N, D, *strides, S.stride(0),
+            FOCAL=p.focal, PRECISION="tf32" if kind == "tf32" else "ieee",
+            BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, GROUP=GROUP, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        fused.finish_rows[(triton.cdiv(c, 32),)](
+            partial, s_pos, G, out.r2, p.positives, self.coef, out.loss, f, self.tau, self.shift, i0, c, N,
+            S.stride(0), tiles, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
+        )  # fmt: skip
+        return f
+
+    def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        p, out = self.p, self.state
+        f = self._new(S.shape[0]) if grad else None
+        sums = out.sums
+        row_kernels.rows[(S.shape[0],)](
+            S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.coef, out.loss,
+            None if sums is None else sums.lpos, None if sums is None else sums.lneg,
+            out.dtau if grad else None, out.dm if grad else None, f, self.tau, self.m, self.shift, self.hard_weight,
+            self.exclude_above, i0, self.B, self.N, S.stride(0),
+            FOCAL=p.focal, BLOCK=self.block, num_warps=warps_of(self.block),
+        )  # fmt: skip
+        return f
+
+    def positives(self, z1hat: Tensor, i0: int) -> None:
+        if self._fuses():  # the tile that holds the positive knows it in full precision
+            return
+        p, out, (c, D) = self.p, self.state, z1hat.shape
+        block = block_of(D)
+        row_kernels.positives[(c,)](
+            z1hat, p.z2, out.r2, p.positives, out.s_pos, i0, self.N, D, z1hat.stride(0), p.z2.stride(0),
+            BLOCK=block, num_warps=warps_of(block),
+        )  # fmt: skip
+
+    def columns(self, S: Tensor, i0: int) -> None:
+        p, out, sums = self.p, self.state, self.state.sums
+        assert sums is not None
+        width = 64  # columns of a program: 128 bytes of a bf16 row
+        symmetric.columns[(triton.cdiv(self.N, width),)](
+            S, out.r2, p.query_ids, p.key_ids, out.s_pos, sums.column_max, sums.column_sum, self.tau, self.m,
+            self.shift, self.exclude_above, i0, S.shape[0], self.N, S.stride(0),
+            FOCAL=p.focal, ROWS=32, COLUMNS=width, num_warps=4,
+        )  # fmt: skip
+
+    def symmetric(self, S: Tensor, i0: int) -> None:
+        p, out, sums = self.p, self.state, self.state.sums
+        assert sums is not None
+        symmetric.symmetric[(S.shape[0],)](
+            S, out.r2, p.query_ids, p.key_ids, self.coef, out.s_pos, sums.lpos, sums.lneg, sums.lneg_column,
+            sums.lse_column, out.dtau, out.dm, self.tau, self.m, self.exclude_above, i0, self.N, S.stride(0),
+            FOCAL=p.focal, BLOCK=self.block, num_warps=warps_of(self.block),
+        )  # fmt: skip
+
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
+        n, D = z.shape
+        rows, block = rows_and_block(D)
+        norms.normalize[(triton.cdiv(n, rows),)](
+            z, r, out, n, D, z.stride(0), ACC=ACC[self.p.acc], ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block)
+        )
+
+    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+        n, D = z.shape
+        g = g if g.stride(1) == 1 else g.contiguous()  # sums of CPU tensors come transposed
+        rows, block = rows_and_block(D)
+        norms.project[(triton.cdiv(n, rows),)](
+            z, g, r, out, n, D, z.stride(0), g.stride(0),
+            SCALED=scaled, ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
+        )  # fmt: skip
+
+
+class DoubleKernels(Kernels):
+    statistics: ClassVar[torch.dtype] = torch.float64
+
+
+ACC: dict[torch.dtype, Any] = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+
+
+def contrastive(p: Contrastive) -> Result:
+    """Triton launches on the current device and stream: the device is made the tensors' own."""
+    on_device = torch.cuda.device(p.z1.device) if p.z1.is_cuda else contextlib.nullcontext()
+    with on_device:
+        return panel.contrastive(p, DoubleKernels if p.acc == torch.float64 else Kernels)

@@ -1,0 +1,176 @@
+"""Compiles every Triton kernel as its launcher launches it, for sm_80 and sm_90, on a machine that needs no GPU.
+
+The panel driver runs on small CPU tensors with launches recorded instead of made, so that signatures and options are the
+launchers' own. Prints registers, spills (stack) and shared memory; exits with an error where a kernel does not compile,
+the GEMM spills, or a block asks for more shared memory than its architecture has.
+
+    python tests/triton_compile.py [80 90]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pycse.backends.triton import contrastive as backend
+from pycse.problem import Contrastive, Needs
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+launches: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = []
+label = ""
+
+
+def record(fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """In place of JITFunction.run."""
+    given = dict(zip(fn.arg_names, args))
+    options = {k: v for k, v in kwargs.items() if k not in fn.arg_names}
+    given.update((k, v) for k, v in kwargs.items() if k in fn.arg_names)
+    launches.append((label, fn, {name: given[name] for name in fn.arg_names}, options))
+
+
+def source(fn: Any, given: dict[str, Any]) -> ASTSource:
+    """Specialised as Triton does at a launch: None, 1 and constexprs are constants, multiples of 16 are known as such."""
+    constants = {fn.arg_names[i] for i in fn.constexprs}
+    signature, constexprs, attrs = {}, {}, {}
+    for i, (name, value) in enumerate(given.items()):
+        aligned = isinstance(value, (torch.Tensor, int)) and name not in constants
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constexprs[i,] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attrs[i,] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constexprs, attrs)
+
+
+def problems(dtype: torch.dtype) -> dict[str, Contrastive]:
+    def problem(B: int, N: int, D: int, **options: Any) -> Contrastive:
+        z1, z2 = torch.randn(B, D).to(dtype), torch.randn(N, D).to(dtype)
+        base: dict[str, Any] = {"temperature": 0.05, "m": 0.3, "focal": True, "needs": Needs(True, True)}
+        return Contrastive(z1, z2, **{**base, **options})
+
+    ids = {"query_ids": torch.arange(32), "key_ids": torch.arange(512)}
+    tensors = {"temperature": torch.tensor(0.05), "m": torch.tensor(0.3), "needs": Needs(True, True, True, True, True)}
+    square = {"query_ids": torch.arange(32), "key_ids": torch.arange(32), "symmetric": True, "exclude_above": 0.1}
+    return {
+        "plain": problem(32, 512, 64),
+        "ragged": problem(33, 515, 35, focal=False),
+        "odd N": problem(32, 515, 64),
+        "forward": problem(32, 512, 64, needs=Needs()),
+        "options": problem(
+            32, 512, 64, **ids, positives=torch.arange(32), hard_negative_weight=1.0, weight=torch.ones(32)
+        ),
+        "exclude": problem(32, 512, 64, **ids, exclude_above=0.1, hard_negative_weight=1.0),
+        "maximum": problem(32, 512, 64, temperature=0.01),
+        "tensors": problem(32, 512, 64, **tensors),
+        "many keys": problem(8, 4096, 1024, temperature=0.01),
+        "one": problem(1, 1, 1),
+        "symmetric": problem(32, 32, 64, symmetric=True),
+        "symmetric options": problem(32, 32, 64, **{**tensors, **square}),
+    }
+
+
+def gather(arch: int) -> None:
+    """Fills ``launches`` for one architecture: every problem, with every tile of the GEMM."""
+    global label
+    for dtype in DTYPES:
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            torch.set_float32_matmul_precision(precision)
+            for name, p in problems(dtype).items():
+                label = f"{TYPES[dtype]:5} {name}"
+                for processors in (1, 4, 8):  # takes the largest, the middle and the smallest tile for 512 keys
+                    backend.device_properties = lambda device, n=processors: (arch, n)
+                    backend.contrastive(p)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+@dataclasses.dataclass
+class Usage:
+    count: int = 0
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+
+
+def check(arch: int) -> list[str]:
+    launches.clear()
+    gather(arch)
+    problems_found, seen, table = [], set(), {}
+    for where, fn, given, options in launches:
+        src = source(fn, given)
+        key = (src.hash(), str(options))
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+        except Exception as error:
+            problems_found.append(f"sm_{arch} {where}: {fn.__name__} {src.signature} does not compile: {error}")
+            continue
+        used = resources(compiled.asm["cubin"])
+        name = f"{where[:5]} {fn.__name__}"
+        if fn.__name__ == "fused_rows":
+            name += " {PRECISION} {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**given)
+            name += " w{num_warps} s{num_stages}".format(**options)
+            if used["STACK"] or used["LOCAL"]:
+                problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
+        shared = compiled.metadata.shared
+        if shared > SHARED_KB[arch] << 10:
+            problems_found.append(f"sm_{arch} {where}: {name} asks for {shared} bytes of shared memory")
+        row = table.setdefault(name, Usage())
+        row.count += 1
+        row.registers = max(row.registers, used["REG"])
+        row.stack = max(row.stack, used["STACK"], used["LOCAL"])
+        row.shared = max(row.shared, shared)
+    print(f"sm_{arch}: kernel, variants compiled, most registers, stack bytes, shared bytes")
+    for name, u in sorted(table.items()):
+        print(f"  {name:50} {u.count:3} {u.registers:4} {u.stack:5} {u.shared:7}")
+    return problems_found
+
+
+def main() -> int:
+    triton.runtime.jit.JITFunction.run = record
+    begin = time.perf_counter()
+    failures = [failure for arch in map(int, sys.argv[1:] or (80, 90)) for failure in check(arch)]
+    print(f"triton {triton.__version__}, {time.perf_counter() - begin:.0f} s")
+    print("\n".join(failures) or "all compile, no spills in the GEMM")
+    return len(failures) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
