@@ -12,15 +12,24 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def cuda_wanted() -> bool:
+def find_nvcc() -> str | None:
+    """CUDA_HOME's compiler, or the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (shutil.which(str(Path(home) / "bin" / "nvcc")) if home else None) or shutil.which("nvcc")
+
+
+def cuda_options() -> list[str]:
     """PYCSE_CUDA=1 asks for CUDA kernels, 0 leaves them out; by default they are built where nvcc is found."""
     wish = os.environ.get("PYCSE_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"PYCSE_CUDA is {wish!r}; it may be 1 (CUDA kernels or an error), 0 (none) or unset")
-    found = shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")) or shutil.which("nvcc")
-    if wish == "1" and found is None:
+    nvcc = find_nvcc()
+    if wish == "1" and nvcc is None:
         raise SystemExit("PYCSE_CUDA=1 and no nvcc: put nvcc on PATH or set CUDA_HOME")
-    return wish != "0" and found is not None
+    if wish == "0" or nvcc is None:
+        return ["-DPYCSE_CUDA=OFF"]
+    # Where this is a script around nvcc, CMake asks the compiler itself for its toolkit.
+    return ["-DPYCSE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
 class CMakeBuild(build_ext):
@@ -41,7 +50,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DPYCSE_CUDA={'ON' if cuda_wanted() else 'OFF'}",
+            *cuda_options(),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)

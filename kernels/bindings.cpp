@@ -11,9 +11,7 @@ using Address = std::uintptr_t;  // a tensor's data_ptr(), 0 for none
 template <class T = void>
 static T* at(Address address) { return reinterpret_cast<T*>(address); }
 
-#ifdef PYCSE_WITH_CUDA
-void bind_cuda(py::module_& m);
-#endif
+void bind_cuda(py::module_& m);  // cuda/bindings.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "pycse's compiled kernels. Use the functions of pycse; these take raw addresses and check nothing.";
@@ -110,7 +108,5 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
-#ifdef PYCSE_WITH_CUDA
   bind_cuda(m);
-#endif
 }

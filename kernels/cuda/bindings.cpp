@@ -1,0 +1,96 @@
+// The submodules `emulated` (always) and `cuda` (where CUDA was compiled) of pycse.kernels._native: the same functions, on
+// host or device pointers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "contrastive.h"
+
+namespace py = pybind11;
+using namespace pycse::cuda;
+using Address = std::uintptr_t;  // a tensor's data_ptr(), 0 for none
+
+template <class T = void>
+static T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+static Vectors vectors(Address z, int64_t ld, int n, int D) { return {at(z), ld, n, D}; }
+static Panel panel(Address S, int64_t ld, int i0, int c, Address f) { return {at(S), ld, i0, c, at(f)}; }
+
+static void bind(py::module_ m, const Kernels& kernels) {
+  using nogil = py::call_guard<py::gil_scoped_release>;
+  using Where = std::pair<int, Address>;  // device and stream
+  const auto queue = [](Where where) { return Queue{where.first, at(where.second)}; };
+
+  m.def("rows",
+        [=](const Contrastive& p, int dtype, Address S, int64_t ld, int i0, int c, Address f, bool grad, Where where) {
+          kernels.rows(p, DType(dtype), panel(S, ld, i0, c, f), grad, queue(where));
+        },
+        nogil());
+  m.def("columns",
+        [=](const Contrastive& p, int dtype, Address S, int64_t ld, int i0, int c, Where where) {
+          kernels.columns(p, DType(dtype), panel(S, ld, i0, c, 0), queue(where));
+        },
+        nogil());
+  m.def("symmetric",
+        [=](const Contrastive& p, int dtype, Address S, int64_t ld, int i0, int c, Where where) {
+          kernels.symmetric(p, DType(dtype), panel(S, ld, i0, c, 0), queue(where));
+        },
+        nogil());
+  m.def("positives",
+        [=](const Contrastive& p, int dtype, Address z1hat, int64_t ld1, Address z2, int64_t ld2, int D, int i0, int n,
+            Where where) {
+          kernels.positives(p, DType(dtype), vectors(z1hat, ld1, n, D), vectors(z2, ld2, p.N, D), i0, queue(where));
+        },
+        nogil());
+  m.def("normalize",
+        [=](int dtype, Address z, int64_t ld, int n, int D, Address r, Address out, Where where) {
+          kernels.normalize(DType(dtype), vectors(z, ld, n, D), at(r), at(out), queue(where));
+        },
+        nogil());
+  m.def("project",
+        [=](int dtype, int g_dtype, Address z, int64_t ld, int n, int D, Address g, Address r, bool scaled, Address out,
+            Where where) {
+          kernels.project(DType(dtype), DType(g_dtype), vectors(z, ld, n, D), at(g), at(r), scaled, at(out), queue(where));
+        },
+        nogil());
+}
+
+void bind_cuda(py::module_& m) {
+  py::module_ emulated = m.def_submodule("emulated", "The CUDA kernels' bodies run by one host thread, for tests.");
+  py::class_<Contrastive>(emulated, "Contrastive")
+      .def(py::init([](int B, int N, bool focal, double tau, Address tau_at, double m, Address m_at,
+                       std::optional<double> shift, double hard_weight, std::optional<double> exclude_above, Address r2,
+                       Address s_pos, Address positives, Address query_ids, Address key_ids, Address coef, double coef_all,
+                       Address loss, Address dtau, Address dm) {
+             Contrastive p;
+             p.B = B, p.N = N, p.focal = focal, p.tau = {tau, at(tau_at)}, p.m = {m, at(m_at)};
+             p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
+             p.hard_weight = hard_weight;
+             p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
+             p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
+             p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
+             p.coef = at(coef), p.coef_all = coef_all;
+             p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
+             return p;
+           }),
+           py::kw_only(), py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("tau_at"), py::arg("m"),
+           py::arg("m_at"), py::arg("shift"), py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2"),
+           py::arg("s_pos"), py::arg("positives"), py::arg("query_ids"), py::arg("key_ids"), py::arg("coef"),
+           py::arg("coef_all"), py::arg("loss"), py::arg("dtau"), py::arg("dm"))
+      .def(
+          "symmetric_state",
+          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum, Address lneg_column,
+             Address lse_column) {
+            p.lpos = at(lpos), p.lneg = at(lneg);
+            p.column_max = at(column_max), p.column_sum = at(column_sum);
+            p.lneg_column = at(lneg_column), p.lse_column = at(lse_column);
+          },
+          py::kw_only(), py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
+          py::arg("lneg_column"), py::arg("lse_column"));
+  bind(emulated, emulated_kernels());
+
+#ifdef PYCSE_WITH_CUDA
+  py::module_ device = m.def_submodule("cuda", "The CUDA kernels.");
+  device.attr("Contrastive") = emulated.attr("Contrastive");
+  bind(device, device_kernels());
+#endif
+}

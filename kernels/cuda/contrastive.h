@@ -1,0 +1,78 @@
+// What the CUDA kernels are given. Plain data that travels by value; every pointer is the device's.
+#pragma once
+#include <cstdint>
+
+namespace pycse::cuda {
+
+enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
+
+// A number that the host knows, or one in device memory (acc) that it never reads.
+struct Number {
+  double value = 0;
+  const void* at = nullptr;
+};
+
+// One contrastive problem. "acc" is the accumulation type: float for f32 and bf16 panels, double for f64.
+struct Contrastive {
+  int B = 0, N = 0;
+  bool focal = true;
+  Number tau{0.05}, m;
+  bool fixed_shift = false;
+  double shift = 0;                       // subtracted from every logit when fixed_shift; else the row's own maximum
+  double hard_weight = 0;                 // added to the logits of keys kB + i, k >= 1
+  bool exclude = false;
+  double exclude_above = 0;               // a key with s_ij > s_i,pos + exclude_above is no negative
+  const void* r2 = nullptr;               // (N) acc: 1/|z2_j|, 0 for a zero vector
+  void* s_pos = nullptr;                  // (B) acc: s of the positives from the embeddings; null: from the panel
+  const int64_t* positives = nullptr;     // (B) or null: i
+  const int64_t* query_ids = nullptr;     // (B) or null
+  const int64_t* key_ids = nullptr;       // (N) or null
+  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;                   // (B) acc
+  void* dtau = nullptr;                   // (B) acc or null: coef_i dL_i/dtau
+  void* dm = nullptr;                     // (B) acc or null: coef_i dL_i/dm
+  // The symmetric loss, all (B) acc, else null:
+  void* lpos = nullptr;                   // logit of the positive
+  void* lneg = nullptr;                   // log of the sum over the row's negatives
+  void* column_max = nullptr;             // running maximum (in bits) of the columns and sum over the rows so far
+  void* column_sum = nullptr;
+  const void* lneg_column = nullptr;      // the finished log-sums of the columns
+  const void* lse_column = nullptr;       // log(exp(lneg_column) + exp(lpos))
+};
+
+// Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
+struct Panel {
+  void* S = nullptr;
+  int64_t ld = 0;
+  int i0 = 0, c = 0;
+  void* f = nullptr;                      // (c) acc or null: the rows' factors, which G lacks
+};
+
+// n rows of D features, z and z1hat with leading dimensions of their own.
+struct Vectors {
+  const void* z = nullptr;
+  int64_t ld = 0;
+  int n = 0, D = 0;
+};
+
+struct Queue {
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// One table for the device, and one of the same kernels run by a single host thread (emulated.cpp).
+struct Kernels {
+  void (*rows)(const Contrastive&, DType, const Panel&, bool grad, Queue);
+  void (*columns)(const Contrastive&, DType, const Panel&, Queue);
+  void (*symmetric)(const Contrastive&, DType, const Panel&, Queue);
+  // s_pos of rows [i0, i0 + z1hat.n)
+  void (*positives)(const Contrastive&, DType, Vectors z1hat, Vectors z2, int i0, Queue);
+  void (*normalize)(DType, Vectors z, void* r, void* out, Queue);
+  void (*project)(DType z_type, DType g_type, Vectors z, const void* g, const void* r, bool scaled, void* out, Queue);
+};
+
+const Kernels& emulated_kernels();
+const Kernels& device_kernels();
+
+}  // namespace pycse::cuda

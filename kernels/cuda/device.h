@@ -1,0 +1,9 @@
+// The launchers that stand in files of their own.
+#pragma once
+#include "contrastive.h"
+
+namespace pycse::cuda {
+void rows(const Contrastive&, DType, const Panel&, bool grad, Queue);
+void columns(const Contrastive&, DType, const Panel&, Queue);
+void symmetric(const Contrastive&, DType, const Panel&, Queue);
+}  // namespace pycse::cuda

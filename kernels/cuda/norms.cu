@@ -1,0 +1,60 @@
+// Device side of norms.h: a warp for a row, kRows rows in a thread block. And the table of all device kernels.
+#include "device.h"
+#include "launch.cuh"
+#include "norms.h"
+
+namespace pycse::cuda {
+
+constexpr int kRows = 4;
+
+__device__ __forceinline__ int warp_row() { return blockIdx.x * kRows + threadIdx.y; }
+
+template <class T>
+__global__ void __launch_bounds__(32 * kRows) normalize_kernel(Vectors z, void* r, void* out) {
+  if (warp_row() < z.n) normalize_row<T>(Warp(), z, warp_row(), r, out);
+}
+
+template <class T, class G>
+__global__ void __launch_bounds__(32 * kRows)
+project_kernel(Vectors z, const void* g, const void* r, bool scaled, void* out) {
+  if (warp_row() < z.n) project_row<T, G>(Warp(), z, warp_row(), g, r, scaled, out);
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kRows)
+positives_kernel(const __grid_constant__ Contrastive p, Vectors z1hat, Vectors z2, int i0) {
+  if (warp_row() < z1hat.n) positive_row<T>(Warp(), p, z1hat, z2, i0, warp_row());
+}
+
+static void normalize(DType dtype, Vectors z, void* r, void* out, Queue queue) {
+  with_type(dtype, [&](auto type) {
+    launch_on(queue, "normalize", [&](cudaStream_t stream) {
+      normalize_kernel<decltype(type)><<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, r, out);
+    });
+  });
+}
+
+static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, bool scaled, void* out,
+                    Queue queue) {
+  project_variant(z_type, g_type, [&](auto type, auto gradient) {
+    launch_on(queue, "project", [&](cudaStream_t stream) {
+      project_kernel<decltype(type), decltype(gradient)>
+          <<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, g, r, scaled, out);
+    });
+  });
+}
+
+static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors z2, int i0, Queue queue) {
+  with_type(dtype, [&](auto type) {
+    launch_on(queue, "positives", [&](cudaStream_t stream) {
+      positives_kernel<decltype(type)><<<ceil_div(z1hat.n, kRows), dim3(32, kRows), 0, stream>>>(p, z1hat, z2, i0);
+    });
+  });
+}
+
+const Kernels& device_kernels() {
+  static const Kernels table = {rows, columns, symmetric, positives, normalize, project};
+  return table;
+}
+
+}  // namespace pycse::cuda

@@ -1,0 +1,28 @@
+// Device side of rows.h: a thread block for a row, kThreads at most. Bound by the panel's traffic: 16 bytes a thread in
+// flight need most of a multiprocessor's 2048 threads, which the registers must leave room for.
+#include "device.h"
+#include "launch.cuh"
+#include "rows.h"
+
+namespace pycse::cuda {
+
+constexpr int kThreads = 256;
+template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;  // a multiprocessor: 128 or 64 registers a thread
+
+template <class T, bool Grad, bool Params, bool Masked>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+rows_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
+  row<T, Grad, Params, Masked>(ThreadBlock(), p, panel, blockIdx.x);
+}
+
+void rows(const Contrastive& p, DType dtype, const Panel& panel, bool grad, Queue queue) {
+  rows_variant(p, dtype, grad, [&](auto type, auto grad, auto params, auto masked) {
+    using T = decltype(type);
+    launch_on(queue, "rows", [&](cudaStream_t stream) {
+      rows_kernel<T, decltype(grad)::value, decltype(params)::value, decltype(masked)::value>
+          <<<panel.c, threads_for(p.N, kWidth<T>, kThreads), 0, stream>>>(p, panel);
+    });
+  });
+}
+
+}  // namespace pycse::cuda

@@ -1,0 +1,108 @@
+"""The CUDA kernels of kernels/cuda around PyTorch's GEMMs. Nothing here waits for the device, so calls can be captured in
+a CUDA graph; numbers in tensors are read by the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycse import panel
+from pycse.problem import Contrastive, Result
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+# Half of the range that a fixed shift may span (Contrastive.shift): e then lies in [exp(-40), exp(40)], and neither it
+# nor its product with a key's inverse norm leaves float's or bfloat16's range.
+HALF_RANGE = 40.0
+LARGEST = 2**31 - 1  # rows, keys and features are counted in 32 bits; addresses are not
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class Kernels(panel.Kernels):
+    @staticmethod
+    def native() -> Any:
+        from pycse.kernels import native
+
+        return native().cuda
+
+    def __init__(self, p: Contrastive, state: panel.State) -> None:
+        (B, D), N = p.z1.shape, p.z2.shape[0]
+        if max(B, N, D) > LARGEST - 2048:
+            raise ValueError(f"backend='cuda' takes up to {LARGEST - 2048} rows, keys and features, not {max(B, N, D)}")
+        self.p, self.state, self.kernels = p, state, self.native()
+        self.code = CODES[p.z1.dtype]
+        device = p.z1.device
+        self.queue = (device.index, torch.cuda.current_stream(device).cuda_stream) if p.z1.is_cuda else (0, 0)
+        self.kept = [t.to(p.acc) if isinstance(t, Tensor) else t for t in (p.temperature, p.m)]  # alive for the kernels
+        (tau, tau_at), (m, m_at) = ((0.0, n.data_ptr()) if isinstance(n, Tensor) else (n, 0) for n in self.kept)
+        coef = state.coef
+        self.problem = self.kernels.Contrastive(
+            B=B,
+            N=N,
+            focal=p.focal,
+            tau=tau,
+            tau_at=tau_at,
+            m=m,
+            m_at=m_at,
+            shift=None if p.shift is None else p.shift - HALF_RANGE,
+            hard_weight=p.hard_negative_weight,
+            exclude_above=p.exclude_above,
+            r2=state.r2.data_ptr(),
+            s_pos=_pointer(state.s_pos),
+            positives=_pointer(p.positives),
+            query_ids=_pointer(p.query_ids),
+            key_ids=_pointer(p.key_ids),
+            coef=coef.data_ptr() if isinstance(coef, Tensor) else 0,
+            coef_all=1.0 if isinstance(coef, Tensor) else coef,
+            loss=state.loss.data_ptr(),
+            dtau=_pointer(state.dtau),
+            dm=_pointer(state.dm),
+        )
+        if (s := state.sums) is not None:
+            self.problem.symmetric_state(
+                lpos=s.lpos.data_ptr(),
+                lneg=s.lneg.data_ptr(),
+                column_max=s.column_max.data_ptr(),
+                column_sum=s.column_sum.data_ptr(),
+                lneg_column=s.lneg_column.data_ptr(),
+                lse_column=s.lse_column.data_ptr(),
+            )
+
+    def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
+        return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
+
+    def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        f = torch.empty(S.shape[0], dtype=self.p.acc, device=S.device) if grad else None
+        self.kernels.rows(self.problem, *self._panel(S, i0), _pointer(f), grad, self.queue)
+        return f
+
+    def columns(self, S: Tensor, i0: int) -> None:
+        self.kernels.columns(self.problem, *self._panel(S, i0), self.queue)
+
+    def symmetric(self, S: Tensor, i0: int) -> None:
+        self.kernels.symmetric(self.problem, *self._panel(S, i0), self.queue)
+
+    def positives(self, z1hat: Tensor, i0: int) -> None:
+        n, D = z1hat.shape
+        z2 = self.p.z2
+        self.kernels.positives(
+            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), D, i0, n, self.queue,
+        )  # fmt: skip
+
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
+        self.kernels.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.queue)
+
+    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+        g = g.contiguous()
+        self.kernels.project(
+            self.code, CODES[g.dtype], z.data_ptr(), z.stride(0), *z.shape, g.data_ptr(), r.data_ptr(), scaled,
+            out.data_ptr(), self.queue,
+        )  # fmt: skip
+
+
+def contrastive(p: Contrastive) -> Result:
+    return panel.contrastive(p, Kernels)
