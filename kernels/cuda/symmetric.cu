@@ -7,7 +7,7 @@
 namespace pycse::cuda {
 
 constexpr int kThreads = 256, kColumns = 32, kSlices = 16;
-template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // a multiprocessor: 128 or 80 registers a thread
+template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // as in rows.cu: 128 or 80 registers a thread
 
 template <class T, bool Masked>
 __global__ void __launch_bounds__(kColumns * kSlices, 1)
