@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
 
 class Needs(NamedTuple):
@@ -49,10 +50,11 @@ class Contrastive:
 
     @property
     def shift(self) -> float | None:
-        """A bound on every logit that can replace the row's maximum, or None where only the maximum is safe.
+        """What to subtract from every logit instead of the row's maximum, or None where only the maximum is safe.
 
-        With unit rows the logits lie in [low, high]; exp(l - high) neither overflows nor loses a row while
-        high - low <= 80 (exp(-80) = 2e-35 is still a normal float32).
+        With unit rows the logits lie in [low, high]. While high - low <= 80, exp(l - (high - 40)) lies in
+        [exp(-40), exp(40)]: neither it nor its product with a key's inverse norm leaves float's range, so no maximum is
+        needed before the sum.
         """
         if not self.normalize or isinstance(self.temperature, Tensor) or isinstance(self.m, Tensor):
             return None
@@ -63,7 +65,7 @@ class Contrastive:
             high, low = 1.0, -1.0
         w = abs(self.hard_negative_weight)
         high, low = high / self.temperature + w, low / self.temperature - w
-        return high if high - low <= 80 else None
+        return high - FIXED_RANGE / 2 if high - low <= FIXED_RANGE else None
 
     def row_coefficients(self) -> Tensor | float:
         """dLoss/dL_i: (B,) in ``acc``, or one number for all rows."""

@@ -133,7 +133,7 @@ def test_no_absolute_path_in_the_binary():
 def test_instruction_sets_share_no_code(tmp_path):
     """An inline function that two of them compile is kept once by the linker: it could be the one this CPU cannot run."""
     source, target = ROOT / "kernels" / "cpu" / "isa.cpp", tmp_path / "isa.o"
-    flags = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -fopenmp -DPYCSE_ISA=probe".split()
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DPYCSE_ISA=probe"]
     subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True)
     symbols = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [s for s in symbols if " W " in s]

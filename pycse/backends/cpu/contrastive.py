@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pycse import panel
+from pycse.backends.addresses import CODES, pointer
 from pycse.problem import Contrastive, Result
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
 # (docs/performance.md, "small batches").
@@ -21,10 +20,6 @@ def _native():
     return native()
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
     return _native().Contrastive(
         p.z1.shape[0],
@@ -35,12 +30,12 @@ def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
         p.shift,
         p.hard_negative_weight,
         p.exclude_above,
-        positives=_pointer(p.positives),
-        query_ids=_pointer(p.query_ids),
-        key_ids=_pointer(p.key_ids),
-        coef=coef.data_ptr() if isinstance(coef, Tensor) else 0,
+        positives=pointer(p.positives),
+        query_ids=pointer(p.query_ids),
+        key_ids=pointer(p.key_ids),
+        coef=pointer(coef),
         coef_all=1.0 if isinstance(coef, Tensor) else coef,
-        **{name: _pointer(t) for name, t in tensors.items()},
+        **{name: pointer(t) for name, t in tensors.items()},
     )
 
 
@@ -75,7 +70,7 @@ class Kernels(panel.Kernels):
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> None:
-        self.native.rows(self.problem, *self._panel(S, i0), _pointer(self.scratch), self.threads, grad)
+        self.native.rows(self.problem, *self._panel(S, i0), pointer(self.scratch), self.threads, grad)
 
     def positives(self, z1hat: Tensor, i0: int) -> None:
         z2 = self.p.z2
@@ -91,7 +86,7 @@ class Kernels(panel.Kernels):
         self.native.symmetric(self.problem, *self._panel(S, i0), self.threads)
 
     def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        self.native.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.threads)
+        self.native.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.threads)
 
     def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
         self.native.project(
@@ -131,8 +126,8 @@ def _small(p: Contrastive) -> Result | None:
         p.z2.stride(0),
         p.normalize,
         work.data_ptr(),
-        _pointer(dz1),
-        _pointer(dz2),
+        pointer(dz1),
+        pointer(dz2),
         loss.data_ptr(),
         torch.get_num_threads(),
     )

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from pycse import panel
+from pycse.backends.addresses import CODES, pointer
 from pycse.problem import Contrastive, Result
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-# Half of the range that a fixed shift may span (Contrastive.shift): e then lies in [exp(-40), exp(40)], and neither it
-# nor its product with a key's inverse norm leaves float's or bfloat16's range.
-HALF_RANGE = 40.0
 LARGEST = 2**31 - 1  # rows, keys and features are counted in 32 bits; addresses are not
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 class Kernels(panel.Kernels):
@@ -48,19 +41,19 @@ class Kernels(panel.Kernels):
             tau_at=tau_at,
             m=m,
             m_at=m_at,
-            shift=None if p.shift is None else p.shift - HALF_RANGE,
+            shift=p.shift,
             hard_weight=p.hard_negative_weight,
             exclude_above=p.exclude_above,
             r2=state.r2.data_ptr(),
-            s_pos=_pointer(state.s_pos),
-            positives=_pointer(p.positives),
-            query_ids=_pointer(p.query_ids),
-            key_ids=_pointer(p.key_ids),
-            coef=coef.data_ptr() if isinstance(coef, Tensor) else 0,
+            s_pos=pointer(state.s_pos),
+            positives=pointer(p.positives),
+            query_ids=pointer(p.query_ids),
+            key_ids=pointer(p.key_ids),
+            coef=pointer(coef),
             coef_all=1.0 if isinstance(coef, Tensor) else coef,
             loss=state.loss.data_ptr(),
-            dtau=_pointer(state.dtau),
-            dm=_pointer(state.dm),
+            dtau=pointer(state.dtau),
+            dm=pointer(state.dm),
         )
         if (s := state.sums) is not None:
             self.problem.symmetric_state(
@@ -77,7 +70,7 @@ class Kernels(panel.Kernels):
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         f = torch.empty(S.shape[0], dtype=self.p.acc, device=S.device) if grad else None
-        self.kernels.rows(self.problem, *self._panel(S, i0), _pointer(f), grad, self.queue)
+        self.kernels.rows(self.problem, *self._panel(S, i0), pointer(f), grad, self.queue)
         return f
 
     def columns(self, S: Tensor, i0: int) -> None:
@@ -94,7 +87,7 @@ class Kernels(panel.Kernels):
         )  # fmt: skip
 
     def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        self.kernels.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, _pointer(r), _pointer(out), self.queue)
+        self.kernels.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.queue)
 
     def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
         g = g.contiguous()

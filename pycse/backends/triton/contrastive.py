@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,9 +20,6 @@ from pycse.problem import Contrastive, Result
 # Panels of GEMM tiles go down this many row tiles before the next column tile: all of a panel's 2048 rows (3 MB at
 # D = 768 in bf16) stay in L2 while the keys are read once.
 GROUP = 16
-# Half of the range that a fixed shift may span (Contrastive.shift): e then lies in [exp(-40), exp(40)], and neither it
-# nor its product with a key's inverse norm leaves float's or bfloat16's range.
-HALF_RANGE = 40.0
 
 
 class Tile(NamedTuple):
@@ -91,14 +88,12 @@ def warps_of(block: int) -> int:
 
 
 class Kernels(panel.Kernels):
-    statistics: ClassVar[torch.dtype] = torch.float32
-
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         self.p, self.state = p, state
         self.B, self.N = p.z1.shape[0], p.z2.shape[0]
         self.coef = self._number(state.coef, self.B)  # row by row where it is a tensor
         self.tau, self.m = self._number(p.temperature), self._number(p.m)
-        self.shift = None if p.shift is None else self._number((p.shift - HALF_RANGE) / math.log(2))
+        self.shift = None if p.shift is None else self._number(p.shift / math.log(2))
         self.hard_weight = self._number(p.hard_negative_weight) if p.hard_negative_weight else None
         self.exclude_above = None if p.exclude_above is None else self._number(p.exclude_above)
         self.block = block_of(self.N)
@@ -206,10 +201,6 @@ class Kernels(panel.Kernels):
         )  # fmt: skip
 
 
-class DoubleKernels(Kernels):
-    statistics: ClassVar[torch.dtype] = torch.float64
-
-
 ACC: dict[torch.dtype, Any] = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
 
@@ -217,4 +208,4 @@ def contrastive(p: Contrastive) -> Result:
     """Triton launches on the current device and stream: the device is made the tensors' own."""
     on_device = torch.cuda.device(p.z1.device) if p.z1.is_cuda else contextlib.nullcontext()
     with on_device:
-        return panel.contrastive(p, DoubleKernels if p.acc == torch.float64 else Kernels)
+        return panel.contrastive(p, Kernels)
