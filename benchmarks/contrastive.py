@@ -61,7 +61,7 @@ def floor(z1: Tensor, z2: Tensor, c: int) -> Callable[[], None]:
 def embeddings(N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     z1 = torch.randn(N, D)
-    z2 = z1 + torch.randn(N, D)
+    z2 = z1 + 2 * torch.randn(N, D)  # positives at a cosine of 0.45: a loss that is neither solved nor noise
     return z1.to(dtype).requires_grad_(), z2.to(dtype).requires_grad_()
 
 
@@ -75,31 +75,35 @@ def step(loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> Ca
     return run
 
 
-def parity(run: Callable[[], Tensor], peer: Callable[[], Tensor], z1: Tensor, z2: Tensor) -> float:
-    """Largest relative difference of loss and gradients; raises where it is more than rounding."""
+def parity(z1: Tensor, z2: Tensor) -> float:
+    """Largest relative difference of loss and gradients to eager in float32; raises where it is more than rounding."""
     results = []
-    for call in (run, peer):
-        loss = call().detach()
-        results.append((loss.double(), z1.grad.double(), z2.grad.double()))
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
+    for loss, dtype in ((pycse.fused_focal_infonce, z1.dtype), (eager, torch.float32)):
+        a, b = (z.detach().to(dtype).requires_grad_() for z in (z1, z2))
+        value = step(loss, a, b)().detach()
+        results.append((value.double(), a.grad.double(), b.grad.double()))
+    worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(*results))
     if not worst < (1e-4 if z1.dtype == torch.float32 else 0.1):
-        raise SystemExit(f"parity failed: {tuple(z1.shape)} {z1.dtype} differs from eager by {worst:.1e}")
+        raise SystemExit(f"parity failed: {tuple(z1.shape)} {z1.dtype} differs from eager in float32 by {worst:.1e}")
     return worst
 
 
 def measure(N: int, D: int, dtype: torch.dtype, compiled: bool, budget: float) -> dict[str, float]:
     z1, z2 = embeddings(N, D, dtype)
     ours, theirs = step(pycse.fused_focal_infonce, z1, z2), step(eager, z1, z2)
-    result: dict[str, float] = {"parity": parity(ours, theirs, z1, z2)}
-    calls: dict[str, Callable[[], object]] = {"pycse": ours, "eager": theirs}
+    result: dict[str, float] = {"parity": parity(z1, z2)}
+    # Two groups: peers' N x N temporaries change the state of the allocator, for whoever comes next.
+    peers: dict[str, Callable[[], object]] = {"pycse": ours, "eager": theirs}
     if compiled:
-        calls["compile"] = step(torch.compile(eager), z1, z2)
-    for c in (512, 1024, 2048):
-        if c <= N or c == 512:
-            calls[f"floor {c}"] = floor(z1, z2, min(c, N))
-    times = interleaved(calls, budget)
-    result |= {name: timing.best for name, timing in times.items()}
-    result["spread"] = max(timing.spread for timing in times.values())
+        peers["compile"] = step(torch.compile(eager), z1, z2)
+    floors: dict[str, Callable[[], object]] = {"pycse": ours}
+    floors |= {f"floor {c}": floor(z1, z2, min(c, N)) for c in (512, 1024, 2048) if c <= N or c == 512}
+    for calls in (floors, peers):
+        times = interleaved(calls, budget)
+        ours_best = times["pycse"].best
+        result |= {f"{name}/pycse": timing.best / ours_best for name, timing in times.items() if name != "pycse"}
+        result.setdefault("pycse", ours_best)
+        result["spread"] = max(result.get("spread", 0.0), *(timing.spread for timing in times.values()))
     return result
 
 
@@ -135,7 +139,7 @@ def child(kind: str) -> None:
     if kind == "memory":
         print(json.dumps({"memory": memory(32768, 768, torch.get_num_threads())}))
         return
-    sizes, budget = {"large": (LARGE, 30.0), "small": (SMALL, 5.0), "short": (SHORT, 2.0)}[kind]
+    sizes, budget = {"large": (LARGE, 16.0), "small": (SMALL, 4.0), "short": (SHORT, 1.0)}[kind]
     compiled = kind == "large"
     print(json.dumps([measure(N, D, getattr(torch, dtype), compiled, budget) for N, D, dtype in sizes]))
 
@@ -143,30 +147,29 @@ def child(kind: str) -> None:
 def in_child(kind: str, tunables: str = "") -> list[dict[str, float]]:
     env = {**os.environ, "GLIBC_TUNABLES": tunables} if tunables else dict(os.environ)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.contrastive", "--child", kind], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.contrastive", "--child", kind],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def best_floor(row: dict[str, float]) -> tuple[str, float]:
-    return min(((name, time) for name, time in row.items() if name.startswith("floor")), key=lambda pair: pair[1])
-
-
 def table(title: str, sizes: list[tuple[int, int, str]], rows: list[dict[str, float]]) -> None:
-    print(f"\n{title}")
+    print(f"\n{title}\n")
     print(
-        f"{'N':>6} {'D':>4} {'dtype':>9} {'parity':>8} {'pycse ms':>9} {'floor/pycse 512':>16} {'best':>12} "
-        f"{'eager/pycse':>12} {'compile/pycse':>14} {'spread':>7}"
+        "| N | D | dtype | parity | pycse ms | floor 512/pycse | best floor/pycse | eager/pycse | compile/pycse | spread |"
     )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for (N, D, dtype), row in zip(sizes, rows):
-        name, best = best_floor(row)
-        ours = row["pycse"]
-        compiled = f"{row['compile'] / ours:.2f}" if "compile" in row else "-"
+        best = min((name for name in row if name.startswith("floor")), key=lambda name: row[name])
+        compiled = f"{row['compile/pycse']:.2f}" if "compile/pycse" in row else "-"
         print(
-            f"{N:>6} {D:>4} {dtype:>9} {row['parity']:>8.0e} {ours * 1e3:>9.3f} {row['floor 512'] / ours:>16.3f} "
-            f"{best / ours:>6.3f}@{name.split()[1]:<5} {row['eager'] / ours:>12.2f} {compiled:>14} {row['spread']:>6.0%}"
+            f"| {N} | {D} | {dtype} | {row['parity']:.0e} | {row['pycse'] * 1e3:.3f} | {row['floor 512/pycse']:.3f} "
+            f"| {row[best]:.3f} ({best.split('/')[0].split()[1]}) | {row['eager/pycse']:.2f} | {compiled} "
+            f"| {row['spread']:.0%} |"
         )
 
 
