@@ -81,6 +81,7 @@ def parity(z1: Tensor, z2: Tensor) -> float:
     for loss, dtype in ((pycse.fused_focal_infonce, z1.dtype), (eager, torch.float32)):
         a, b = (z.detach().to(dtype).requires_grad_() for z in (z1, z2))
         value = step(loss, a, b)().detach()
+        assert a.grad is not None and b.grad is not None
         results.append((value.double(), a.grad.double(), b.grad.double()))
     worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(*results))
     if not worst < (1e-4 if z1.dtype == torch.float32 else 0.1):
