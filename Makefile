@@ -27,19 +27,18 @@ wheel: $(VENV)/test
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # The package, editable, with its kernels built; again when a source changes.
-$(VENV)/build: $(SOURCES)
+$(VENV)/torch:
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
-	$(PIP) -e .
 	touch $@
 
-$(VENV)/train: $(VENV)/build
+$(VENV)/train: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[train]"
 	touch $@
 
-$(VENV)/test: $(VENV)/train
-	$(PIP) -e ".[test,lint]"
-	touch $@
+$(VENV)/test: $(VENV)/torch $(SOURCES)
+	$(PIP) -e ".[train,test,lint]"
+	touch $(VENV)/train $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace pycse;
@@ -48,14 +49,14 @@ PYBIND11_MODULE(_native, m) {
           py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
           py::arg("lneg_column"), py::arg("lse_column"));
 
-  auto panel = [](int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address scratch, int threads) {
-    return Panel{DType(dtype), at(S), ld, i0, c, at(scratch), threads};
+  auto panel = [](int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, int threads) {
+    return Panel{DType(dtype), at(S), ld, i0, c, at(f), threads};
   };
   m.def(
       "rows",
-      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address scratch,
+      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f,
               int threads, bool grad) {
-        cpu_kernels().rows(p, panel(dtype, S, ld, i0, c, scratch, threads), grad);
+        cpu_kernels().rows(p, panel(dtype, S, ld, i0, c, f, threads), grad);
       },
       nogil());
   m.def(
@@ -79,8 +80,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "project",
       [](int dtype, int g_dtype, Address z, int64_t ld, Address g, int64_t g_ld, int64_t n, int64_t D, Address r,
-         bool scaled, Address out, int threads) {
-        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), g_ld, n, D, at(r), scaled, at(out), threads);
+         Address f, bool scaled, Address out, int threads) {
+        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), g_ld, n, D, at(r), at(f), scaled, at(out),
+                              threads);
       },
       nogil());
   m.def(
@@ -101,7 +103,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
     return small_work_size(B, N, D, DType(dtype));
   });
-  #ifdef PYCSE_WITH_CUDA
+  m.def("prefer_huge_pages", &prefer_huge_pages);
+#ifdef PYCSE_WITH_CUDA
   m.def("cuda_compiled", [] { return true; });
 #else
   m.def("cuda_compiled", [] { return false; });

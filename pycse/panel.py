@@ -7,14 +7,15 @@
         g2    += G^T z1hat[I]         GEMM   2 c N D     dz2 = project(g2) at the end
 
 6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2 D.
-PyTorch's GEMMs do the products; a backend brings the kernels between them (``Kernels``). Where its ``rows`` leaves G
-without the rows' factors f_i (a kernel that sees a tile before its row is complete), it returns f and the driver applies
-it to the small operands: g1 and z1hat.
+PyTorch's GEMMs do the products; a backend brings the kernels between them (``Kernels``). G may lack the rows' factors
+f_i, which are known only when a row is complete: ``rows`` returns f then, and the small operands take it, z1hat and the
+projection, instead of a second visit of the panel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,6 +70,10 @@ class Kernels:
     def __init__(self, p: Contrastive, state: State) -> None:
         raise NotImplementedError
 
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a panel or a gradient."""
+        return torch.empty(shape, dtype=dtype, device=self.p.z1.device)
+
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
         """S = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
         if z2.device.type != "cpu" or z2.dtype == torch.bfloat16 or z2.shape[0] <= 2 * KEY_BLOCK:
@@ -109,8 +114,10 @@ class Kernels:
         """r = 1/|z| (0 for a zero vector) and out = r z."""
         raise NotImplementedError
 
-    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
-        """dL/dz from g = dL/dzhat (or from r dL/dzhat, where g is ``scaled`` already)."""
+    def project(
+        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
+    ) -> None:
+        """dL/dz from f g = dL/dzhat (or from g = r dL/dzhat, where g is ``scaled`` already)."""
         raise NotImplementedError
 
     p: Contrastive
@@ -146,7 +153,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         state.r2.fill_(1)
 
     c = panel_rows(B, N, p, k.temporaries)
-    r1, panel = new(c), new(c, N, dtype=z1.dtype)
+    r1, panel = new(c), k.empty(c, N, dtype=z1.dtype)
     z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
 
     def panels():
@@ -165,8 +172,8 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     if p.symmetric:
         _log_sums(p, k, state, panels)
 
-    dz1 = new(B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2 = KeyGradient(p, c) if p.needs.z2 else None
+    dz1 = k.empty(B, D, dtype=z1.dtype) if p.needs.z1 else None
+    g2 = KeyGradient(p, c, k.empty) if p.needs.z2 else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
@@ -177,19 +184,21 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
             if dz1 is not None:
                 part = dz1[i0 : i0 + S.shape[0]]
                 g1 = torch.mm(S, z2, out=part)
-                if f is not None:
-                    g1.mul_(f[:, None])
                 if p.normalize:
-                    k.project(z, g1, r, False, part)
+                    k.project(z, g1, r, part, f)
+                elif f is not None:
+                    g1.mul_(f[:, None])
             if g2 is not None:
-                g2.add(S, z1hat if f is None else (z1hat * f[:, None]).to(z1hat.dtype))
+                if f is not None:
+                    z1hat = torch.mul(z1hat, f[:, None], out=z1hat if p.normalize else torch.empty_like(z1hat))
+                g2.add(S, z1hat)
 
     dz2: Tensor | None = None
     if g2 is not None:
         total = g2.total
-        dz2 = total if total.dtype == z2.dtype and total.is_contiguous() else new(N, D, dtype=z2.dtype)
+        dz2 = total if total.dtype == z2.dtype and total.is_contiguous() else k.empty(N, D, dtype=z2.dtype)
         if p.normalize:
-            k.project(z2, total, state.r2, True, dz2)
+            k.project(z2, total, state.r2, dz2, scaled=True)
         elif dz2 is not total:
             dz2.copy_(total)
     return Result(
@@ -208,8 +217,9 @@ class KeyGradient:
     z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G (docs/performance.md).
     """
 
-    def __init__(self, p: Contrastive, c: int) -> None:
+    def __init__(self, p: Contrastive, c: int, empty: Callable[..., Tensor]) -> None:
         (self.N, self.D), self.dtype, self.device = p.z2.shape, p.z2.dtype, p.z2.device
+        self.empty = empty
         self.wide = self.dtype in (torch.float32, torch.float64)
         self.transposed = not self.wide and self.device.type == "cpu" and self.N >= 1024
         self.single = c == p.z1.shape[0]
@@ -218,17 +228,22 @@ class KeyGradient:
 
     def add(self, G: Tensor, z1hat: Tensor) -> None:
         if self.wide:
-            self.sum = torch.mm(G.t(), z1hat) if self.sum is None else self.sum.addmm_(G.t(), z1hat)
+            if self.sum is None:
+                self.sum = torch.mm(G.t(), z1hat, out=self.empty(self.N, self.D, dtype=self.dtype))
+            else:
+                self.sum.addmm_(G.t(), z1hat)
             return
         left, right = (z1hat.t().contiguous(), G) if self.transposed else (G.t(), z1hat)
         if self.product is None:
             shape = (self.D, self.N) if self.transposed else (self.N, self.D)
-            self.product = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.product = self.empty(*shape, dtype=self.dtype)
         torch.mm(left, right, out=self.product)
         if self.sum is not None:
             self.sum.add_(self.product)
         else:
-            self.sum = self.product if self.single else self.product.float()
+            self.sum = self.product
+            if not self.single:
+                self.sum = self.empty(*self.product.shape, dtype=torch.float32).copy_(self.product)
 
     @property
     def total(self) -> Tensor:

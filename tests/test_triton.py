@@ -192,10 +192,11 @@ def test_each_kernel_alone(symmetric, device):
 
     for scaled in (False, True):
         g, a, b = torch.randn(N, 24, dtype=torch.float64).to(device), new(N, 24), new(N, 24)
-        ours.project(p.z2, g, ours.state.r2, scaled, a)
-        theirs.project(p.z2, g, ours.state.r2, scaled, b)
+        f = None if scaled else torch.randn(N, dtype=torch.float64).to(device)
+        ours.project(p.z2, g, ours.state.r2, a, f, scaled)
+        theirs.project(p.z2, g, ours.state.r2, b, f, scaled)
         same(a, b)
-        ours.project(p.z2, g, ours.state.r2, scaled, g)
+        ours.project(p.z2, g, ours.state.r2, g, f, scaled)
         same(g, b)
 
     S = z1hat @ p.z2.t()

@@ -39,7 +39,7 @@ struct Panel {
   DType dtype = DType::f32;
   void* S = nullptr;
   int64_t ld = 0, i0 = 0, c = 0;
-  void* scratch = nullptr;                // (threads, N) acc, bf16 gradients only
+  void* f = nullptr;                      // (c) acc: the rows' factors of G, gradients only
   int threads = 1;
 };
 
@@ -54,9 +54,9 @@ struct Small {                            // a whole forward + backward in one c
   int threads = 1;
 };
 
-// r1, r2 and the rows' losses, the panel of similarities, and for bf16 the gradients before they are rounded.
+// r1, r2, the rows' losses and factors, the panel of similarities, and for bf16 the gradients before they are rounded.
 inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype) {
-  return 2 * B + N + B * N + (dtype == DType::bf16 ? (B + N) * D : 0);
+  return 3 * B + N + B * N + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
 
 // The table that each instruction-set variant fills.
@@ -67,7 +67,7 @@ struct Kernels {
   void (*symmetric)(const Contrastive&, const Panel&);
   void (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads);
   void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
-                  int64_t D, const void* r, bool scaled, void* out, int threads);
+                  int64_t D, const void* r, const void* f, bool scaled, void* out, int threads);
   // s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings.
   void (*positives)(const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
                     int64_t i0, int64_t n, int threads);

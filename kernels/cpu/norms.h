@@ -1,7 +1,8 @@
 // Normalisation and its gradient, one visit each.
 //
 //   r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
-//   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat and k = r; or g already carries r (scaled) and k = 1
+//   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where null) and k = r f;
+//                                                or g already carries r (scaled) and k = f
 #pragma once
 #include "contrastive.h"
 #include "simd.h"
@@ -75,9 +76,9 @@ inline void positives(const Contrastive& p, DType dtype, const void* z1hat, int6
 }
 
 template <class T, class G>
-PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, bool scaled, T* out) {
+PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, acc_t<T> f, bool scaled, T* out) {
   using A = acc_t<T>;
-  const A k = scaled ? A(r != 0) : r;
+  const A k = f * (scaled ? A(r != 0) : r);
   const A along = r * dot(z, g, D);  // r^2 alone may underflow
 #pragma omp simd
   for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * (r * load(z[d]))));
@@ -94,15 +95,16 @@ PYCSE_NOINLINE void gather_rows(const G* g, int64_t ld, int64_t i, int64_t n, in
 // g_ld: 0 where g is (n, D) contiguous, else the leading dimension of the transposed (D, n).
 template <class T, class G>
 void project_of(const void* z, int64_t ld, const void* g_, int64_t g_ld, int64_t n, int64_t D, const void* r_,
-                bool scaled, void* out, int threads) {
+                const void* f_, bool scaled, void* out, int threads) {
   using A = acc_t<T>;
   const G* g = static_cast<const G*>(g_);
   const A* r = static_cast<const A*>(r_);
+  auto fi = [&](int64_t i) { return f_ ? static_cast<const A*>(f_)[i] : A(1); };
   auto zi = [&](int64_t i) { return static_cast<const T*>(z) + i * ld; };
   auto oi = [&](int64_t i) { return static_cast<T*>(out) + i * D; };
   if (g_ld == 0) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; ++i) project_row(zi(i), g + i * D, D, r[i], scaled, oi(i));
+    for (int64_t i = 0; i < n; ++i) project_row(zi(i), g + i * D, D, r[i], fi(i), scaled, oi(i));
     return;
   }
 #pragma omp parallel num_threads(threads)
@@ -112,15 +114,15 @@ void project_of(const void* z, int64_t ld, const void* g_, int64_t g_ld, int64_t
     for (int64_t i = 0; i < n; i += kTransposed) {
       const int64_t rows = n - i < kTransposed ? n - i : kTransposed;
       gather_rows(g, g_ld, i, rows, D, buffer);
-      for (int64_t k = 0; k < rows; ++k) project_row(zi(i + k), buffer + k * D, D, r[i + k], scaled, oi(i + k));
+      for (int64_t k = 0; k < rows; ++k) project_row(zi(i + k), buffer + k * D, D, r[i + k], fi(i + k), scaled, oi(i + k));
     }
     delete[] buffer;
   }
 }
 
 inline void project(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
-                    int64_t D, const void* r, bool scaled, void* out, int threads) {
-  auto run = [&](auto body) { body(z, ld, g, g_ld, n, D, r, scaled, out, threads); };
+                    int64_t D, const void* r, const void* f, bool scaled, void* out, int threads) {
+  auto run = [&](auto body) { body(z, ld, g, g_ld, n, D, r, f, scaled, out, threads); };
   if (z_type == DType::f64) return run(project_of<double, double>);
   if (z_type == DType::f32) return run(project_of<float, float>);
   if (g_type == DType::f32) return run(project_of<bf16, float>);

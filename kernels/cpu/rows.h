@@ -4,11 +4,11 @@
 //   s_ij = S_ij r_j                 r_j = 1/|z2_j|
 //   l_ij = (q s + b) s / tau        logit.h; + hard_weight for row i's own hard negatives
 //   L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
-// Gradient, with p the softmax over the row, written over S:
-//   G_ij = coef_i p_ij l'(s_ij) r_j               negatives
-//   G_ip = -coef_i (sum_neg p_ij) l'_pos(s_ip) r_p   the positive: from the negatives' sum, so that a confident row
+// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and g1:
+//   G_ij = e_ij tau l'(s_ij) r_j                  negatives
+//   G_ip = -z_neg tau l'_pos(s_ip) r_p            the positive: from the negatives' sum, so that a confident row
 //          (p -> 1) keeps its digits; p - 1 would cancel.
-// Stored: nothing but the panel. Memory: O(1) beyond it (bf16: one fp32 row for each thread).
+// Stored: nothing but the panel and f. Memory: O(c) beyond it.
 #pragma once
 #include <algorithm>
 
@@ -73,8 +73,7 @@ struct Sums {
 
 // Not inlined: inside a larger body GCC keeps these loops scalar, ten times slower; a call for each block is free.
 template <bool Grad, bool Params, class T, class A>
-PYCSE_NOINLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t n, Logit<A> logit, Bits<A> bits,
-                          Sums& sums) {
+PYCSE_NOINLINE void visit(T* S, const A* r2, const A* bias, int64_t n, Logit<A> logit, Bits<A> bits, Sums& sums) {
   A z = 0, el = 0, es = 0;
 #pragma omp simd reduction(+ : z, el, es)
   for (int64_t k = 0; k < n; ++k) {
@@ -86,7 +85,7 @@ PYCSE_NOINLINE void visit(const T* S, const A* r2, const A* bias, A* g, int64_t 
       el += e * logit(s);
       es += e * s;
     }
-    if constexpr (Grad) g[k] = e * logit.slope(s) * r;
+    if constexpr (Grad) store(S[k], e * logit.slope(s) * r);
   }
   sums.z += z;
   sums.el += el;
@@ -104,32 +103,25 @@ PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bi
   return best;
 }
 
-template <class T, class A>
-PYCSE_NOINLINE void scale(const A* g, A f, T* out, int64_t n) {
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) store(out[k], g[k] * f);
-}
-
-// Runs body(n, S, r2, bias, g) over the row's keys in blocks whose length is a multiple of kLane; the ragged last
-// lanes run on padded copies.
+// Runs body(n, S, r2, bias) over the row's keys in blocks whose length is a multiple of kLane; the ragged last lanes run
+// on padded copies.
 template <class T, class A, class F>
-PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold, A* g,
+PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold,
                               Bias<A>& bias, F body) {
   const int64_t whole = p.N / kLane * kLane;
   for (int64_t a = 0; a < whole; a += kBlock) {
     int64_t n = std::min(kBlock, whole - a);
-    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, bias), g + a);
+    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, bias));
   }
   if (int64_t n = p.N - whole; n > 0) {
     T tail[kLane] = {};
-    A r_tail[kLane] = {}, g_tail[kLane];
+    A r_tail[kLane] = {};
     for (int64_t k = 0; k < n; ++k) {
       tail[k] = S[whole + k];
       r_tail[k] = r2[whole + k];
     }
-    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, bias), g_tail);
-    if (g != nullptr)
-      for (int64_t k = 0; k < n; ++k) g[whole + k] = g_tail[k];
+    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, bias));
+    for (int64_t k = 0; k < n; ++k) S[whole + k] = tail[k];
   }
 }
 
@@ -140,10 +132,10 @@ PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
   return p.coef ? double(static_cast<const A*>(p.coef)[i]) : p.coef_all;
 }
 
-// One row: the loss (returned through p), and with Grad the gradient in place of S. g is S itself when T is A.
-// bias.offset is -shift in bits where the shift is fixed.
+// One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in bits
+// where the shift is fixed.
 template <bool Grad, bool Params, class T>
-PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<acc_t<T>>& bias) {
+PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>& bias) {
   using A = acc_t<T>;
   const A* r2 = static_cast<const A*>(p.r2);
   const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
@@ -157,17 +149,17 @@ PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<a
   if (!p.fixed_shift) {
     bias.set(0);
     A top = A(l_pos * kLog2e);
-    over_blocks(p, i, pos, S, r2, threshold, static_cast<A*>(nullptr), bias,
-                [&](int64_t n, const T* s, const A* r, const A* b, A*) __attribute__((always_inline)) {
+    over_blocks(p, i, pos, S, r2, threshold, bias,
+                [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
                   top = block_max(s, r, b, n, bits, top);
                 });
     bias.set(-top);
   }
 
   Sums sums;
-  over_blocks(p, i, pos, S, r2, threshold, g, bias,
-              [&](int64_t n, const T* s, const A* r, const A* b, A* out) __attribute__((always_inline)) {
-                visit<Grad, Params>(s, r, b, out, n, logit, bits, sums);
+  over_blocks(p, i, pos, S, r2, threshold, bias,
+              [&](int64_t n, T* s, const A* r, const A* b) __attribute__((always_inline)) {
+                visit<Grad, Params>(s, r, b, n, logit, bits, sums);
               });
 
   const double z_neg = sums.z, z = z_neg + std::exp2(l_pos * kLog2e + double(bias.offset));
@@ -175,16 +167,14 @@ PYCSE_INLINE void row(const Contrastive& p, int64_t i, T* S, acc_t<T>* g, Bias<a
   if (p.loss) static_cast<A*>(p.loss)[i] = A(z_neg == 0 ? 0 : softplus(l_neg - l_pos));
   if (p.lpos) p.lpos[i] = l_pos;
   if (p.lneg) p.lneg[i] = l_neg;
-  if constexpr (Grad) {
-    const double coef = coef_of<A>(p, i) / z;
-    const A g_pos = A(-z_neg * coef * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[pos]));
-    scale(g, A(coef * p.inv_tau), S, p.N);
-    store(S[pos], g_pos);
-    if constexpr (Params) {
-      if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-coef * p.inv_tau * (sums.el - z_neg * l_pos));
-      if (p.dm) static_cast<A*>(p.dm)[i] = A(coef * p.inv_tau * sums.es);
-    }
+  if constexpr (!Grad) return A(0);
+  const double f = coef_of<A>(p, i) / z * p.inv_tau;
+  store(S[pos], A(-z_neg * double(logit_pos.slope(s_pos)) * double(r2[pos])));
+  if constexpr (Params) {
+    if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-f * (sums.el - z_neg * l_pos));
+    if (p.dm) static_cast<A*>(p.dm)[i] = A(f * sums.es);
   }
+  return A(f);
 }
 
 template <bool Grad, bool Params, class T>
@@ -196,13 +186,8 @@ void rows_of(const Contrastive& p, const Panel& panel) {
     bias.set(A(-p.shift * kLog2e));
     const int64_t begin = panel.c * t / panel.threads, end = panel.c * (t + 1) / panel.threads;
     for (int64_t k = begin; k < end; ++k) {
-      T* S = static_cast<T*>(panel.S) + k * panel.ld;
-      A* g = nullptr;
-      if constexpr (Grad) {
-        if constexpr (sizeof(T) == sizeof(A)) g = reinterpret_cast<A*>(S);
-        else g = static_cast<A*>(panel.scratch) + t * p.N;
-      }
-      row<Grad, Params, T>(p, panel.i0 + k, S, g, bias);
+      const A f = row<Grad, Params, T>(p, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, bias);
+      if constexpr (Grad) static_cast<A*>(panel.f)[k] = f;
     }
   }
 }

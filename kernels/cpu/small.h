@@ -138,7 +138,7 @@ bool small_of(Contrastive p, const Small& q) {
   const int64_t B = p.B, N = p.N, D = q.D;
   const T *z1 = static_cast<const T*>(q.z1), *z2 = static_cast<const T*>(q.z2);
   T *dz1 = static_cast<T*>(q.dz1), *dz2 = static_cast<T*>(q.dz2);
-  float *r1 = q.work, *r2 = r1 + B, *loss = r2 + N, *S = loss + B;
+  float *r1 = q.work, *r2 = r1 + B, *loss = r2 + N, *f = loss + B, *S = f + B;
   float *g1 = S + B * N, *g2 = g1 + B * D;
   if constexpr (sizeof(T) == sizeof(float)) g1 = dz1, g2 = dz2;
   p.r2 = r2;
@@ -154,9 +154,9 @@ bool small_of(Contrastive p, const Small& q) {
     }
     return length <= kTinyNorm ? 0.0f : float(1 / length);
   };
-  auto project = [&](const T* z, const float* g, float r, bool scaled, T* out) {
-    if (q.normalize) return project_row(z, g, D, r, scaled, out);
-    for (int64_t d = 0; d < D; ++d) store(out[d], g[d]);
+  auto project = [&](const T* z, const float* g, float r, float f, bool scaled, T* out) {
+    if (q.normalize) return project_row(z, g, D, r, f, scaled, out);
+    for (int64_t d = 0; d < D; ++d) store(out[d], f * g[d]);
   };
 
 #pragma omp parallel num_threads(q.threads)
@@ -176,20 +176,22 @@ bool small_of(Contrastive p, const Small& q) {
     bias.set(float(-p.shift * kLog2e));
     for (int64_t i = i0; ok && i < i1; ++i) {
       float* s = S + i * N;
-      if (!grad) row<false, false, float>(p, i, s, s, bias);
-      else if (p.dtau || p.dm) row<true, true, float>(p, i, s, s, bias);
-      else row<true, false, float>(p, i, s, s, bias);
+      if (!grad) row<false, false, float>(p, i, s, bias);
+      else if (p.dtau || p.dm) f[i] = row<true, true, float>(p, i, s, bias);
+      else f[i] = row<true, false, float>(p, i, s, bias);
     }
     if (dz1 && ok) {
       product(S, N, 1, z2, q.ld2, N, D, i0, i1, g1);
-      for (int64_t i = i0; i < i1; ++i) project(z1 + i * q.ld1, g1 + i * D, r1[i], false, dz1 + i * D);
+      for (int64_t i = i0; i < i1; ++i) project(z1 + i * q.ld1, g1 + i * D, r1[i], f[i], false, dz1 + i * D);
     }
     if (dz2 && ok) {
-      for (int64_t i = i0; i < i1; ++i)  // z1hat = r1 z1: the factor goes to the small operand
-        for (int64_t j = 0; j < N; ++j) S[i * N + j] *= r1[i];
+      for (int64_t i = i0; i < i1; ++i) {  // f z1hat = (f r1) z1
+        const float k = r1[i] * f[i];
+        for (int64_t j = 0; j < N; ++j) S[i * N + j] *= k;
+      }
 #pragma omp barrier
       product(S, 1, N, z1, q.ld1, B, D, j0, j1, g2);
-      for (int64_t j = j0; j < j1; ++j) project(z2 + j * q.ld2, g2 + j * D, r2[j], true, dz2 + j * D);
+      for (int64_t j = j0; j < j1; ++j) project(z2 + j * q.ld2, g2 + j * D, r2[j], 1, true, dz2 + j * D);
     }
   }
   double sum = 0;

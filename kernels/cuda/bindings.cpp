@@ -47,9 +47,10 @@ static void bind(py::module_ m, const Kernels& kernels) {
         },
         nogil());
   m.def("project",
-        [=](int dtype, int g_dtype, Address z, int64_t ld, int n, int D, Address g, Address r, bool scaled, Address out,
-            Where where) {
-          kernels.project(DType(dtype), DType(g_dtype), vectors(z, ld, n, D), at(g), at(r), scaled, at(out), queue(where));
+        [=](int dtype, int g_dtype, Address z, int64_t ld, int n, int D, Address g, Address r, Address f, bool scaled,
+            Address out, Where where) {
+          kernels.project(DType(dtype), DType(g_dtype), vectors(z, ld, n, D), at(g), at(r), at(f), scaled, at(out),
+                          queue(where));
         },
         nogil());
 }

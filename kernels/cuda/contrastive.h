@@ -69,7 +69,8 @@ struct Kernels {
   // s_pos of rows [i0, i0 + z1hat.n)
   void (*positives)(const Contrastive&, DType, Vectors z1hat, Vectors z2, int i0, Queue);
   void (*normalize)(DType, Vectors z, void* r, void* out, Queue);
-  void (*project)(DType z_type, DType g_type, Vectors z, const void* g, const void* r, bool scaled, void* out, Queue);
+  void (*project)(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
+                  void* out, Queue);
 };
 
 const Kernels& emulated_kernels();

@@ -38,10 +38,11 @@ static void normalize(DType dtype, Vectors z, void* r, void* out, Queue) {
   });
 }
 
-static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, bool scaled, void* out, Queue) {
+static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
+                    void* out, Queue) {
   project_variant(z_type, g_type, [&](auto type, auto gradient) {
     for (int i = 0; i < z.n; ++i)
-      project_row<decltype(type), decltype(gradient)>(OneThread(), z, i, g, r, scaled, out);
+      project_row<decltype(type), decltype(gradient)>(OneThread(), z, i, g, r, f, scaled, out);
   });
 }
 

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(32 * kRows) normalize_kernel(Vectors z, void* 
 
 template <class T, class G>
 __global__ void __launch_bounds__(32 * kRows)
-project_kernel(Vectors z, const void* g, const void* r, bool scaled, void* out) {
-  if (warp_row() < z.n) project_row<T, G>(Warp(), z, warp_row(), g, r, scaled, out);
+project_kernel(Vectors z, const void* g, const void* r, const void* f, bool scaled, void* out) {
+  if (warp_row() < z.n) project_row<T, G>(Warp(), z, warp_row(), g, r, f, scaled, out);
 }
 
 template <class T>
@@ -34,12 +34,12 @@ static void normalize(DType dtype, Vectors z, void* r, void* out, Queue queue) {
   });
 }
 
-static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, bool scaled, void* out,
-                    Queue queue) {
+static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
+                    void* out, Queue queue) {
   project_variant(z_type, g_type, [&](auto type, auto gradient) {
     launch_on(queue, "project", [&](cudaStream_t stream) {
       project_kernel<decltype(type), decltype(gradient)>
-          <<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, g, r, scaled, out);
+          <<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, g, r, f, scaled, out);
     });
   });
 }

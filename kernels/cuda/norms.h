@@ -1,7 +1,8 @@
 // Normalisation and its gradient, and the positives' similarities. The threads of a warp share a row.
 //
 //   r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
-//   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat and k = r; or g already carries r (scaled) and k = 1
+//   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where null) and k = r f;
+//                                                or g already carries r (scaled) and k = f
 //   s_i,pos = (z1hat_i . z2_pos) r_pos
 // Traffic: the second visit of a row finds it in L1.
 #pragma once
@@ -60,15 +61,16 @@ PYCSE_BODY void normalize_row(Block block, const Vectors& vectors, int i, void* 
 
 // out may be g: each element is read and then written by one thread.
 template <class T, class G, class Block>
-PYCSE_BODY void project_row(Block block, const Vectors& vectors, int i, const void* g_, const void* r, bool scaled,
-                            void* out_) {
+PYCSE_BODY void project_row(Block block, const Vectors& vectors, int i, const void* g_, const void* r, const void* f,
+                            bool scaled, void* out_) {
   using A = acc_t<T>;
   constexpr int V = kWidth<T>;
   const int D = vectors.D;
   const T* z = row_of<T>(vectors, i);
   const G* g = static_cast<const G*>(g_) + int64_t(i) * D;
   T* out = static_cast<T*>(out_) + int64_t(i) * D;
-  const A r_i = static_cast<const A*>(r)[i], factor = scaled ? A(r_i != 0) : r_i;
+  const A r_i = static_cast<const A*>(r)[i], f_i = f ? static_cast<const A*>(f)[i] : A(1),
+          factor = f_i * (scaled ? A(r_i != 0) : r_i);
   const int head = aligned(z) && aligned(g) && aligned(out) ? 0 : D;
 
   A along = 0;

@@ -1,7 +1,8 @@
 """Normalisation and its gradient, a few rows to a program.
 
     r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
-    dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat and k = r; or g already carries r (scaled), k = 1 where r != 0
+    dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where None) and k = r f;
+                                                 or g already carries r (scaled), and k = f where r != 0
 z, g (n, D) with row strides ld; r (n,) in the accumulation type; zhat and dz (n, D) contiguous in z's type. ``project``
 may write over g. Stored: the results only.
 """
@@ -54,7 +55,7 @@ def normalize(z, r, out, n, D, ld, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def project(z, g, r, out, n, D, ld, ld_g, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def project(z, g, r, f, out, n, D, ld, ld_g, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     ACC: tl.constexpr = r.dtype.element_ty
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (i < n)[:, None]
@@ -69,9 +70,11 @@ def project(z, g, r, out, n, D, ld, ld_g, SCALED: tl.constexpr, ROWS: tl.constex
         dots += unit * tl.load(g + d, mask=inside & (d < D), other=0).to(ACC)
     along = tl.sum(dots, 1)[:, None]
     if SCALED:
-        factor = tl.where(r_i != 0, 1.0, 0.0)
+        factor = tl.where(r_i != 0, 1.0, 0.0).to(ACC)
     else:
         factor = r_i
+    if f is not None:
+        factor *= tl.load(f + i, mask=i < n, other=0)[:, None]
     tl.debug_barrier()  # g is read to its end before it may be written over
     for a in range(0, D, BLOCK):
         d = a + tl.arange(0, BLOCK)[None, :]

@@ -13,6 +13,8 @@ from pycse.problem import Contrastive, Result
 # (docs/performance.md, "small batches").
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
+HUGE = 4 << 20  # bytes from which memory is asked for in huge pages (kernels/cpu/pages.h)
+
 
 def _native():
     from pycse.kernels import native
@@ -62,15 +64,20 @@ class Kernels(panel.Kernels):
                 s.lneg_column.data_ptr(),
                 s.lse_column.data_ptr(),
             )
-        # A bf16 gradient row is held in fp32 until it is rounded once.
-        needs_row = p.z1.dtype == torch.bfloat16
-        self.scratch = torch.empty(self.threads, p.z2.shape[0]) if needs_row else None
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        t = torch.empty(shape, dtype=dtype)
+        if t.nbytes >= HUGE:
+            self.native.prefer_huge_pages(t.data_ptr(), t.nbytes)
+        return t
 
     def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
 
-    def rows(self, S: Tensor, i0: int, grad: bool) -> None:
-        self.native.rows(self.problem, *self._panel(S, i0), pointer(self.scratch), self.threads, grad)
+    def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        f = torch.empty(S.shape[0], dtype=self.p.acc) if grad else None
+        self.native.rows(self.problem, *self._panel(S, i0), pointer(f), self.threads, grad)
+        return f
 
     def positives(self, z1hat: Tensor, i0: int) -> None:
         z2 = self.p.z2
@@ -88,7 +95,9 @@ class Kernels(panel.Kernels):
     def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
         self.native.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.threads)
 
-    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+    def project(
+        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
+    ) -> None:
         self.native.project(
             self.code,
             CODES[g.dtype],
@@ -98,6 +107,7 @@ class Kernels(panel.Kernels):
             0 if g.is_contiguous() else g.stride(1),
             *z.shape,
             r.data_ptr(),
+            pointer(f),
             scaled,
             out.data_ptr(),
             self.threads,

@@ -89,11 +89,13 @@ class Kernels(panel.Kernels):
     def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
         self.kernels.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.queue)
 
-    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+    def project(
+        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
+    ) -> None:
         g = g.contiguous()
         self.kernels.project(
-            self.code, CODES[g.dtype], z.data_ptr(), z.stride(0), *z.shape, g.data_ptr(), r.data_ptr(), scaled,
-            out.data_ptr(), self.queue,
+            self.code, CODES[g.dtype], z.data_ptr(), z.stride(0), *z.shape, g.data_ptr(), r.data_ptr(), pointer(f),
+            scaled, out.data_ptr(), self.queue,
         )  # fmt: skip
 
 

@@ -138,11 +138,15 @@ class Kernels(panel.Kernels):
         if out is not None:
             out.copy_(wide * inverse)
 
-    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+    def project(
+        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
+    ) -> None:
         r = r[:, None]
         unit = z.to(self.p.acc) * r
         wide = g.to(self.p.acc)
         wide = wide - unit * (unit * wide).sum(1, keepdim=True)
+        if f is not None:
+            wide = wide * f[:, None]
         out.copy_(wide * ((r != 0) if scaled else r))
 
 

@@ -191,12 +191,14 @@ class Kernels(panel.Kernels):
             z, r, out, n, D, z.stride(0), ACC=ACC[self.p.acc], ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block)
         )
 
-    def project(self, z: Tensor, g: Tensor, r: Tensor, scaled: bool, out: Tensor) -> None:
+    def project(
+        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
+    ) -> None:
         n, D = z.shape
         g = g if g.stride(1) == 1 else g.contiguous()  # sums of CPU tensors come transposed
         rows, block = rows_and_block(D)
         norms.project[(triton.cdiv(n, rows),)](
-            z, g, r, out, n, D, z.stride(0), g.stride(0),
+            z, g, r, f, out, n, D, z.stride(0), g.stride(0),
             SCALED=scaled, ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
         )  # fmt: skip
 
