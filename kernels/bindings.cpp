@@ -73,8 +73,9 @@ PYBIND11_MODULE(_native, m) {
       nogil());
   m.def(
       "normalize",
-      [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int threads) {
-        cpu_kernels().normalize(DType(dtype), at(z), ld, n, D, at(r), at(out), threads);
+      [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int64_t ld_out,
+         double factor, int threads) {
+        cpu_kernels().normalize(DType(dtype), at(z), ld, n, D, at(r), at(out), ld_out, factor, threads);
       },
       nogil());
   m.def(

@@ -1,12 +1,13 @@
-"""pycse: fused contrastive losses for sentence embeddings.
+"""pycse: fused contrastive and distillation losses for sentence embeddings.
 
 from pycse import fused_focal_infonce
 loss = fused_focal_infonce(z1, z2, temperature=0.05, m=0.3)
 loss.backward()
 """
 
+from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.report import info
 
-__all__ = ["fused_focal_infonce", "fused_infonce", "info"]
+__all__ = ["fused_distill", "fused_distillcse", "fused_focal_infonce", "fused_infonce", "info"]
 __version__ = "0.1.0"

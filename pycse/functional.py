@@ -1,4 +1,4 @@
-"""The public losses. Each validates its arguments and calls one operator."""
+"""The contrastive losses. Each validates its arguments and calls one operator. (Distillation: pycse/distillation.py.)"""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def fused_infonce(
     )  # fmt: skip
 
 
-def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
+def number_or_tensor(value: float | Tensor) -> tuple[Tensor | None, float]:
     return (value, 1.0) if isinstance(value, Tensor) else (None, float(value))
 
 
-def _long(value: Tensor | None) -> Tensor | None:
+def as_long(value: Tensor | None) -> Tensor | None:
     return value if value is None or value.dtype == torch.int64 else value.long()
 
 
@@ -141,9 +141,9 @@ def _contrastive(
         z1, z2, temperature, m, positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric,
         normalize, weight, reduction, backend, validate,
     )  # fmt: skip
-    tau, tau_value = _split(temperature)
-    margin, margin_value = _split(m)
-    positives, query_ids, key_ids = _long(positives), _long(query_ids), _long(key_ids)
+    tau, tau_value = number_or_tensor(temperature)
+    margin, margin_value = number_or_tensor(m)
+    positives, query_ids, key_ids = as_long(positives), as_long(query_ids), as_long(key_ids)
     excluded = None if exclude_above is None else float(exclude_above)
     if backend == "reference":  # plain PyTorch: its own autograd, to any order
         if validate or z1.device.type == "cpu":

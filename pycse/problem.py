@@ -1,6 +1,7 @@
-"""What one contrastive call computes: the arguments after validation, and what comes back.
+"""What one call computes: the arguments after validation, and what comes back.
 
-The names follow kernels/README.md. A ``Contrastive`` is what the op hands to a backend; every backend returns a ``Result``.
+The names follow kernels/README.md. A ``Contrastive`` or a ``Distillation`` is what an op hands to a backend; every backend
+returns a ``Result``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
+SHUFFLES = ("sample", "expected", "none")
+DIVERGENCES = ("ce", "kl", "js")
 FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
 
@@ -25,47 +28,17 @@ class Needs(NamedTuple):
     weight: bool = False
 
 
-@dataclass
-class Contrastive:
-    z1: Tensor  # (B, D)
-    z2: Tensor  # (N, D)
-    temperature: float | Tensor
-    m: float | Tensor
-    focal: bool
-    positives: Tensor | None = None  # (B,) int64
-    query_ids: Tensor | None = None  # (B,) int64
-    key_ids: Tensor | None = None  # (N,) int64
-    weight: Tensor | None = None  # (B,)
-    hard_negative_weight: float = 0.0
-    exclude_above: float | None = None
-    symmetric: bool = False
-    normalize: bool = True
-    reduction: str = "mean"
-    needs: Needs = Needs()
+class Rows:
+    """What follows from one loss a row: how they are reduced. Its problems hold z1, weight and reduction."""
+
+    z1: Tensor
+    weight: Tensor | None
+    reduction: str
 
     @property
     def acc(self) -> torch.dtype:
         """Accumulation type: losses, norms and row factors."""
         return torch.float64 if self.z1.dtype == torch.float64 else torch.float32
-
-    @property
-    def shift(self) -> float | None:
-        """What to subtract from every logit instead of the row's maximum, or None where only the maximum is safe.
-
-        With unit rows the logits lie in [low, high]. While high - low <= 80, exp(l - (high - 40)) lies in
-        [exp(-40), exp(40)]: neither it nor its product with a key's inverse norm leaves float's range, so no maximum is
-        needed before the sum.
-        """
-        if not self.normalize or isinstance(self.temperature, Tensor) or isinstance(self.m, Tensor):
-            return None
-        if self.focal:
-            m = abs(self.m)
-            high, low = 1 + m, (-m * m / 4 if m <= 2 else 1 - m)
-        else:
-            high, low = 1.0, -1.0
-        w = abs(self.hard_negative_weight)
-        high, low = high / self.temperature + w, low / self.temperature - w
-        return high - FIXED_RANGE / 2 if high - low <= FIXED_RANGE else None
 
     def row_coefficients(self) -> Tensor | float:
         """dLoss/dL_i: (B,) in ``acc``, or one number for all rows."""
@@ -87,6 +60,79 @@ class Contrastive:
             return rows
         total = self.weight.to(self.acc).sum()
         return (rows - self.reduce(rows)) / total
+
+
+@dataclass
+class Contrastive(Rows):
+    z1: Tensor  # (B, D)
+    z2: Tensor  # (N, D)
+    temperature: float | Tensor
+    m: float | Tensor
+    focal: bool
+    positives: Tensor | None = None  # (B,) int64
+    query_ids: Tensor | None = None  # (B,) int64
+    key_ids: Tensor | None = None  # (N,) int64
+    weight: Tensor | None = None  # (B,)
+    hard_negative_weight: float = 0.0
+    exclude_above: float | None = None
+    symmetric: bool = False
+    normalize: bool = True
+    reduction: str = "mean"
+    needs: Needs = Needs()
+
+    @property
+    def shift(self) -> float | None:
+        """What to subtract from every logit instead of the row's maximum, or None where only the maximum is safe.
+
+        With unit rows the logits lie in [low, high]. While high - low <= 80, exp(l - (high - 40)) lies in
+        [exp(-40), exp(40)]: neither it nor its product with a key's inverse norm leaves float's range, so no maximum is
+        needed before the sum.
+        """
+        if not self.normalize or isinstance(self.temperature, Tensor) or isinstance(self.m, Tensor):
+            return None
+        if self.focal:
+            m = abs(self.m)
+            high, low = 1 + m, (-m * m / 4 if m <= 2 else 1 - m)
+        else:
+            high, low = 1.0, -1.0
+        w = abs(self.hard_negative_weight)
+        high, low = high / self.temperature + w, low / self.temperature - w
+        return high - FIXED_RANGE / 2 if high - low <= FIXED_RANGE else None
+
+
+class Grouping(NamedTuple):
+    """How a teacher's row is cut into groups: by probability mass, by rank, or one span of ranks."""
+
+    kind: str  # "mass", "size" or "span"
+    value: float  # P; ranks in a group; first rank of the span
+    end: int = 0  # of the span
+
+
+@dataclass
+class Distillation(Rows):
+    """Distillation of z1's one-view similarities towards the averaged similarities of the teachers."""
+
+    z1: Tensor  # (B, D)
+    teachers: list[Tensor]  # (B, D_k) each; empty where logits are given
+    teacher_weights: list[float]  # they sum to 1
+    logits: Tensor | None = None  # (B, B): averaged cosines made elsewhere
+    student_temperature: float = 0.025
+    teacher_temperature: float = 0.0125
+    group_temperature: float = 1.0
+    grouping: Grouping = Grouping("mass", 0.1)
+    shuffle: str = "sample"
+    divergence: str = "ce"
+    seed: int | Tensor = 0
+    factor: float = 1.0  # of these losses in the total: scales the gradient only
+    weight: Tensor | None = None
+    normalize: bool = True
+    reduction: str = "mean"
+    need: bool = False  # the gradient of z1
+
+    @property
+    def cut(self) -> Grouping | None:
+        """How rows are grouped, None where nothing is shuffled."""
+        return None if self.shuffle == "none" else self.grouping
 
 
 class Result(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycse.backends import CHOICES
-from pycse.problem import REDUCTIONS
+from pycse.problem import DIVERGENCES, REDUCTIONS, SHUFFLES
 
 
 def _what(value: object) -> str:
@@ -33,7 +33,7 @@ def embeddings(name: str, z: Any) -> None:
 def same_device(z1: Tensor, **others: Any) -> None:
     for name, tensor in others.items():
         if isinstance(tensor, Tensor) and tensor.device != z1.device:
-            raise ValueError(f"{name} must be on z1's device {z1.device}, got {tensor.device}")
+            raise ValueError(f"{name} must be on the embeddings' device {z1.device}, got {tensor.device}")
 
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:
@@ -143,6 +143,16 @@ def contrastive(
     choice("backend", backend, CHOICES)
 
 
+def rows_and_choices(z: Any, name: str, normalize: Any, weight: Any, reduction: Any, backend: Any) -> None:
+    """The arguments that every loss has."""
+    embeddings(name, z)
+    vector("weight", weight, z.shape[0], "float")
+    same_device(z, weight=weight)
+    flag("normalize", normalize)
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, CHOICES)
+
+
 def check_values(
     z1: Tensor,
     z2: Tensor,
@@ -166,3 +176,128 @@ def check_values(
         if low < 0 or high >= z2.shape[0]:
             bad = low if low < 0 else high
             raise ValueError(f"positives must lie in [0, {z2.shape[0] - 1}] (keys), got {bad}")
+
+
+def grouping(B: int, group_p: Any, group_size: Any, span: Any) -> None:
+    """The options that cut a teacher's row of B - 1 similarities into groups; at most one may be given."""
+    given = [name for name, v in (("group_p", group_p), ("group_size", group_size), ("span", span)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other (each says how rows are grouped); give one of them")
+    if group_p is not None:
+        number("group_p", group_p)
+        if not 0 < group_p <= 1:
+            raise ValueError(f"group_p (probability mass of a group) must lie in (0, 1], got {group_p!r}")
+    if group_size is not None:
+        whole("group_size", group_size)
+        if group_size < 1:
+            raise ValueError(f"group_size (ranks in a group) must be at least 1, got {group_size!r}")
+    if span is not None:
+        if not isinstance(span, (tuple, list)) or len(span) != 2:
+            raise TypeError(f"span must be two integers (start, end), got {_what(span)}")
+        for value in span:
+            whole("span", value)
+        if not 0 <= span[0] < span[1] <= max(B - 1, 1):
+            raise ValueError(f"span must satisfy 0 <= start < end <= B - 1 = {B - 1}, got {tuple(span)}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got {_what(value)}")
+    real(name, value)
+
+
+def whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {_what(value)}")
+
+
+def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) -> None:
+    """Teachers of z1's batch: embeddings, or their averaged similarities. ``name`` is the caller's for z1."""
+    B = z1.shape[0]
+    if (embedded is None) == (logits is None):
+        both = "both" if logits is not None else "neither"
+        raise ValueError(f"give teachers (embeddings) or teacher_logits (averaged similarities), got {both}")
+    if logits is not None:
+        if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point:
+            raise TypeError(f"teacher_logits must be a float tensor of shape ({B}, {B}), got {_what(logits)}")
+        if logits.shape != (B, B):
+            raise ValueError(
+                f"teacher_logits must have shape ({B}, {B}) for {B} rows of {name}, got {tuple(logits.shape)}"
+            )
+        if weights is not None:
+            raise ValueError("teacher_weights belong to teachers; teacher_logits are averaged already")
+        detached("teacher_logits", logits)
+        same_device(z1, teacher_logits=logits)
+        return
+    if isinstance(embedded, Tensor) or not isinstance(embedded, (list, tuple)):
+        raise TypeError(f"teachers must be a list of embeddings, one (B, D_k) tensor a teacher, got {_what(embedded)}")
+    if len(embedded) == 0:
+        raise ValueError("teachers must hold at least one teacher's embeddings, got an empty list")
+    for k, e in enumerate(embedded):
+        embeddings(f"teachers[{k}]", e)
+        if e.shape[0] != B:
+            raise ValueError(f"teachers[{k}] must have {name}'s {B} rows, got shape {tuple(e.shape)}")
+        detached(f"teachers[{k}]", e)
+        same_device(z1, **{f"teachers[{k}]": e})
+    if weights is None:
+        return
+    if isinstance(weights, Tensor):
+        raise TypeError(f"teacher_weights must be numbers, one a teacher, got {_what(weights)}; use .tolist()")
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(embedded):
+        raise ValueError(f"teacher_weights must be {len(embedded)} numbers, one a teacher, got {weights!r}")
+    for k, w in enumerate(weights):
+        number(f"teacher_weights[{k}]", w)
+        if w < 0:
+            raise ValueError(f"teacher_weights[{k}] must be >= 0, got {w!r}")
+    if sum(weights) == 0:
+        raise ValueError(f"teacher_weights must not all be 0, got {weights!r}")
+
+
+def detached(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and teachers are not trained: pass {name}.detach()")
+
+
+def seed(value: Any) -> None:
+    if value is None or isinstance(value, torch.Generator):
+        return
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
+            raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
+        return
+    whole("seed", value)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed must fit 64 bits, got {value!r}")
+
+
+def distillation(
+    z1: Tensor,
+    name: str,
+    embedded: Any,
+    teacher_logits: Any,
+    teacher_weights: Any,
+    distill_weight: Any,
+    student_temperature: Any,
+    teacher_temperature: Any,
+    group_temperature: Any,
+    group_p: Any,
+    group_size: Any,
+    span: Any,
+    shuffle: Any,
+    divergence: Any,
+    seed_value: Any,
+) -> None:
+    teachers(z1, name, embedded, teacher_logits, teacher_weights)
+    for label, value in (
+        ("student_temperature", student_temperature),
+        ("teacher_temperature", teacher_temperature),
+        ("group_temperature", group_temperature),
+    ):
+        number(label, value)
+        real(label, value, positive=True)
+    number("distill_weight", distill_weight)
+    choice("shuffle", shuffle, SHUFFLES)
+    choice("divergence", divergence, DIVERGENCES)
+    grouping(z1.shape[0], group_p, group_size, span)
+    seed(seed_value)
+    same_device(z1, seed=seed_value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pycse import fused_focal_infonce, panel
+from pycse import fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
+from pycse.panels import contrastive as panel
 
 import cases
 from oracle import Case, check, run

@@ -14,10 +14,11 @@ import pytest
 import torch
 from pycse.kernels import native
 
-from pycse import backends, fused_focal_infonce, panel
+from pycse import backends, fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
 from pycse.ops import contrastive as op
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
 import cases

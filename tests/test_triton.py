@@ -20,7 +20,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
-from pycse import backends, fused_focal_infonce, panel
+from pycse import backends, fused_focal_infonce
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
 import cases

@@ -29,9 +29,10 @@ PYCSE_INLINE double norm(const T* z, int64_t D) {
   return std::sqrt(square);
 }
 
-// r = 1/|z|, and with `out` also zhat in z's own type.
+// r = 1/|z|, and with `out` also factor zhat in z's own type.
 template <class T>
-void normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads) {
+void normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out, double factor,
+                  int threads) {
   using A = acc_t<T>;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
@@ -40,17 +41,19 @@ void normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void
     const A ri = length <= kTinyNorm ? A(0) : A(1 / length);
     if (r) static_cast<A*>(r)[i] = ri;
     if (out) {
-      T* oi = static_cast<T*>(out) + i * D;
-      for (int64_t k = 0; k < D; ++k) store(oi[k], load(zi[k]) * ri);
+      T* oi = static_cast<T*>(out) + i * ld_out;
+      const A k_i = ri * A(factor);
+      for (int64_t k = 0; k < D; ++k) store(oi[k], load(zi[k]) * k_i);
     }
   }
 }
 
-inline void normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int threads) {
+inline void normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out,
+                      int64_t ld_out, double factor, int threads) {
   switch (dtype) {
-    case DType::f32: return normalize_of<float>(z, ld, n, D, r, out, threads);
-    case DType::bf16: return normalize_of<bf16>(z, ld, n, D, r, out, threads);
-    case DType::f64: return normalize_of<double>(z, ld, n, D, r, out, threads);
+    case DType::f32: return normalize_of<float>(z, ld, n, D, r, out, ld_out, factor, threads);
+    case DType::bf16: return normalize_of<bf16>(z, ld, n, D, r, out, ld_out, factor, threads);
+    case DType::f64: return normalize_of<double>(z, ld, n, D, r, out, ld_out, factor, threads);
   }
 }
 

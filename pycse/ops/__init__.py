@@ -1,5 +1,6 @@
 """torch.library operators: schema, fake kernel, autograd and autocast. One boundary for each public call."""
 
 from pycse.ops.contrastive import loss as contrastive_loss
+from pycse.ops.distill import distill as distill_losses
 
-__all__ = ["contrastive_loss"]
+__all__ = ["contrastive_loss", "distill_losses"]

@@ -5,25 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycse import panel
 from pycse.backends.addresses import CODES, pointer
+from pycse.backends.cpu.norms import Norms
+from pycse.kernels import native
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
 # (docs/performance.md, "small batches").
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
-HUGE = 4 << 20  # bytes from which memory is asked for in huge pages (kernels/cpu/pages.h)
-
-
-def _native():
-    from pycse.kernels import native
-
-    return native()
-
 
 def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
-    return _native().Contrastive(
+    return native().Contrastive(
         p.z1.shape[0],
         p.z2.shape[0],
         p.focal,
@@ -41,14 +35,12 @@ def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
     )
 
 
-class Kernels(panel.Kernels):
+class Kernels(Norms, panel.Kernels):
     statistics = torch.float64
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
+        super().__init__(p.z1)
         self.p, self.state = p, state
-        self.native = _native()
-        self.threads = torch.get_num_threads()
-        self.code = CODES[p.z1.dtype]
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
             state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc)
         self.problem = _problem(
@@ -64,12 +56,6 @@ class Kernels(panel.Kernels):
                 s.lneg_column.data_ptr(),
                 s.lse_column.data_ptr(),
             )
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        t = torch.empty(shape, dtype=dtype)
-        if t.nbytes >= HUGE:
-            self.native.prefer_huge_pages(t.data_ptr(), t.nbytes)
-        return t
 
     def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
@@ -92,41 +78,20 @@ class Kernels(panel.Kernels):
     def symmetric(self, S: Tensor, i0: int) -> None:
         self.native.symmetric(self.problem, *self._panel(S, i0), self.threads)
 
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        self.native.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.threads)
-
-    def project(
-        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
-    ) -> None:
-        self.native.project(
-            self.code,
-            CODES[g.dtype],
-            z.data_ptr(),
-            z.stride(0),
-            g.data_ptr(),
-            0 if g.is_contiguous() else g.stride(1),
-            *z.shape,
-            r.data_ptr(),
-            pointer(f),
-            scaled,
-            out.data_ptr(),
-            self.threads,
-        )
-
 
 def _small(p: Contrastive) -> Result | None:
     """None for embeddings so long that their products might overflow: the panels normalise rows first."""
-    native, code = _native(), CODES[p.z1.dtype]
+    kernels, code = native(), CODES[p.z1.dtype]
     (B, D), N = p.z1.shape, p.z2.shape[0]
     rows = torch.empty(B)
     loss = torch.empty(())
-    work = torch.empty(native.small_work_size(B, N, D, code))
+    work = torch.empty(kernels.small_work_size(B, N, D, code))
     dz1 = torch.empty((B, D), dtype=p.z1.dtype) if p.needs.z1 else None
     dz2 = torch.empty((N, D), dtype=p.z1.dtype) if p.needs.z2 else None
     dtau = torch.empty(B) if p.needs.temperature else None
     dm = torch.empty(B) if p.needs.m else None
     coef = p.row_coefficients()
-    done = native.small(
+    done = kernels.small(
         _problem(p, coef, loss=rows, dtau=dtau, dm=dm),
         code,
         D,

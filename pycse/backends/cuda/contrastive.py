@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycse import panel
 from pycse.backends.addresses import CODES, pointer
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
 LARGEST = 2**31 - 1  # rows, keys and features are counted in 32 bits; addresses are not
@@ -26,6 +26,7 @@ class Kernels(panel.Kernels):
         (B, D), N = p.z1.shape, p.z2.shape[0]
         if max(B, N, D) > LARGEST - 2048:
             raise ValueError(f"backend='cuda' takes up to {LARGEST - 2048} rows, keys and features, not {max(B, N, D)}")
+        self.device = p.z1.device
         self.p, self.state, self.kernels = p, state, self.native()
         self.code = CODES[p.z1.dtype]
         device = p.z1.device

@@ -11,14 +11,16 @@ import math
 import torch
 from torch import Tensor
 
-from pycse import panel
+from pycse.backends.torch.norms import Norms
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
 
-class Kernels(panel.Kernels):
+class Kernels(Norms, panel.Kernels):
     temporaries = 4  # c x N copies alive at once: the driver takes fewer rows
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
+        super().__init__(p.z1)
         self.p, self.state = p, state
         # A temperature tensor is not read back: <= 0 gives NaN.
         tau = p.temperature
@@ -127,27 +129,6 @@ class Kernels(panel.Kernels):
         G = P.mul_(self.slope(s)).mul_(out.r2)
         G.scatter_(1, pos, P_pos * self.positive_slope(s_pos) * out.r2[pos])
         S.copy_(G)
-
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        wide = z.to(self.p.acc)
-        top = wide.abs().amax(1, keepdim=True)
-        length = (wide / torch.where(top > 0, top, 1)).norm(dim=1, keepdim=True) * top
-        inverse = torch.where(length <= 1e-12, 0, 1 / length)
-        if r is not None:
-            r.copy_(inverse.squeeze(1))
-        if out is not None:
-            out.copy_(wide * inverse)
-
-    def project(
-        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
-    ) -> None:
-        r = r[:, None]
-        unit = z.to(self.p.acc) * r
-        wide = g.to(self.p.acc)
-        wide = wide - unit * (unit * wide).sum(1, keepdim=True)
-        if f is not None:
-            wide = wide * f[:, None]
-        out.copy_(wide * ((r != 0) if scaled else r))
 
 
 def contrastive(p: Contrastive) -> Result:

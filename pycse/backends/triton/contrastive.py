@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from pycse import panel
 from pycse.backends import interpreted
 from pycse.kernels.triton import contrastive as row_kernels
 from pycse.kernels.triton import fused, norms, symmetric
+from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
 # Panels of GEMM tiles go down this many row tiles before the next column tile: all of a panel's 2048 rows (3 MB at
@@ -89,6 +89,7 @@ def warps_of(block: int) -> int:
 
 class Kernels(panel.Kernels):
     def __init__(self, p: Contrastive, state: panel.State) -> None:
+        self.device = p.z1.device
         self.p, self.state = p, state
         self.B, self.N = p.z1.shape[0], p.z2.shape[0]
         self.coef = self._number(state.coef, self.B)  # row by row where it is a tensor

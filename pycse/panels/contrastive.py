@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pycse.panels.norms import Norms
 from pycse.problem import Contrastive, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
@@ -61,7 +62,7 @@ class State:
     sums: LogSums | None = None
 
 
-class Kernels:
+class Kernels(Norms):
     """What a backend brings. All work in place on tensors of the driver's; ``i0`` is the panel's first row."""
 
     temporaries: ClassVar[int] = 0
@@ -69,10 +70,6 @@ class Kernels:
 
     def __init__(self, p: Contrastive, state: State) -> None:
         raise NotImplementedError
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Memory for a panel or a gradient."""
-        return torch.empty(shape, dtype=dtype, device=self.p.z1.device)
 
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
         """S = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
@@ -108,16 +105,6 @@ class Kernels:
 
     def symmetric(self, S: Tensor, i0: int) -> None:
         """G of the symmetric loss over S, complete."""
-        raise NotImplementedError
-
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        """r = 1/|z| (0 for a zero vector) and out = r z."""
-        raise NotImplementedError
-
-    def project(
-        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
-    ) -> None:
-        """dL/dz from f g = dL/dzhat (or from g = r dL/dzhat, where g is ``scaled`` already)."""
         raise NotImplementedError
 
     p: Contrastive
@@ -173,7 +160,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         _log_sums(p, k, state, panels)
 
     dz1 = k.empty(B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2 = KeyGradient(p, c, k.empty) if p.needs.z2 else None
+    g2 = KeyGradient(z2, k.empty, single=c == B) if p.needs.z2 else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
@@ -217,12 +204,10 @@ class KeyGradient:
     z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G (docs/performance.md).
     """
 
-    def __init__(self, p: Contrastive, c: int, empty: Callable[..., Tensor]) -> None:
-        (self.N, self.D), self.dtype, self.device = p.z2.shape, p.z2.dtype, p.z2.device
-        self.empty = empty
+    def __init__(self, keys: Tensor, empty: Callable[..., Tensor], single: bool) -> None:
+        (self.N, self.D), self.dtype, self.empty, self.single = keys.shape, keys.dtype, empty, single
         self.wide = self.dtype in (torch.float32, torch.float64)
-        self.transposed = not self.wide and self.device.type == "cpu" and self.N >= 1024
-        self.single = c == p.z1.shape[0]
+        self.transposed = not self.wide and keys.device.type == "cpu" and self.N >= 1024
         self.sum: Tensor | None = None
         self.product: Tensor | None = None
 
@@ -244,6 +229,14 @@ class KeyGradient:
             self.sum = self.product
             if not self.single:
                 self.sum = self.empty(*self.product.shape, dtype=torch.float32).copy_(self.product)
+
+    def add_rows(self, i0: int, G: Tensor, keys: Tensor) -> None:
+        """G keys to the rows from i0 on, where rows are keys too; after the first ``add``."""
+        part = self.total[i0 : i0 + G.shape[0]]
+        if self.wide:
+            part.addmm_(G, keys)
+        else:
+            part.add_(torch.mm(G, keys))
 
     @property
     def total(self) -> Tensor:

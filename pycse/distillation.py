@@ -1,0 +1,276 @@
+"""DistillCSE's public losses. Each validates its arguments and calls one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pycse import ops, validation
+from pycse.backends.reference import contrastive as reference_contrastive
+from pycse.backends.reference import distill as reference_distill
+from pycse.functional import as_long, number_or_tensor
+from pycse.problem import Contrastive, Distillation, Grouping
+
+
+class DistillCSEOutput(NamedTuple):
+    """``loss`` is to be differentiated; the parts are detached, for logging. loss = contrastive + weight distillation."""
+
+    loss: Tensor
+    contrastive: Tensor
+    distillation: Tensor
+
+
+def fused_distillcse(
+    z1: Tensor,
+    z2: Tensor,
+    teachers: Sequence[Tensor] | None = None,
+    temperature: float | Tensor = 0.05,
+    m: float | Tensor | None = None,
+    *,
+    teacher_logits: Tensor | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    distill_weight: float = 1.0,
+    student_temperature: float = 0.025,
+    teacher_temperature: float = 0.0125,
+    group_temperature: float = 1.0,
+    group_p: float | None = None,
+    group_size: int | None = None,
+    span: tuple[int, int] | None = None,
+    shuffle: str = "sample",
+    divergence: str = "ce",
+    seed: int | Tensor | torch.Generator | None = None,
+    positives: Tensor | None = None,
+    hard_negative_weight: float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude_above: float | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    validate: bool = False,
+) -> DistillCSEOutput:
+    r"""DistillCSE: a contrastive loss plus distillation from the averaged similarities of several teachers.
+
+    .. code-block:: text
+
+        loss = contrastive(z1, z2) + distill_weight distillation(z1, teachers)
+
+    ``contrastive`` is :func:`pycse.fused_infonce` (as published), or with a hardness ``m``
+    :func:`pycse.fused_focal_infonce`; ``distillation`` is :func:`pycse.fused_distill` of z1.
+
+    Args:
+        z1: (B, D) embeddings of the sentences: queries of the contrastive part, and the student that is distilled.
+        z2: (N, D) embeddings of the keys, as in :func:`pycse.fused_focal_infonce`.
+        temperature: > 0, of the contrastive part. A number or a 0-d float tensor, which may require grad.
+        m: None for InfoNCE; hardness of Focal-InfoNCE, a number or a 0-d float tensor, which may require grad.
+        distill_weight: factor of the distillation in the loss.
+        teachers, teacher_logits, teacher_weights, student_temperature, teacher_temperature, group_temperature, group_p,
+            group_size, span, shuffle, divergence, seed: as in :func:`pycse.fused_distill`.
+        positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric: as in
+            :func:`pycse.fused_focal_infonce`; they act on the contrastive part only.
+        normalize, weight, reduction, backend, validate: likewise, for both parts (teachers are always normalised).
+
+    Returns:
+        A named tuple (loss, contrastive, distillation): 0-d, or (B,) for reduction="none"; float32, or float64 for float64
+        inputs. Only ``loss`` has gradients.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
+        RuntimeError: the backend named cannot run here; or a double backward (use backend="reference").
+
+    Source: Xu et al., "DistillCSE: Distilled Contrastive Learning for Sentence Embeddings", Findings of EMNLP 2023
+    (arXiv 2310.13499).
+    """
+    validation.contrastive(
+        z1, z2, temperature, 0.0 if m is None else m, positives, hard_negative_weight, query_ids, key_ids, exclude_above,
+        symmetric, normalize, weight, reduction, backend, validate,
+    )  # fmt: skip
+    validation.distillation(
+        z1, "z1", teachers, teacher_logits, teacher_weights, distill_weight, student_temperature, teacher_temperature,
+        group_temperature, group_p, group_size, span, shuffle, divergence, seed,
+    )  # fmt: skip
+    return _distill(
+        z1, z2, temperature, m, weight, positives, query_ids, key_ids, teacher_logits, seed, hard_negative_weight,
+        exclude_above, symmetric, normalize, reduction, backend, validate, teachers, teacher_weights, distill_weight,
+        student_temperature, teacher_temperature, group_temperature, group_p, group_size, span, shuffle, divergence,
+    )  # fmt: skip
+
+
+def fused_distill(
+    z: Tensor,
+    teachers: Sequence[Tensor] | None = None,
+    *,
+    teacher_logits: Tensor | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    student_temperature: float = 0.025,
+    teacher_temperature: float = 0.0125,
+    group_temperature: float = 1.0,
+    group_p: float | None = None,
+    group_size: int | None = None,
+    span: tuple[int, int] | None = None,
+    shuffle: str = "sample",
+    divergence: str = "ce",
+    seed: int | Tensor | torch.Generator | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Distillation of in-batch similarities from several teachers, with Group-P shuffling, without B x B x D work.
+
+    .. code-block:: text
+
+        s_ij = <z_i, z_j> / (|z_i| |z_j|)                       student, j != i
+        t_ij = sum_k w_k <e^k_i, e^k_j> / (|e^k_i| |e^k_j|)     teachers, averaged
+        p = softmax_j(s_ij / student_temperature),  q = softmax_j(t_ij / teacher_temperature), shuffled inside groups
+        "ce"  L_i = -sum_j q log p     "kl"  sum_j q log(q / p)     "js"  KL(q | a) / 2 + KL(p | a) / 2, a = (p + q) / 2
+
+    Groups are runs of the teacher's ranking (t descending): the shuffle keeps the student from copying the noise of close
+    similarities.
+
+    Args:
+        z: (B, D) embeddings of the student, one view; float32, float64, bfloat16 or float16, any scale.
+        teachers: sequence of (B, D_k) embeddings of the same sentences, widths and float types as they come; no gradient.
+        teacher_logits: instead of ``teachers``, (B, B) averaged cosines made elsewhere, before any temperature. The
+            diagonal is not looked at.
+        teacher_weights: one number >= 0 a teacher, normalised to sum 1; default: equal.
+        student_temperature, teacher_temperature: > 0, no unit.
+        group_temperature: > 0: group boundaries are quantiles of softmax(t / group_temperature).
+        group_p: probability mass of a group, in (0, 1]; 0.1 where no grouping is given, as published.
+        group_size: instead, ranks in a group, >= 1.
+        span: instead, ranks (start, end) of the only group, 0 <= start < end <= B - 1; other ranks stay in place.
+        shuffle: "sample" draws one permutation inside each group; "expected" gives each member its group's mean
+            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js" it
+            is another objective); "none" leaves q as it is.
+        divergence: "ce" (published), "kl" or "js". The entropy in "kl" is that of the unshuffled q.
+        seed: integer, 0-d int64 tensor (read by the kernel: a CUDA graph draws anew when it changes) or torch.Generator.
+            The same seed gives the same permutation on every backend. Default: drawn from torch's own generator.
+        normalize: False where rows of z have unit norm already.
+        weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs): 0-d, or (B,) for "none". With B = 1 there is no pair: loss and
+        gradient are 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
+        RuntimeError: the backend named cannot run here; or a double backward (use backend="reference").
+
+    Source: as :func:`fused_distillcse`, sections 3 and 4.2; "expected" is pycse's own.
+    """
+    validation.rows_and_choices(z, "z", normalize, weight, reduction, backend)
+    validation.distillation(
+        z, "z", teachers, teacher_logits, teacher_weights, 1.0, student_temperature, teacher_temperature, group_temperature,
+        group_p, group_size, span, shuffle, divergence, seed,
+    )  # fmt: skip
+    return _distill(
+        z, None, 1.0, None, weight, None, None, None, teacher_logits, seed, 0.0, None, False, normalize, reduction, backend,
+        False, teachers, teacher_weights, 1.0, student_temperature, teacher_temperature, group_temperature, group_p,
+        group_size, span, shuffle, divergence,
+    ).loss  # fmt: skip
+
+
+def _grouping(group_p: float | None, group_size: int | None, span: tuple[int, int] | None) -> Grouping:
+    if group_size is not None:
+        return Grouping("size", float(group_size))
+    if span is not None:
+        return Grouping("span", float(span[0]), int(span[1]))
+    return Grouping("mass", 0.1 if group_p is None else float(group_p))
+
+
+def _drawn(seed: int | Tensor | torch.Generator | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """The seed as a tensor that kernels read, or as a number in int64's range."""
+    if isinstance(seed, Tensor):
+        return seed, 0
+    if seed is None or isinstance(seed, torch.Generator):
+        where = device if seed is None else seed.device
+        drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where, generator=seed)
+        return drawn.to(device), 0
+    return None, seed if seed < 2**63 else seed - 2**64
+
+
+def _distill(
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    weight: Any,
+    positives: Any,
+    query_ids: Any,
+    key_ids: Any,
+    teacher_logits: Any,
+    seed: Any,
+    hard_negative_weight: Any,
+    exclude_above: Any,
+    symmetric: Any,
+    normalize: Any,
+    reduction: Any,
+    backend: Any,
+    validate: Any,
+    teachers: Any,
+    teacher_weights: Any,
+    distill_weight: Any,
+    student_temperature: Any,
+    teacher_temperature: Any,
+    group_temperature: Any,
+    group_p: Any,
+    group_size: Any,
+    span: Any,
+    shuffle: Any,
+    divergence: Any,
+) -> DistillCSEOutput:
+    focal = m is not None
+    tau, tau_value = number_or_tensor(temperature)
+    margin, margin_value = number_or_tensor(m if focal else 0.0)
+    positives, query_ids, key_ids = as_long(positives), as_long(query_ids), as_long(key_ids)
+    excluded = None if exclude_above is None else float(exclude_above)
+    drawn, number = _drawn(seed, z1.device) if shuffle == "sample" else (None, 0)
+    teachers = [] if teachers is None else list(teachers)
+    weights = [1.0] * len(teachers) if teacher_weights is None else [float(w) for w in teacher_weights]
+    weights = [w / sum(weights) for w in weights]
+    grouping = _grouping(group_p, group_size, span)
+    if backend == "reference":  # plain PyTorch: its own autograd, to any order
+        d = Distillation(
+            z1,
+            teachers,
+            weights,
+            teacher_logits,
+            float(student_temperature),
+            float(teacher_temperature),
+            float(group_temperature),
+            grouping,
+            shuffle,
+            divergence,
+            number if drawn is None else drawn,
+            float(distill_weight),
+            weight,
+            normalize,
+            reduction,
+        )
+        distillation = d.reduce(reference_distill.losses(d))
+        if z2 is None:
+            return DistillCSEOutput(distillation, torch.zeros_like(distillation), distillation.detach())
+        if validate or z1.device.type == "cpu":
+            validation.check_values(z1, z2, tau, margin, weight, positives, focal)
+        p = Contrastive(
+            z1, z2, temperature, m if focal else 0.0, focal, positives, query_ids, key_ids, weight,
+            float(hard_negative_weight), excluded, symmetric, normalize, reduction,
+        )  # fmt: skip
+        contrastive = reference_contrastive.contrastive(p)
+        loss = contrastive + float(distill_weight) * distillation
+        return DistillCSEOutput(loss, contrastive.detach(), distillation.detach())
+    return DistillCSEOutput(
+        *ops.distill_losses(
+            z1, z2, tau, margin, weight, positives, query_ids, key_ids, teacher_logits, drawn, tau_value, margin_value, focal,
+            float(hard_negative_weight), excluded, symmetric, normalize, reduction, backend, validate, teachers, weights,
+            float(distill_weight), float(student_temperature), float(teacher_temperature), float(group_temperature),
+            *grouping, shuffle, divergence, number,
+        )
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""What the fused losses' operators share: gradients made in forward, autocast, and an eager route past the dispatcher.
+
+An operator of pycse takes, in this order: five arguments that may require grad (z1, z2, temperature, m, weight), other
+tensors, options, and ``needs`` (bool[5]). It returns its values, the loss first, and the five gradients; what ``needs``
+leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are multiplied by the upstream gradient,
+so that loss scaling works.
+
+Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond the
+gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does not know,
+compute them again through the same operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("pycse", "DEF")
+
+DIFFERENTIABLE, WEIGHT = 5, 4  # arguments that may require grad; where the weight stands
+EMPTY = (0,)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NO_GUARD = contextlib.nullcontext()
+
+
+def gradient_dtype(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.dtype == torch.float16 else z.dtype
+
+
+def rows(z: Tensor) -> Tensor:
+    """z with unit stride along features, in a type that the kernels take."""
+    z = z.float() if z.dtype == torch.float16 else z
+    return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
+
+
+def value(tensor: Tensor | None, number: float) -> float | Tensor:
+    if tensor is None:
+        return number
+    return tensor.item() if tensor.device.type == "cpu" else tensor.detach()
+
+
+def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or like is None else gradient.to(like.dtype)
+
+
+def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Shapes of the gradients of z1 and the inputs (z2, temperature, m, weight), for the fake kernels."""
+    result = []
+    for k, (needed, x) in enumerate(zip(needs, (z1, *inputs))):
+        if not needed or x is None:
+            result.append(z1.new_empty(EMPTY))
+        else:
+            result.append(x.new_empty(x.shape, dtype=gradient_dtype(x) if k < 2 else x.dtype))
+    return tuple(result)
+
+
+class Fused:
+    """An operator with its autograd. ``forward`` takes the schema's arguments and may return None for tensors not made."""
+
+    def __init__(
+        self,
+        schema: str,
+        forward: Callable[..., tuple[Tensor | None, ...]],
+        *,
+        tensors: int,
+        values: int,
+        embeddings: set[int],
+    ) -> None:
+        self.name = schema.split("(")[0]
+        names = [part.split("=")[0].split()[-1] for part in schema.split("(", 1)[1].split(") ->")[0].split(", ")]
+        self.forward, self.tensors, self.values, self.embeddings = forward, tensors, values, embeddings
+        self.reduction = names.index("reduction")
+        self.list_at = names.index("teachers") if "teachers" in names else None
+        library.define(schema)
+        self.op = getattr(torch.ops.pycse, self.name).default
+        library.impl(self.name, self._implementation, "CompositeExplicitAutograd")
+        library.impl(self.name, self._autograd, "Autograd")
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            library.impl(self.name, self._autocast(device, getattr(torch._C.DispatchKey, key)), key)
+
+    def __call__(self, z1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """The operator's values for the arguments of its schema up to ``needs``.
+
+        Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
+        """
+        z2 = rest[0]
+        plain = (
+            not torch.compiler.is_compiling()
+            and type(z1) in _PLAIN
+            and (z2 is None or type(z2) in _PLAIN)
+            and torch._C._len_torch_dispatch_stack() == 0
+            and not torch.is_autocast_enabled(z1.device.type)
+        )
+        if not plain:
+            return self.op(z1, *rest, [False] * DIFFERENTIABLE)[: self.values]
+        if _wants_gradients((z1, *rest[: DIFFERENTIABLE - 1])):
+            return _Gradients.apply(self, self.forward, z1, *rest)
+        result: Any = self.forward(z1, *rest, [False] * DIFFERENTIABLE)
+        return result[: self.values]
+
+    def _implementation(self, *args: Any) -> tuple[Tensor, ...]:
+        """``forward`` for the dispatcher: an op returns tensors, none of which are None or alias each other."""
+        return tuple(args[0].new_empty(EMPTY) if t is None else t for t in self.forward(*args))
+
+    def _below_autograd(self, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(*args)
+
+    def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
+        if _wants_gradients(args[:DIFFERENTIABLE]):
+            values = _Gradients.apply(self, self._below_autograd, *args[:-1])
+            return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(DIFFERENTIABLE)))
+        return self._below_autograd(*args)
+
+    def _autocast(self, device: str, key: torch._C.DispatchKey) -> Any:
+        """Casts the embeddings only, never the temperature, m or weights."""
+        keys = torch._C.DispatchKeySet(key)
+
+        def kernel(*args: Any) -> tuple[Tensor, ...]:
+            dtype = torch.get_autocast_dtype(device)
+
+            def cast(z: Any) -> Any:
+                if isinstance(z, Tensor):
+                    return z if z.dtype == torch.float64 else z.to(dtype)
+                return z if z is None else [cast(x) for x in z]
+
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.op(*(cast(a) if k in self.embeddings else a for k, a in enumerate(args)))
+
+        return kernel
+
+
+class _Gradients(torch.autograd.Function):
+    """Arguments: the operator, what computes it (itself, or in eager mode its implementation), and its arguments up to
+    ``needs``."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: Fused, run: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        needs = list(ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE])
+        unknown = args[fused.reduction] == "none"  # the upstream gradient is a vector that only backward knows
+        result = run(*args, [False] * DIFFERENTIABLE if unknown else needs)
+        values, gradients = result[: fused.values], list(result[fused.values :])
+        listed = () if fused.list_at is None else args[fused.list_at]
+        ctx.save_for_backward(*args[: fused.tensors], *listed)
+        ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, args[fused.tensors :], needs
+        ctx.gradients = None if unknown else gradients
+        if len(values) > 1:
+            ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
+        tensors = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * (2 + ctx.fused.tensors + len(ctx.options))
+        if upstream is None:
+            return tuple(result)
+        twice = torch.is_grad_enabled()  # create_graph
+        with torch.no_grad() if twice else _NO_GUARD:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                gradients, upstream = _again(ctx, upstream)
+            for k, needed in enumerate(ctx.needs):
+                if needed:
+                    result[k + 2] = _scaled(gradients[k], upstream, tensors[k])
+        return tuple(_raise_on_use(result) if twice else result)
+
+
+def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The gradients once more, and what is left to multiply them by."""
+    fused, options = ctx.fused, list(ctx.options)
+    tensors = list(ctx.saved_tensors[: fused.tensors])
+    if fused.list_at is not None:
+        options[fused.list_at - fused.tensors] = list(ctx.saved_tensors[fused.tensors :])
+    with torch.autocast(upstream.device.type, enabled=False):
+        if options[fused.reduction - fused.tensors] != "none":
+            return list(ctx.run(*tensors, *options, ctx.needs)[fused.values :]), upstream
+        # sum_i u_i w_i L_i: the upstream gradient of each row is its weight.
+        weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"
+        tensors[WEIGHT] = upstream if weight is None else upstream * weight
+        *gradients, row_losses = ctx.run(*tensors, *options, ctx.needs)[fused.values :]
+    return [*gradients, row_losses * upstream if ctx.needs[WEIGHT] else row_losses], upstream.new_ones(())
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    if type(gradient) is not Tensor:  # being traced: no values, nothing in place
+        return (gradient * upstream).to(like.dtype)
+    if upstream.device.type != "cpu" or upstream.item() != 1:
+        gradient.mul_(upstream)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
+
+
+def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients, raising where a second derivative is taken through them."""
+    message = (
+        b"pycse: double backward through a fused loss is not supported (its gradients are made in forward); "
+        b"use backend='reference' for second derivatives"
+    )
+    raising = torch._C._functions.DelayedError(message, 1)
+    return [None if g is None else raising(g.detach().requires_grad_()) for g in gradients]
+
+
+def _wants_gradients(tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
