@@ -17,7 +17,7 @@ from pycse.kernels import native
 from pycse import backends, fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
-from pycse.ops import contrastive as op
+from pycse.ops import fused
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
@@ -56,7 +56,7 @@ def emulate(p: Contrastive):
 def emulated(monkeypatch):
     """backend="cpu" runs the emulation, which reads temperature and m through their addresses as a GPU would."""
     monkeypatch.setattr(cpu, "contrastive", emulate)
-    monkeypatch.setattr(op, "_value", lambda tensor, value: value if tensor is None else tensor.detach())
+    monkeypatch.setattr(fused, "value", lambda tensor, value: value if tensor is None else tensor.detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
