@@ -30,10 +30,10 @@ def embeddings(name: str, z: Any) -> None:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(z.shape)}")
 
 
-def same_device(z1: Tensor, **others: Any) -> None:
+def same_device(z: Tensor, of: str = "z1", /, **others: Any) -> None:
     for name, tensor in others.items():
-        if isinstance(tensor, Tensor) and tensor.device != z1.device:
-            raise ValueError(f"{name} must be on the embeddings' device {z1.device}, got {tensor.device}")
+        if isinstance(tensor, Tensor) and tensor.device != z.device:
+            raise ValueError(f"{name} must be on {of}'s device {z.device}, got {tensor.device}")
 
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:
@@ -147,7 +147,7 @@ def rows_and_choices(z: Any, name: str, normalize: Any, weight: Any, reduction: 
     """The arguments that every loss has."""
     embeddings(name, z)
     vector("weight", weight, z.shape[0], "float")
-    same_device(z, weight=weight)
+    same_device(z, name, weight=weight)
     flag("normalize", normalize)
     choice("reduction", reduction, REDUCTIONS)
     choice("backend", backend, CHOICES)
@@ -227,7 +227,7 @@ def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) ->
         if weights is not None:
             raise ValueError("teacher_weights belong to teachers; teacher_logits are averaged already")
         detached("teacher_logits", logits)
-        same_device(z1, teacher_logits=logits)
+        same_device(z1, name, teacher_logits=logits)
         return
     if isinstance(embedded, Tensor) or not isinstance(embedded, (list, tuple)):
         raise TypeError(f"teachers must be a list of embeddings, one (B, D_k) tensor a teacher, got {_what(embedded)}")
@@ -238,7 +238,7 @@ def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) ->
         if e.shape[0] != B:
             raise ValueError(f"teachers[{k}] must have {name}'s {B} rows, got shape {tuple(e.shape)}")
         detached(f"teachers[{k}]", e)
-        same_device(z1, **{f"teachers[{k}]": e})
+        same_device(z1, name, **{f"teachers[{k}]": e})
     if weights is None:
         return
     if isinstance(weights, Tensor):
@@ -300,4 +300,4 @@ def distillation(
     choice("divergence", divergence, DIVERGENCES)
     grouping(z1.shape[0], group_p, group_size, span)
     seed(seed_value)
-    same_device(z1, seed=seed_value)
+    same_device(z1, name, seed=seed_value)
