@@ -101,6 +101,23 @@ PYBIND11_MODULE(_native, m) {
                                      at(dz2), at<float>(total), threads});
       },
       nogil());
+  py::class_<Distill>(m, "Distill")
+      .def(py::init([](int64_t B, double student, double teacher, double group, int divergence, int kind, double value,
+                       int64_t end, bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
+             return Distill{B, 1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end},
+                            sample, seed, at(coef), coef_all, at(loss)};
+           }),
+           py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
+           py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
+           py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
+  m.def(
+      "distill",
+      [panel](const Distill& d, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int teacher_dtype,
+              Address teachers, int64_t teachers_ld, bool grad, int threads) {
+        cpu_kernels().distill(d, panel(dtype, S, ld, i0, c, 0, threads), DType(teacher_dtype), at(teachers), teachers_ld,
+                              grad);
+      },
+      nogil());
   m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
     return small_work_size(B, N, D, DType(dtype));
   });

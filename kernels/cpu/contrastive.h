@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/groups.h"
+
 namespace pycse {
 
 enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
@@ -59,6 +61,21 @@ inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype) {
   return 3 * B + N + B * N + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
 
+enum class Divergence : int { ce = 0, kl = 1, js = 2 };
+
+// One distillation problem; formulas in distill.h.
+struct Distill {
+  int64_t B = 0;
+  double inv_student = 40, inv_teacher = 80, inv_group = 1;  // 1 / temperature
+  Divergence divergence = Divergence::ce;
+  Grouping cut;                           // kind none: q stays as it is
+  bool sample = true;                     // else each member receives its group's mean
+  uint64_t seed = 0;
+  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;                   // (B) acc
+};
+
 // The table that each instruction-set variant fills.
 struct Kernels {
   const char* isa;
@@ -73,6 +90,8 @@ struct Kernels {
   void (*positives)(const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
                     int64_t i0, int64_t n, int threads);
   bool (*small)(const Contrastive&, const Small&);
+  // Rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows.
+  void (*distill)(const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad);
 };
 
 }  // namespace pycse

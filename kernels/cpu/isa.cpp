@@ -3,6 +3,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#include "distill.h"
 #include "norms.h"
 #include "rows.h"
 #include "small.h"
@@ -13,6 +14,6 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small};
+  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill};
 }
 }  // namespace pycse::PYCSE_ISA

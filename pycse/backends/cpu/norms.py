@@ -14,7 +14,7 @@ HUGE = 4 << 20  # bytes from which memory is asked for in huge pages (kernels/cp
 
 class Norms(norms.Norms):
     def __init__(self, z: Tensor) -> None:
-        self.native, self.threads, self.code = native(), torch.get_num_threads(), CODES[z.dtype]
+        self.native, self.threads, self.code, self.device = native(), torch.get_num_threads(), CODES[z.dtype], z.device
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         t = torch.empty(shape, dtype=dtype)
