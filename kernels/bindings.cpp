@@ -118,6 +118,21 @@ PYBIND11_MODULE(_native, m) {
                               grad);
       },
       nogil());
+  m.def(
+      "small_distill",
+      [](const Distill& d, int dtype, Address z, int64_t ld, int64_t D, bool normalize,
+         const std::vector<std::tuple<int, Address, int64_t, int64_t>>& teachers, const std::vector<double>& weights,
+         int logits_dtype, Address logits, int64_t logits_ld, Address work, Address dz, int threads) {
+        std::vector<Vectors> teacher;
+        for (const auto& [type, x, stride, width] : teachers) teacher.push_back({DType(type), at(x), stride, width});
+        return cpu_kernels().small_distill(
+            d, {{DType(dtype), at(z), ld, D}, {DType(logits_dtype), at(logits), logits_ld, d.B}, normalize,
+                int64_t(teacher.size()), teacher.data(), weights.data(), at<float>(work), at(dz), threads});
+      },
+      nogil());
+  m.def("small_distill_work_size", [](int64_t B, int64_t D, int64_t teachers, int dtype) {
+    return small_distill_work_size(B, D, teachers, DType(dtype));
+  });
   m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
     return small_work_size(B, N, D, DType(dtype));
   });

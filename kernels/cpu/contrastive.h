@@ -76,6 +76,28 @@ struct Distill {
   void* loss = nullptr;                   // (B) acc
 };
 
+struct Vectors {                          // rows of embeddings, or of a matrix
+  DType type = DType::f32;
+  const void* x = nullptr;
+  int64_t ld = 0, D = 0;
+};
+
+struct SmallDistill {                     // a whole forward + backward in one call, for batches that fit in cache
+  Vectors z, logits;                      // logits (B, B) where there are no teachers
+  bool normalize = true;
+  int64_t teachers = 0;
+  const Vectors* teacher = nullptr;
+  const double* weight = nullptr;
+  float* work = nullptr;                  // small_distill_work_size floats
+  void* dz = nullptr;                     // (B, D) contiguous or null, in z's type
+  int threads = 1;
+};
+
+// Norms of z and the teachers; S, T and G + G^T; for bf16 the gradient before it is rounded.
+inline int64_t small_distill_work_size(int64_t B, int64_t D, int64_t teachers, DType dtype) {
+  return (1 + teachers) * B + (teachers > 0 ? 3 : 2) * B * B + (dtype == DType::bf16 ? B * D : 0);
+}
+
 // The table that each instruction-set variant fills.
 struct Kernels {
   const char* isa;
@@ -92,6 +114,7 @@ struct Kernels {
   bool (*small)(const Contrastive&, const Small&);
   // Rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows.
   void (*distill)(const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad);
+  bool (*small_distill)(const Distill&, const SmallDistill&);
 };
 
 }  // namespace pycse

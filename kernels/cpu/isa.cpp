@@ -7,6 +7,7 @@
 #include "norms.h"
 #include "rows.h"
 #include "small.h"
+#include "small_distill.h"
 #include "symmetric.h"
 
 #define PYCSE_STRING2(x) #x
@@ -14,6 +15,6 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill};
+  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill};
 }
 }  // namespace pycse::PYCSE_ISA

@@ -53,34 +53,42 @@ PYCSE_INLINE float total(vec16 v) {
   return total(halves[0] + halves[1]);
 }
 
+// sums_hk = a_h . b_k over D features.
+template <class T>
+PYCSE_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t D, float (*sums)[kDotCols]) {
+  const int64_t whole = D / kWidth * kWidth;
+  vec acc[kDotRows][kDotCols] = {};
+  for (int64_t d = 0; d < whole; d += kWidth) {
+    vec bv[kDotCols];
+#pragma GCC unroll 8
+    for (int k = 0; k < kDotCols; ++k) bv[k] = load_vec(b[k] + d);
+#pragma GCC unroll 8
+    for (int h = 0; h < kDotRows; ++h) {
+      vec av = load_vec(a[h] + d);
+#pragma GCC unroll 8
+      for (int k = 0; k < kDotCols; ++k) acc[h][k] += av * bv[k];
+    }
+  }
+  for (int h = 0; h < kDotRows; ++h)
+    for (int k = 0; k < kDotCols; ++k) {
+      sums[h][k] = total(acc[h][k]);
+      for (int64_t d = whole; d < D; ++d) sums[h][k] += load(a[h][d]) * load(b[k][d]);
+    }
+}
+
 // S[i0:i1, :] = diag(r1) x y^T. Rows past an edge repeat the last one and are not stored.
 template <class T>
 PYCSE_NOINLINE void similarities(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t i0, int64_t i1, int64_t N,
                                int64_t D, const float* r1, float* S) {
-  const int64_t whole = D / kWidth * kWidth;
   for (int64_t i = i0; i < i1; i += kDotRows)
     for (int64_t j = 0; j < N; j += kDotCols) {
       const T *a[kDotRows], *b[kDotCols];
       for (int k = 0; k < kDotRows; ++k) a[k] = x + std::min(i + k, i1 - 1) * ldx;
       for (int k = 0; k < kDotCols; ++k) b[k] = y + std::min(j + k, N - 1) * ldy;
-      vec acc[kDotRows][kDotCols] = {};
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        vec bv[kDotCols];
-#pragma GCC unroll 8
-        for (int k = 0; k < kDotCols; ++k) bv[k] = load_vec(b[k] + d);
-#pragma GCC unroll 8
-        for (int h = 0; h < kDotRows; ++h) {
-          vec av = load_vec(a[h] + d);
-#pragma GCC unroll 8
-          for (int k = 0; k < kDotCols; ++k) acc[h][k] += av * bv[k];
-        }
-      }
+      float sums[kDotRows][kDotCols];
+      dot_tile(a, b, D, sums);
       for (int h = 0; h < kDotRows && i + h < i1; ++h)
-        for (int k = 0; k < kDotCols && j + k < N; ++k) {
-          float sum = total(acc[h][k]);
-          for (int64_t d = whole; d < D; ++d) sum += load(a[h][d]) * load(b[k][d]);
-          S[(i + h) * N + j + k] = sum * r1[i + h];
-        }
+        for (int k = 0; k < kDotCols && j + k < N; ++k) S[(i + h) * N + j + k] = sums[h][k] * r1[i + h];
     }
 }
 

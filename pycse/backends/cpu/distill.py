@@ -1,7 +1,8 @@
-"""The C++ row kernel of kernels/cpu/distill.h around PyTorch's GEMMs."""
+"""The C++ row kernel of kernels/cpu/distill.h around PyTorch's GEMMs; small batches in one native call."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pycse.backends.addresses import CODES, DIVERGENCES, GROUPINGS, pointer
@@ -9,6 +10,9 @@ from pycse.backends.cpu.norms import Norms
 from pycse.kernels import native
 from pycse.panels import distill as panel
 from pycse.problem import Distillation, Result
+
+# Multiply-adds B B D up to which the native products beat PyTorch's GEMMs and their dispatch.
+SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
 
 def _problem(d: Distillation, coef: Tensor | float, loss: Tensor):
@@ -43,5 +47,33 @@ class Kernels(Norms, panel.Kernels):
         )  # fmt: skip
 
 
+def _small(d: Distillation) -> Result | None:
+    """None for embeddings so long that their products might overflow: the panels normalise rows first."""
+    kernels, code = native(), CODES[d.z1.dtype]
+    B, D = d.z1.shape
+    loss = torch.empty(B)
+    dz = torch.empty(B, D, dtype=d.z1.dtype) if d.need else None
+    work = torch.empty(kernels.small_distill_work_size(B, D, len(d.teachers), code))
+    coef = d.row_coefficients() * d.factor
+    done = kernels.small_distill(
+        _problem(d, coef, loss), code, d.z1.data_ptr(), d.z1.stride(0), D, d.normalize,
+        [(CODES[e.dtype], e.data_ptr(), e.stride(0), e.shape[1]) for e in d.teachers], d.teacher_weights,
+        0 if d.logits is None else CODES[d.logits.dtype], pointer(d.logits), 0 if d.logits is None else d.logits.stride(0),
+        work.data_ptr(), pointer(dz), torch.get_num_threads(),
+    )  # fmt: skip
+    return Result(loss, dz) if done else None
+
+
+def _is_small(d: Distillation) -> bool:
+    B, D = d.z1.shape
+    if B == 1 or B * B * D > SMALL.get(d.z1.dtype, 0):
+        return False
+    if d.logits is not None:
+        return d.logits.dtype in CODES and d.logits.stride(1) == 1
+    return all(e.dtype in SMALL for e in d.teachers)
+
+
 def distill(d: Distillation) -> Result:
+    if _is_small(d) and (result := _small(d)) is not None:
+        return result
     return panel.distill(d, Kernels)
