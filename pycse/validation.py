@@ -178,8 +178,41 @@ def check_values(
             raise ValueError(f"positives must lie in [0, {z2.shape[0] - 1}] (keys), got {bad}")
 
 
-def grouping(B: int, group_p: Any, group_size: Any, span: Any) -> None:
-    """The options that cut a teacher's row of B - 1 similarities into groups; at most one may be given."""
+DISTILLATION_OPTIONS = (
+    "distill_weight",
+    "student_temperature",
+    "teacher_temperature",
+    "group_temperature",
+    "group_p",
+    "group_size",
+    "span",
+    "shuffle",
+    "divergence",
+)
+
+
+def distillation_options(
+    distill_weight: Any = 1.0,
+    student_temperature: Any = 0.025,
+    teacher_temperature: Any = 0.0125,
+    group_temperature: Any = 1.0,
+    group_p: Any = None,
+    group_size: Any = None,
+    span: Any = None,
+    shuffle: Any = "sample",
+    divergence: Any = "ce",
+) -> None:
+    """What does not depend on a batch."""
+    for label, value in (
+        ("student_temperature", student_temperature),
+        ("teacher_temperature", teacher_temperature),
+        ("group_temperature", group_temperature),
+    ):
+        number(label, value)
+        real(label, value, positive=True)
+    number("distill_weight", distill_weight)
+    choice("shuffle", shuffle, SHUFFLES)
+    choice("divergence", divergence, DIVERGENCES)
     given = [name for name, v in (("group_p", group_p), ("group_size", group_size), ("span", span)) if v is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other (each says how rows are grouped); give one of them")
@@ -196,8 +229,8 @@ def grouping(B: int, group_p: Any, group_size: Any, span: Any) -> None:
             raise TypeError(f"span must be two integers (start, end), got {_what(span)}")
         for value in span:
             whole("span", value)
-        if not 0 <= span[0] < span[1] <= max(B - 1, 1):
-            raise ValueError(f"span must satisfy 0 <= start < end <= B - 1 = {B - 1}, got {tuple(span)}")
+        if not 0 <= span[0] < span[1]:
+            raise ValueError(f"span must satisfy 0 <= start < end <= B - 1, got {tuple(span)}")
 
 
 def number(name: str, value: Any) -> None:
@@ -288,16 +321,12 @@ def distillation(
     seed_value: Any,
 ) -> None:
     teachers(z1, name, embedded, teacher_logits, teacher_weights)
-    for label, value in (
-        ("student_temperature", student_temperature),
-        ("teacher_temperature", teacher_temperature),
-        ("group_temperature", group_temperature),
-    ):
-        number(label, value)
-        real(label, value, positive=True)
-    number("distill_weight", distill_weight)
-    choice("shuffle", shuffle, SHUFFLES)
-    choice("divergence", divergence, DIVERGENCES)
-    grouping(z1.shape[0], group_p, group_size, span)
+    distillation_options(
+        distill_weight, student_temperature, teacher_temperature, group_temperature, group_p, group_size, span, shuffle,
+        divergence,
+    )  # fmt: skip
+    B = z1.shape[0]
+    if span is not None and B > 1 and span[1] > B - 1:
+        raise ValueError(f"span must satisfy 0 <= start < end <= B - 1 = {B - 1}, got {tuple(span)}")
     seed(seed_value)
     same_device(z1, name, seed=seed_value)

@@ -66,7 +66,7 @@ def _small(d: Distillation) -> Result | None:
 
 def _is_small(d: Distillation) -> bool:
     B, D = d.z1.shape
-    if B == 1 or B * B * D > SMALL.get(d.z1.dtype, 0):
+    if B == 1 or SMALL.get(d.z1.dtype, 0) < B * B * D:
         return False
     if d.logits is not None:
         return d.logits.dtype in CODES and d.logits.stride(1) == 1
