@@ -59,8 +59,9 @@ def _forward(
         loss = distillation * factor
         return loss, loss.new_zeros(loss.shape), distillation, out.dz1, None, None, None, dweight(out.rows * factor)
 
-    tensors = (z1, z2, temperature, m, weight, positives, query_ids, key_ids)
-    p, other = contrastive.compute(*tensors, *options, needs)
+    p, other = contrastive.compute(
+        z1, z2, temperature, m, weight, positives, query_ids, key_ids, *(*options, needs)
+    )  # fmt: skip
     contrast = p.reduce(other.rows)
     return (
         torch.add(contrast, distillation, alpha=factor),
