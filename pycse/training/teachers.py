@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,16 +71,16 @@ class Teacher:
 
 def fingerprint(encoder: SentenceTransformer) -> str:
     """Key of everything that an embedding depends on but its text: modules, weights, tokenizer, prompt, length."""
-    modules = [
-        (type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else {})
-        for module in encoder
-    ]
-    config = encoder[0].auto_model.config.to_dict() if hasattr(encoder[0], "auto_model") else {}
+    modules: list = [(type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in encoder]
+    config = getattr(getattr(encoder[0], "auto_model", None), "config", None)
     fast = getattr(encoder.tokenizer, "backend_tokenizer", encoder.tokenizer)
+    tokenizer = json.loads(fast.to_str()) if hasattr(fast, "to_str") else {"object": repr(encoder.tokenizer)}
     parts = {
         "modules": modules,
-        "transformer": {k: v for k, v in config.items() if not k.startswith("_")},  # not where it was loaded from
-        "tokenizer": fast.to_str() if hasattr(fast, "to_str") else repr(fast),
+        # Without _name_or_path: where a model lies does not matter.
+        "transformer": {k: v for k, v in config.to_dict().items() if k[0] != "_"} if config else None,
+        # Without what the latest call left behind; the limit is max_length.
+        "tokenizer": {k: v for k, v in tokenizer.items() if k not in ("truncation", "padding")},
         "prompt": [encoder.prompts, encoder.default_prompt_name],
         "max_length": encoder.max_seq_length,
     }

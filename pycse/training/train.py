@@ -100,7 +100,7 @@ def column_loss(encoder, loss, text: Text | None = None, teachers: Sequence[Call
             views = list(columns) * 2 if len(columns) == 1 else list(columns)
             # dict(): the encoder adds its outputs to the dictionary that it is given.
             z1, *z2 = (self.model(dict(view))["sentence_embedding"] for view in views)
-            if not teachers:
+            if text is None or not teachers:
                 return self.loss(z1, torch.cat(z2))
             sentences = [text.rows[row][0] for row in labels.tolist()]
             embedded = [teacher(sentences) for teacher in teachers]
