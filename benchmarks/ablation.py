@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "distillcse, no shuffle": {"shuffle": "none"},
     "distillcse, sampled Group-P": {"shuffle": "sample"},
     "distillcse, expected Group-P": {"shuffle": "expected"},
+    "distillcse, dropout positives": {"positives": "dropout"},
 }
 
 

@@ -98,7 +98,7 @@ def train(
         str | None,
         typer.Option(
             help="What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE) or "
-            "next (the sentence after it). Default: dropout; next for the default text with recipe focal or simcse."
+            "next (the sentence after it). Default: dropout for --train-file, next for the default text."
         ),
     ] = None,
     eval_file: Annotated[list[str] | None, typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
@@ -199,8 +199,8 @@ def train(
 ) -> None:
     """Train a sentence encoder and evaluate it before and after.
 
-    Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere. With the defaults it
-    needs no network.
+    Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere but in --cache-teachers. With
+    the defaults it needs no network.
     """
     options = {name: value for name, value in locals().items() if name not in ("eval_file", "teacher")}
     with reported("train"):

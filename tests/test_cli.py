@@ -118,7 +118,7 @@ def test_default_text_is_paired_with_the_next_sentence(place, tiny_model):
     for arguments, columns in (
         (default, ("sentence", "positive")),
         (default | {"positives": "dropout"}, ("sentence",)),
-        (default | {"recipe": "distillcse", "layers": "0,2"}, ("sentence",)),
+        (default | {"recipe": "distillcse", "layers": "0,2"}, ("sentence", "positive")),
         (own, ("sentence",)),
         (own | {"positives": "next"}, ("sentence", "positive")),
     ):

@@ -13,7 +13,7 @@ class Recipe:
     Fields:
         own: settings that not every recipe has, with their defaults.
         teaches: whether teachers take part.
-        lr, positives: defaults of this recipe; positives are those of the default text.
+        lr: its default.
     """
 
     loss: str
@@ -21,7 +21,6 @@ class Recipe:
     own: dict[str, Any] = field(default_factory=dict)
     teaches: bool = False
     lr: float = 1e-5
-    positives: str = "next"
 
 
 RECIPES = {
@@ -42,7 +41,6 @@ RECIPES = {
         },
         teaches=True,
         lr=1e-4,
-        positives="dropout",
     ),
     "focal": Recipe("FocalInfoNCELoss", "Hou & Li, Findings of EMNLP 2023", {"m": 0.3}),
     "simcse": Recipe("InfoNCELoss", "Gao, Yao & Chen, EMNLP 2021"),
