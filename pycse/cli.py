@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError, require_extras
 from pycse.training.recipes import RECIPES
 from pycse.training.settings import DEFAULT_LAYERS, DEFAULT_STEPS, DEVICES, EVALUATIONS, Settings
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 DEFAULTS = Settings()
 DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
+DISTILL = RECIPES["distillcse"].own
 EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
 
 
@@ -54,11 +56,11 @@ def quiet(local: bool) -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def is_local(model: str | None) -> bool:
-    """Whether the model lies on this disk; UserError for a path that holds none."""
-    from pycse.training.encoder import resolve_model
+def is_local(model: str | None, teachers: tuple[str, ...] = ()) -> bool:
+    """Whether the model and the teachers lie on this disk; UserError for a path that holds none."""
+    from pycse.training.encoder import resolve_model, resolve_teachers
 
-    return model is None or resolve_model(model)[1]
+    return (model is None or resolve_model(model)[1]) and all(local for _, local in resolve_teachers(teachers))
 
 
 @app.command()
@@ -103,10 +105,70 @@ def train(
     out: Annotated[
         str | None, typer.Option(help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = DEFAULTS.recipe,
-    temperature: Annotated[float, typer.Option(help="Temperature of the loss.")] = DEFAULTS.temperature,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(RECIPES)}. distillcse learns a teacher's similarities beside InfoNCE; focal is "
+            "Focal-InfoNCE; simcse is InfoNCE."
+        ),
+    ] = DEFAULTS.recipe,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hugging Face id or folder of an encoder to learn from, recipe distillcse; repeatable, of any width. "
+            "Default: the encoder that --model and --layers cut.",
+            metavar="ENCODER",
+        ),
+    ] = None,
+    cache_teachers: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that keeps the teachers' embeddings, for later epochs and runs; it may be shared.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the contrastive loss.")] = DEFAULTS.temperature,
     m: Annotated[
-        float | None, typer.Option(help=f"Hardness, recipe focal only. Default: {RECIPES['focal'].own['m']}.")
+        float | None,
+        typer.Option(
+            help=f"Hardness of Focal-InfoNCE. Default: {RECIPES['focal'].own['m']} for focal; none for distillcse, whose "
+            "contrastive part is then InfoNCE."
+        ),
+    ] = None,
+    distill_weight: Annotated[
+        float | None,
+        typer.Option(help=f"distillcse: factor of the distillation. Default: {DISTILL['distill_weight']:g}."),
+    ] = None,
+    student_temperature: Annotated[
+        float | None,
+        typer.Option(help=f"distillcse: of the student's similarities. Default: {DISTILL['student_temperature']}."),
+    ] = None,
+    teacher_temperature: Annotated[
+        float | None,
+        typer.Option(help=f"distillcse: of the teachers' similarities. Default: {DISTILL['teacher_temperature']}."),
+    ] = None,
+    group_temperature: Annotated[
+        float | None,
+        typer.Option(help=f"distillcse: of the mass that --group-p counts. Default: {DISTILL['group_temperature']:g}."),
+    ] = None,
+    group_p: Annotated[
+        float | None,
+        typer.Option(help="distillcse: probability mass of a group of ranks that is shuffled. Default: 0.1."),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="distillcse: instead of --group-p, ranks in a group.")] = None,
+    span: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="distillcse: instead of --group-p, the ranks (start, end) of the only group.", metavar="A B"),
+    ] = None,
+    shuffle: Annotated[
+        str | None,
+        typer.Option(
+            help=f"distillcse: one of {', '.join(SHUFFLES)}. sample shuffles the teachers' probabilities inside each group; "
+            f"expected gives each member the group's mean. Default: {DISTILL['shuffle']}."
+        ),
+    ] = None,
+    divergence: Annotated[
+        str | None, typer.Option(help=f"distillcse: one of {', '.join(DIVERGENCES)}. Default: {DISTILL['divergence']}.")
     ] = None,
     hard_negative_weight: Annotated[
         float, typer.Option(help="Added to the logits of a row's own hard negatives.")
@@ -116,7 +178,13 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = DEFAULTS.batch_size,
     steps: Annotated[int | None, typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Times through the text, instead of --steps.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate, linear warm-up and decay.")] = DEFAULTS.lr,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Peak learning rate, linear warm-up and decay. Default: {RECIPES['distillcse'].lr:g} for distillcse, "
+            f"{RECIPES['focal'].lr:g} for the others."
+        ),
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = DEFAULTS.warmup,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = DEFAULTS.weight_decay,
     max_length: Annotated[
@@ -131,15 +199,15 @@ def train(
 ) -> None:
     """Train a sentence encoder and evaluate it before and after.
 
-    Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere. With the defaults it
-    needs no network.
+    Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere but in --cache-teachers. With
+    the defaults it needs no network.
     """
-    options = {name: value for name, value in locals().items() if name != "eval_file"}
+    options = {name: value for name, value in locals().items() if name not in ("eval_file", "teacher")}
     with reported("train"):
-        settings = Settings(**options, eval_files=tuple(eval_file or ()))
+        settings = Settings(**options, eval_files=tuple(eval_file or ()), teachers=tuple(teacher or ()))
         settings.check()
         require_extras()
-        quiet(is_local(model))
+        quiet(is_local(model, settings.teachers))
 
         from rich.console import Console
 

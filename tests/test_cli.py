@@ -51,7 +51,7 @@ def place(tmp_path, tiny_model, monkeypatch):
 def run(place, tiny_model, out, *more):
     return pycse(
         "train", "--model", tiny_model, "--train-file", place / "text.txt", "--out", place / out, "--device", "cpu",
-        "--batch-size", 4, "--steps", 3, "--eval-steps", 2, "--max-length", 16, "--lr", 0.001, *more,
+        "--recipe", "focal", "--batch-size", 4, "--steps", 3, "--eval-steps", 2, "--max-length", 16, "--lr", 0.001, *more,
     )  # fmt: skip
 
 
@@ -113,10 +113,12 @@ def test_default_text_is_paired_with_the_next_sentence(place, tiny_model):
     from pycse.training.settings import Settings
     from pycse.training.train import prepare
 
-    default, own = {"model": tiny_model}, {"model": tiny_model, "train_file": str(place / "text.txt"), "batch_size": 4}
+    default = {"model": tiny_model, "recipe": "focal"}
+    own = default | {"train_file": str(place / "text.txt"), "batch_size": 4}
     for arguments, columns in (
         (default, ("sentence", "positive")),
         (default | {"positives": "dropout"}, ("sentence",)),
+        (default | {"recipe": "distillcse", "layers": "0,2"}, ("sentence", "positive")),
         (own, ("sentence",)),
         (own | {"positives": "next"}, ("sentence", "positive")),
     ):

@@ -23,24 +23,33 @@ except UserError as error:
 needs_extras = pytest.mark.skipif(bool(missing), reason=missing or "extras are there")
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
+def make_model(tmp_path_factory, letters, seed, **sizes):
     """Folder of a BERT of 4 small layers with random weights, which knows single letters."""
     errors.require_extras()
     from sentence_transformers import SentenceTransformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
     write(folder / "vocab.txt", "\n".join(vocabulary))
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(seed)
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64} | sizes
     BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)).save_pretrained(folder)
     model = tmp_path_factory.mktemp("tiny-model")
     SentenceTransformer(str(folder), device="cpu").save_pretrained(str(model))
     return str(model)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_model(tmp_path_factory, "abcdefghijklmnopqrstuvwxyz0123456789.,", seed=0, hidden_size=32)
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory):
+    """Another width, another tokenizer, other weights."""
+    return make_model(tmp_path_factory, "zyxwvutsrqponmlkjihgfedcba", seed=1, hidden_size=48)
 
 
 def write(path, text, encoding="utf-8"):
@@ -173,8 +182,18 @@ def test_default_text_is_clean_and_counted():
         ({"lr": 0.0}, "--lr is 0"),
         ({"m": float("inf")}, "--m is inf"),
         ({"hard_negative_weight": float("nan")}, "--hard-negative-weight is nan"),
-        ({"recipe": "magic"}, "--recipe magic: unknown; use one of focal, simcse"),
+        ({"recipe": "magic"}, "--recipe magic: unknown; use one of distillcse, focal, simcse"),
         ({"recipe": "simcse", "m": 0.3}, "--m does not belong to --recipe simcse"),
+        ({"recipe": "focal", "shuffle": "none"}, "--shuffle does not belong to --recipe focal"),
+        ({"recipe": "simcse", "group_p": 0.1}, "--group-p does not belong to --recipe simcse"),
+        ({"recipe": "simcse", "teachers": ("a",)}, "--recipe simcse takes no --teacher"),
+        ({"recipe": "focal", "cache_teachers": "a"}, "--recipe focal takes no --cache-teachers"),
+        ({"teachers": ("a", "b", "a")}, "--teacher a is given 2 times"),
+        ({"model": "a"}, "would be its own teacher"),
+        ({"shuffle": "deal"}, "--shuffle deal: unknown; use one of sample, expected, none"),
+        ({"divergence": "l2"}, "--divergence l2: unknown"),
+        ({"student_temperature": 0.0}, "--student-temperature is 0"),
+        ({"distill_weight": float("inf")}, "--distill-weight is inf"),
         ({"steps": 3, "epochs": 1.0}, "exclude each other"),
         ({"steps": 0}, "--steps is 0"),
         ({"epochs": 0.0}, "--epochs is 0"),
@@ -387,8 +406,8 @@ def logits(settings, z1, z2):
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(),
-        Settings(m=0.1, temperature=0.2),
+        Settings(recipe="focal"),
+        Settings(recipe="focal", m=0.1, temperature=0.2),
         Settings(recipe="simcse"),
         Settings(recipe="simcse", temperature=0.5, symmetric=True),
         Settings(recipe="simcse", hard_negative_weight=0.7),

@@ -41,10 +41,11 @@ class Text:
         return Text(f"{self.source}, each with the next", pairs, self.dropped)
 
     def dataset(self):
-        """The rows as a datasets.Dataset, in memory."""
+        """The rows as a datasets.Dataset, in memory; the label of a row is its number."""
         from datasets import Dataset
 
-        return Dataset.from_dict(dict(zip(self.columns, map(list, zip(*self.rows, strict=True)), strict=True)))
+        columns = dict(zip(self.columns, map(list, zip(*self.rows, strict=True)), strict=True))
+        return Dataset.from_dict(columns | {"label": list(range(len(self.rows)))})
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,14 @@ def resolve_model(name: str) -> tuple[str, bool]:
     if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"no such model folder: {name or repr(name)}")
     return name, False
+
+
+def resolve_teachers(names: Sequence[str]) -> list[tuple[str, bool]]:
+    """resolve_model for every teacher, before anything is loaded."""
+    try:
+        return [resolve_model(name) for name in names]
+    except UserError as error:
+        raise UserError(f"--teacher: {error}") from error
 
 
 def parse_layers(text: str | None) -> list[int] | None:

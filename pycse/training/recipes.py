@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A loss class of pycse.losses, its own settings with their defaults, and where it comes from."""
+    """A loss class of pycse.losses, where it comes from, and what belongs to it.
+
+    Fields:
+        own: settings that not every recipe has, with their defaults.
+        teaches: whether teachers take part.
+        lr: its default.
+    """
 
     loss: str
     source: str
-    own: dict[str, float] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    teaches: bool = False
+    lr: float = 1e-5
 
 
 RECIPES = {
+    "distillcse": Recipe(
+        "DistillCSELoss",
+        "Xu et al., Findings of EMNLP 2023",
+        {
+            "m": None,  # InfoNCE, as published
+            "distill_weight": 1.0,
+            "student_temperature": 0.025,
+            "teacher_temperature": 0.0125,
+            "group_temperature": 1.0,
+            "group_p": None,  # 0.1, as published, where no other grouping is given
+            "group_size": None,
+            "span": None,
+            "shuffle": "sample",
+            "divergence": "ce",
+        },
+        teaches=True,
+        lr=1e-4,
+    ),
     "focal": Recipe("FocalInfoNCELoss", "Hou & Li, Findings of EMNLP 2023", {"m": 0.3}),
     "simcse": Recipe("InfoNCELoss", "Gao, Yao & Chen, EMNLP 2021"),
 }
 
 # Settings that every loss takes.
 SHARED = ("temperature", "hard_negative_weight", "symmetric", "backend")
+
+
+def recipes_with(name: str) -> list[str]:
+    """The recipes that a setting of their own belongs to."""
+    return [key for key, recipe in RECIPES.items() if name in recipe.own]

