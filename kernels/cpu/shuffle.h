@@ -20,7 +20,7 @@
 namespace pycse::PYCSE_ISA {
 
 constexpr int64_t kMostBins = 2048, kFewestBins = 32;  // 16 and 8 KB of mass and count: they stay in L1
-constexpr int kInsertion = 24;                         // up to this many keys are sorted by insertion alone
+constexpr int kCounted = 32;                           // up to this many keys are sorted by counting the smaller ones
 
 template <class A>
 PYCSE_NOINLINE int64_t masses(const A* t, A top, A scale, int32_t* mass, int64_t n) {
@@ -55,11 +55,24 @@ PYCSE_NOINLINE void philox_words(uint64_t seed, uint64_t row, const uint32_t* bl
   }
 }
 
+// sorted: (key, column) of n <= kCounted members, each where the number of smaller ones says. No branch depends on a key.
+PYCSE_NOINLINE void count_smaller(const uint32_t* key, const int32_t* member, int32_t n, uint64_t* sorted) {
+  alignas(64) uint64_t x[kCounted];
+  for (int32_t k = 0; k < kCounted; ++k) x[k] = k < n ? uint64_t(key[k]) << 32 | uint32_t(member[k]) : ~uint64_t(0);
+  const int32_t padded = (n + 7) / 8 * 8;
+  for (int32_t k = 0; k < n; ++k) {
+    uint64_t smaller = 0;
+#pragma omp simd reduction(+ : smaller)
+    for (int32_t j = 0; j < padded; ++j) smaller += x[j] < x[k];
+    sorted[smaller] = x[k];
+  }
+}
+
 template <class A>
 class Shuffle {
  public:
   explicit Shuffle(int64_t n)
-      : mass_(n), bin_(n), group_(n), ranked_(n), member_(n), bucket_(n + 1), sorted_(n), key_(n),
+      : mass_(n), bin_(n), group_(n), ranked_(n + 1), cut_group_(n), member_(n), bucket_(2 * n), sorted_(n), key_(n),
         block_(n), block_group_(n), words_(4 * n), groups_(n + 1) {}
 
   // out: q shuffled or averaged. t, q of the n columns but the diagonal; top and low bound t.
@@ -75,7 +88,6 @@ class Shuffle {
     int64_t id;          // as the definition counts; -1: stays in place
     int32_t begin, count, next;
   };
-  static constexpr int32_t kCut = -1;
 
   // group_[k] of every column; returns how many there are, described in groups_.
   int64_t find_groups(const Distill& d, const A* t, A top, A low, int64_t n) {
@@ -103,22 +115,22 @@ class Shuffle {
     // Which bins a boundary cuts, and where their members go.
     int64_t so_far = 0, cut_members = 0, g = 0;
     double limit = d.cut.limit(0, total);
-    int32_t cut_begin[kMostBins];
+    int32_t cut_begin[kMostBins], next[kMostBins], is_cut[kMostBins];
     for (int64_t b = 0; b < bins; ++b) {
       so_far += bin_mass[b];
-      label[b] = 0;
-      if (double(so_far) < limit) continue;
+      is_cut[b] = double(so_far) >= limit;
+      if (!is_cut[b]) continue;
       g = d.cut.boundaries(double(so_far), total);
       limit = d.cut.limit(g, total);
-      label[b] = kCut;
-      cut_begin[b] = int32_t(cut_members);
+      cut_begin[b] = next[b] = int32_t(cut_members);
       cut_members += bin_count[b];
     }
-    if (cut_members > 0) {
-      int32_t next[kMostBins];
-      std::copy_n(cut_begin, bins, next);
-      for (int64_t k = 0; k < n; ++k)
-        if (label[bin_[k]] == kCut) ranked_[next[bin_[k]]++] = int32_t(k);
+    for (int64_t b = 0; b < bins; ++b)
+      if (!is_cut[b]) next[b] = int32_t(cut_members);
+    for (int64_t k = 0; k < n; ++k) {  // no branch: members of whole bins are written past the end, again and again
+      const int32_t b = bin_[k];
+      ranked_[next[b]] = int32_t(k);
+      next[b] += is_cut[b];
     }
 
     // Groups in rank order.
@@ -136,16 +148,16 @@ class Shuffle {
     };
     for (int64_t b = 0; b < bins; ++b) {
       if (bin_count[b] == 0) continue;
-      if (label[b] != kCut) {
+      if (!is_cut[b]) {
         label[b] = advance(bin_mass[b]);
         continue;
       }
       int32_t *begin = ranked_.data() + cut_begin[b], *end = begin + bin_count[b];
       std::sort(begin, end, [t](int32_t x, int32_t y) { return t[x] > t[y] || (t[x] == t[y] && x < y); });
-      for (int32_t* k = begin; k != end; ++k) group_[*k] = advance(by_mass ? mass_[*k] : 1);
+      for (int32_t k = 0; k < bin_count[b]; ++k) cut_group_[cut_begin[b] + k] = advance(by_mass ? mass_[begin[k]] : 1);
     }
-    for (int64_t k = 0; k < n; ++k)
-      if (const int32_t of_bin = label[bin_[k]]; of_bin != kCut) group_[k] = of_bin;
+    for (int64_t k = 0; k < n; ++k) group_[k] = label[bin_[k]];
+    for (int64_t k = 0; k < cut_members; ++k) group_[ranked_[k]] = cut_group_[k];
     return count;
   }
 
@@ -196,18 +208,16 @@ class Shuffle {
     }
   }
 
-  // sorted_: (key, column) of the group's members, ascending. Keys are uniform: as many buckets as members.
+  // sorted_: (key, column) of the group's members, ascending. Keys are uniform: buckets of half a member, then insertion.
   void sort_members(const int32_t* member, int32_t n) {
-    if (n > kInsertion) {
-      std::fill_n(bucket_.data(), n, 0);
-      for (int32_t k = 0; k < n; ++k) ++bucket_[uint64_t(key_[k]) * uint32_t(n) >> 32];
-      int32_t begin = 0;
-      for (int32_t b = 0; b < n; ++b) begin += std::exchange(bucket_[b], begin);
-      for (int32_t k = 0; k < n; ++k)
-        sorted_[bucket_[uint64_t(key_[k]) * uint32_t(n) >> 32]++] = uint64_t(key_[k]) << 32 | uint32_t(member[k]);
-    } else {
-      for (int32_t k = 0; k < n; ++k) sorted_[k] = uint64_t(key_[k]) << 32 | uint32_t(member[k]);
-    }
+    if (n <= kCounted) return count_smaller(key_.data(), member, n, sorted_.data());
+    const uint32_t buckets = 2 * uint32_t(n);
+    std::fill_n(bucket_.data(), buckets, 0);
+    for (int32_t k = 0; k < n; ++k) ++bucket_[uint64_t(key_[k]) * buckets >> 32];
+    int32_t begin = 0;
+    for (uint32_t b = 0; b < buckets; ++b) begin += std::exchange(bucket_[b], begin);
+    for (int32_t k = 0; k < n; ++k)
+      sorted_[bucket_[uint64_t(key_[k]) * buckets >> 32]++] = uint64_t(key_[k]) << 32 | uint32_t(member[k]);
     for (int32_t k = 1; k < n; ++k) {
       const uint64_t x = sorted_[k];
       int32_t at = k;
@@ -216,7 +226,7 @@ class Shuffle {
     }
   }
 
-  std::vector<int32_t> mass_, bin_, group_, ranked_, member_, bucket_;
+  std::vector<int32_t> mass_, bin_, group_, ranked_, cut_group_, member_, bucket_;
   std::vector<uint64_t> sorted_;
   std::vector<uint32_t> key_, block_, block_group_, words_;
   std::vector<Group> groups_;
