@@ -56,6 +56,12 @@ def finished(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in kept.splitlines()]
 
 
+def resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run with their defaults: a line of the file is another run's once a default has changed."""
+    chosen = Settings(**settings)
+    return json.loads(json.dumps(chosen.as_dict() | {"positives": chosen.positives_of_sentences}))
+
+
 def key(run: dict[str, Any]) -> str:
     """What makes two runs the same."""
     return json.dumps([run["row"], run["seed"], run["settings"], run["sets"]], sort_keys=True)
@@ -140,7 +146,7 @@ def main() -> None:
     runs = []
     for seed in range(1, arguments.seeds + 1):  # all rows of a seed first: a table that is interrupted is even
         for name, settings in rows.items():
-            run = {"row": name, "seed": seed, "settings": json.loads(json.dumps(settings)), "sets": arguments.eval_file}
+            run = {"row": name, "seed": seed, "settings": resolved(settings), "sets": arguments.eval_file}
             if key(run) not in known:
                 run |= train(settings, seed, arguments)
                 if path:

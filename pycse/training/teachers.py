@@ -56,9 +56,7 @@ class Teacher:
         # encode sorts by length: small batches of alike lengths save half of the time on a CPU.
         size = CPU_BATCH if device == "cpu" else len(sentences)
         with torch.autocast(device, enabled=False):
-            z = self.encoder.encode(
-                list(sentences), batch_size=size, convert_to_tensor=True, show_progress_bar=False
-            )
+            z = self.encoder.encode(list(sentences), batch_size=size, convert_to_tensor=True, show_progress_bar=False)
         return z.clone()  # encode makes inference tensors, which autograd cannot keep
 
     def as_dict(self) -> dict:
