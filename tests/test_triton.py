@@ -32,6 +32,7 @@ INTERPRETED = backends.interpreted()
 CUDA = torch.cuda.is_available() and not INTERPRETED
 
 triton_backend = importlib.import_module("pycse.backends.triton.contrastive")
+triton_norms = importlib.import_module("pycse.backends.triton.norms")
 
 if CUDA:
     DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -102,7 +103,8 @@ PANELS = [
 @pytest.mark.parametrize("case", PANELS, ids=str)
 def test_panels_of_13_rows_in_blocks_of_32(case, dtype, device, monkeypatch):
     monkeypatch.setattr(panel, "panel_rows", lambda B, *_: min(B, 13))
-    monkeypatch.setattr(triton_backend, "block_of", lambda n: 32)
+    for module in (triton_backend, triton_norms):
+        monkeypatch.setattr(module, "block_of", lambda n: 32)
     check(case, "triton", dtype, device)
 
 

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pycse.backends.triton import contrastive as backend
-from pycse.problem import Contrastive, Needs
+from pycse.backends.triton import distill as distillation
+from pycse.problem import Contrastive, Distillation, Grouping, Needs
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {
@@ -32,6 +33,7 @@ TYPES = {
     torch.float64: "fp64",
     torch.bfloat16: "bf16",
     torch.int64: "i64",
+    torch.int32: "i32",
 }
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -97,6 +99,26 @@ def problems(dtype: torch.dtype) -> dict[str, Contrastive]:
     }
 
 
+def distillations(dtype: torch.dtype) -> dict[str, Distillation]:
+    def problem(B: int, D: int, teachers: torch.dtype, *cut: Any, **options: Any) -> Distillation:
+        z, e = torch.randn(B, D).to(dtype), [torch.randn(B, n).to(teachers) for n in (D, 40)]
+        return Distillation(z, e, [0.25, 0.75], grouping=Grouping(*cut), need=True, **options)
+
+    tensors = {"seed": torch.tensor(7), "weight": torch.ones(64)}
+    logits = {"logits": torch.randn(512, 512), "teacher_temperature": 0.05}
+    return {
+        "sample mass": problem(512, 64, dtype, "mass", 0.1, seed=-(2**40) - 1),
+        "sample size": problem(512, 64, torch.bfloat16, "size", 16.0, divergence="kl", seed=3),
+        "sample span": problem(64, 64, torch.float32, "span", 2.0, 9, divergence="js", **tensors),
+        "expected mass": problem(512, 64, torch.float64, "mass", 0.1, shuffle="expected"),
+        "expected size": problem(4100, 64, dtype, "size", 16.0, shuffle="expected", divergence="kl"),
+        "expected span": problem(515, 35, dtype, "span", 2.0, 9, shuffle="expected", divergence="js"),
+        "logits": problem(512, 64, dtype, "mass", 1.0, shuffle="none", divergence="js", **logits),
+        "forward": dataclasses.replace(problem(65, 33, dtype, "mass", 0.1), need=False),
+        "one pair": problem(2, 1, dtype, "mass", 0.6),
+    }
+
+
 def gather(arch: int) -> None:
     """Fills ``launches`` for one architecture: every problem, with every tile of the GEMM."""
     global label
@@ -108,6 +130,9 @@ def gather(arch: int) -> None:
                 for processors in (1, 4, 8):  # takes the largest, the middle and the smallest tile for 512 keys
                     backend.device_properties = lambda device, n=processors: (arch, n)
                     backend.contrastive(p)
+        for name, d in distillations(dtype).items():
+            label = f"{TYPES[dtype]:5} distill, {name}"
+            distillation.distill(d)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -1,20 +1,21 @@
 """Normalisation and its gradient, a few rows to a program.
 
-    r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
+    r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i     out_i = factor zhat_i (factor 1 where None)
     dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where None) and k = r f;
                                                  or g already carries r (scaled), and k = f where r != 0
-z, g (n, D) with row strides ld; r (n,) in the accumulation type; zhat and dz (n, D) contiguous in z's type. ``project``
-may write over g. Stored: the results only.
+z, g and the results out, dz (n, D) with row strides ld; r (n,) in the accumulation type. ``project`` may
+write over g. Stored: the results only.
 """
 
 import triton
 import triton.language as tl
+from pycse.kernels.triton.logit import number
 
 TINY_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
-def normalize(z, r, out, n, D, ld, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def normalize(z, r, out, factor, n, D, ld, ld_out, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (i < n)[:, None]
     z += i.to(tl.int64)[:, None] * ld
@@ -47,7 +48,9 @@ def normalize(z, r, out, n, D, ld, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK:
     if r is not None:
         tl.store(r + i, inv, mask=i < n)
     if out is not None:
-        out += i.to(tl.int64)[:, None] * D
+        if factor is not None:
+            inv *= number(factor, ACC)
+        out += i.to(tl.int64)[:, None] * ld_out
         for a in range(0, D, BLOCK):
             d = a + tl.arange(0, BLOCK)[None, :]
             x = tl.load(z + d, mask=inside & (d < D), other=0).to(ACC) * inv[:, None]
@@ -55,13 +58,16 @@ def normalize(z, r, out, n, D, ld, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def project(z, g, r, f, out, n, D, ld, ld_g, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def project(
+    z, g, r, f, out, n, D, ld, ld_g, ld_out,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     ACC: tl.constexpr = r.dtype.element_ty
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (i < n)[:, None]
     z += i.to(tl.int64)[:, None] * ld
     g += i.to(tl.int64)[:, None] * ld_g
-    out += i.to(tl.int64)[:, None] * D
+    out += i.to(tl.int64)[:, None] * ld_out
     r_i = tl.load(r + i, mask=i < n, other=0)[:, None]
     dots = tl.zeros([ROWS, BLOCK], ACC)
     for a in range(0, D, BLOCK):

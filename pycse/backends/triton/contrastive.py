@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from pycse.backends import interpreted
+from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
 from pycse.kernels.triton import contrastive as row_kernels
-from pycse.kernels.triton import fused, norms, symmetric
+from pycse.kernels.triton import fused, symmetric
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
@@ -73,40 +73,17 @@ def dot_kind(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def block_of(n: int) -> int:
-    return min(2048, max(32, triton.next_power_of_2(n)))
-
-
-def rows_and_block(D: int) -> tuple[int, int]:
-    """Of the kernels that take rows of D features: about 2048 numbers to a program."""
-    block = block_of(D)
-    return max(1, min(16, 2048 // block)), block
-
-
-def warps_of(block: int) -> int:
-    return max(1, min(8, block // 256))
-
-
-class Kernels(panel.Kernels):
+class Kernels(Norms, panel.Kernels):
     def __init__(self, p: Contrastive, state: panel.State) -> None:
-        self.device = p.z1.device
+        super().__init__(p.z1)
         self.p, self.state = p, state
         self.B, self.N = p.z1.shape[0], p.z2.shape[0]
-        self.coef = self._number(state.coef, self.B)  # row by row where it is a tensor
-        self.tau, self.m = self._number(p.temperature), self._number(p.m)
-        self.shift = None if p.shift is None else self._number(p.shift / math.log(2))
-        self.hard_weight = self._number(p.hard_negative_weight) if p.hard_negative_weight else None
-        self.exclude_above = None if p.exclude_above is None else self._number(p.exclude_above)
+        self.coef = self.number(state.coef, self.B)  # row by row where it is a tensor
+        self.tau, self.m = self.number(p.temperature), self.number(p.m)
+        self.shift = None if p.shift is None else self.number(p.shift / math.log(2))
+        self.hard_weight = self.number(p.hard_negative_weight) if p.hard_negative_weight else None
+        self.exclude_above = None if p.exclude_above is None else self.number(p.exclude_above)
         self.block = block_of(self.N)
-
-    def _number(self, value: float | Tensor, *shape: int) -> float | Tensor:
-        """What kernels take as a number. Triton's float arguments are float32: double precision needs a tensor."""
-        if isinstance(value, Tensor) or self.p.acc != torch.float64:
-            return value if isinstance(value, Tensor) else float(value)
-        return torch.full(shape, value, dtype=torch.float64, device=self.p.z1.device)
-
-    def _new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.p.acc, device=self.p.z1.device)
 
     def _fuses(self) -> bool:
         """The epilogue of a GEMM sees a tile at a time: not the row's maximum, nor a threshold from its positive."""
@@ -128,8 +105,8 @@ class Kernels(panel.Kernels):
         strides = z1hat.stride(0), z2.stride(0)
         t = tile(kind, *device_properties(z2.device), c, N, aligned=not any(n % 16 for n in (D, *strides)))
         tiles = triton.cdiv(N, t.n)
-        partial, s_pos = self._new(tiles, c), self._new(c)
-        f = self._new(c) if grad else None
+        partial, s_pos = self.new(tiles, c), self.new(c)
+        f = self.new(c) if grad else None
         G = S if grad else None
         fused.fused_rows[(triton.cdiv(c, t.m) * tiles,)](
             z1hat, z2, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
@@ -145,7 +122,7 @@ class Kernels(panel.Kernels):
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         p, out = self.p, self.state
-        f = self._new(S.shape[0]) if grad else None
+        f = self.new(S.shape[0]) if grad else None
         sums = out.sums
         row_kernels.rows[(S.shape[0],)](
             S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.coef, out.loss,
@@ -185,30 +162,7 @@ class Kernels(panel.Kernels):
             FOCAL=p.focal, BLOCK=self.block, num_warps=warps_of(self.block),
         )  # fmt: skip
 
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        n, D = z.shape
-        rows, block = rows_and_block(D)
-        norms.normalize[(triton.cdiv(n, rows),)](
-            z, r, out, n, D, z.stride(0), ACC=ACC[self.p.acc], ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block)
-        )
-
-    def project(
-        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
-    ) -> None:
-        n, D = z.shape
-        g = g if g.stride(1) == 1 else g.contiguous()  # sums of CPU tensors come transposed
-        rows, block = rows_and_block(D)
-        norms.project[(triton.cdiv(n, rows),)](
-            z, g, r, f, out, n, D, z.stride(0), g.stride(0),
-            SCALED=scaled, ROWS=rows, BLOCK=block, num_warps=warps_of(rows * block),
-        )  # fmt: skip
-
-
-ACC: dict[torch.dtype, Any] = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
-
 
 def contrastive(p: Contrastive) -> Result:
-    """Triton launches on the current device and stream: the device is made the tensors' own."""
-    on_device = torch.cuda.device(p.z1.device) if p.z1.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with on_device_of(p.z1):
         return panel.contrastive(p, Kernels)
