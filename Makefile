@@ -22,6 +22,7 @@ lint: $(VENV)/test
 
 bench: $(VENV)/test  ## the tables of docs/performance.md
 	$(RUN) -m benchmarks.contrastive
+	$(RUN) -m benchmarks.distill
 
 wheel: $(VENV)/test
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
