@@ -438,7 +438,7 @@ def test_reference_gradcheck():
     z, teachers = batch(6, 5, teachers=(4,))
     for divergence, shuffle in itertools.product(("ce", "kl", "js"), ("none", "sample", "expected")):
 
-        def loss(z):
+        def loss(z, divergence=divergence, shuffle=shuffle):
             return fused_distill(
                 z,
                 teachers,
