@@ -42,8 +42,9 @@ static void bind(py::module_ m, const Kernels& kernels) {
         },
         nogil());
   m.def("normalize",
-        [=](int dtype, Address z, int64_t ld, int n, int D, Address r, Address out, Where where) {
-          kernels.normalize(DType(dtype), vectors(z, ld, n, D), at(r), at(out), queue(where));
+        [=](int dtype, Address z, int64_t ld, int n, int D, Address r, Address out, int64_t ld_out, double factor,
+            Where where) {
+          kernels.normalize(DType(dtype), vectors(z, ld, n, D), at(r), at(out), ld_out, factor, queue(where));
         },
         nogil());
   m.def("project",
@@ -53,6 +54,16 @@ static void bind(py::module_ m, const Kernels& kernels) {
                           queue(where));
         },
         nogil());
+  m.def("distill",
+        [=](const Distill& d, int dtype, Address S, int64_t ld, int i0, int c, int teacher_dtype, Address T, int64_t ld_T,
+            Address scratch, int rows, bool grad, Where where) {
+          kernels.distill(d, DType(dtype), panel(S, ld, i0, c, 0), DType(teacher_dtype), {at(T), ld_T, at<int>(scratch), rows},
+                          grad, queue(where));
+        },
+        nogil());
+  m.def("scratch", [=](int B, int c, Where where) {
+    return std::make_pair(kernels.scratch_rows(B, c, queue(where)), scratch_width(B));
+  });
 }
 
 void bind_cuda(py::module_& m) {
@@ -87,11 +98,24 @@ void bind_cuda(py::module_& m) {
           },
           py::kw_only(), py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
           py::arg("lneg_column"), py::arg("lse_column"));
+  py::class_<Distill>(emulated, "Distill")
+      .def(py::init([](int B, double student, double teacher, double group, int divergence, int kind, double value,
+                       int64_t end, bool sample, uint64_t seed, Address seed_at, Address coef, double coef_all,
+                       Address loss) {
+             return Distill{B, 1 / student, 1 / teacher, 1 / group, Divergence(divergence),
+                            {pycse::GroupKind(kind), value, end}, sample, seed, at<uint64_t>(seed_at), at(coef), coef_all,
+                            at(loss)};
+           }),
+           py::kw_only(), py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"),
+           py::arg("group_temperature"), py::arg("divergence"), py::arg("grouping"), py::arg("group_value"),
+           py::arg("group_end"), py::arg("sample"), py::arg("seed"), py::arg("seed_at"), py::arg("coef"),
+           py::arg("coef_all"), py::arg("loss"));
   bind(emulated, emulated_kernels());
 
 #ifdef PYCSE_WITH_CUDA
   py::module_ device = m.def_submodule("cuda", "The CUDA kernels.");
   device.attr("Contrastive") = emulated.attr("Contrastive");
+  device.attr("Distill") = emulated.attr("Distill");
   bind(device, device_kernels());
 #endif
 }

@@ -4,26 +4,30 @@
 //   index(), size()     this thread among the threads of the row
 //   sum(x), max(x)      over those threads, to all of them, in a fixed order
 //   sync()              what was written before is read after
+//   scan(x, op)         op over the threads up to this one, and through `all` over all of them
+//   number(...)         counts in the order of columns
 #pragma once
 #include "../common/loss.h"
 #include "contrastive.h"
 
 #ifdef __CUDACC__
 #define PYCSE_BODY __device__ __forceinline__
+#define PYCSE_UNROLL _Pragma("unroll")  // where an index at run time would put registers in local memory
 #else
 #define PYCSE_BODY inline
+#define PYCSE_UNROLL
 #endif
 
 namespace pycse::cuda {
 
-#ifdef __CUDACC__
-
 struct Add {
-  template <class A> __device__ A operator()(A x, A y) const { return x + y; }
+  template <class A> PYCSE_BODY A operator()(A x, A y) const { return x + y; }
 };
 struct Larger {
-  template <class A> __device__ A operator()(A x, A y) const { return larger(x, y); }
+  template <class A> PYCSE_BODY A operator()(A x, A y) const { return larger(x, y); }
 };
+
+#ifdef __CUDACC__
 
 template <class A, class Op>
 __device__ __forceinline__ A warp_reduce(A x, Op op) {
@@ -45,6 +49,45 @@ struct ThreadBlock {
   __device__ void sync() const { __syncthreads(); }
   template <class A> __device__ A sum(A x) const { return reduce(x, Add()); }
   template <class A> __device__ A max(A x) const { return reduce(x, Larger()); }
+
+  template <class A, class Op>
+  __device__ A scan(A x, Op op, A& all) const {
+    __shared__ A partial[32];
+    const int lane = threadIdx.x % 32, own = threadIdx.x / 32;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const A left = __shfl_up_sync(0xffffffffu, x, distance);
+      if (lane >= distance) x = op(left, x);
+    }
+    __syncthreads();  // what an earlier scan left here has been read
+    if (lane == 31) partial[own] = x;
+    __syncthreads();
+    all = partial[0];
+    A before = all;
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) {
+      if (warp == own) before = all;
+      all = op(all, partial[warp]);
+    }
+    return own == 0 ? x : op(before, x);
+  }
+
+  // position[j] = slot[j] + how many columns before j have that slot; `skip` is left out. next: 0 at every slot. One warp:
+  // it is a chain through memory, 32 columns a link.
+  __device__ void number(int n, int skip, const int* slot, int* next, int* position) const {
+    if (threadIdx.x >= 32) return;
+    for (int base = 0; base < n; base += 32) {
+      const int j = base + threadIdx.x;
+      const int own = j < n && j != skip ? slot[j] : -1;
+      const unsigned same = __match_any_sync(0xffffffffu, own);
+      const int rank = __popc(same & ((1u << threadIdx.x) - 1));
+      const int before = own < 0 ? 0 : next[own];
+      __syncwarp();
+      if (own >= 0) {
+        position[j] = own + before + rank;
+        if (same >> threadIdx.x == 1) next[own] = before + rank + 1;
+      }
+      __syncwarp();
+    }
+  }
 
  private:
   template <class A, class Op>
@@ -90,9 +133,26 @@ struct OneThread {
   void sync() const {}
   template <class A> A sum(A x) const { return x; }
   template <class A> A max(A x) const { return x; }
+  template <class A, class Op> A scan(A x, Op, A& all) const { return all = x; }
+  void number(int n, int skip, const int* slot, int* next, int* position) const {
+    for (int j = 0; j < n; ++j)
+      if (j != skip) position[j] = slot[j] + next[slot[j]]++;
+  }
 };
 
 #endif
+
+// *at += x by one of many threads, for integers: their sums do not depend on an order. Returns what was there.
+template <class A>
+PYCSE_BODY A add(A* at, A x) {
+#ifdef __CUDACC__
+  return atomicAdd(at, x);
+#else
+  const A before = *at;
+  *at += x;
+  return before;
+#endif
+}
 
 template <int N> struct Count { static constexpr int value = N; };
 

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/groups.h"
+
 namespace pycse::cuda {
 
 enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
@@ -49,12 +51,40 @@ struct Panel {
   void* f = nullptr;                      // (c) acc or null: the rows' factors, which G lacks
 };
 
+enum class Divergence : int { ce = 0, kl = 1, js = 2 };
+
+// One distillation problem; formulas in distill.h.
+struct Distill {
+  int B = 0;
+  double inv_student = 40, inv_teacher = 80, inv_group = 1;  // 1 / temperature
+  Divergence divergence = Divergence::ce;
+  Grouping cut;                           // kind none: q stays as it is
+  bool sample = true;                     // else each member receives its group's mean
+  uint64_t seed = 0;
+  const uint64_t* seed_at = nullptr;      // or the seed in device memory
+  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;                   // (B) acc
+};
+
+// Teacher similarities of a panel's rows, and memory for their groups.
+struct Teacher {
+  const void* T = nullptr;
+  int64_t ld = 0;
+  int* scratch = nullptr;                 // (rows, scratch_width(B)) or null: in shared memory
+  int rows = 0;
+};
+
 // n rows of D features, z and z1hat with leading dimensions of their own.
 struct Vectors {
   const void* z = nullptr;
   int64_t ld = 0;
   int n = 0, D = 0;
 };
+
+// 32-bit words of scratch for a row's groups: seven arrays of B, each 16-byte aligned.
+constexpr int kGroupArrays = 7;
+PYCSE_HD constexpr int64_t scratch_width(int B) { return kGroupArrays * ((int64_t(B) + 3) / 4 * 4); }
 
 struct Queue {
   int device = 0;
@@ -68,9 +98,13 @@ struct Kernels {
   void (*symmetric)(const Contrastive&, DType, const Panel&, Queue);
   // s_pos of rows [i0, i0 + z1hat.n)
   void (*positives)(const Contrastive&, DType, Vectors z1hat, Vectors z2, int i0, Queue);
-  void (*normalize)(DType, Vectors z, void* r, void* out, Queue);
+  // out = factor z / |z|, rows ld_out apart
+  void (*normalize)(DType, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue);
   void (*project)(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
                   void* out, Queue);
+  void (*distill)(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
+  // Rows of scratch that distill asks for; 0 where shared memory will do.
+  int (*scratch_rows)(int B, int c, Queue);
 };
 
 const Kernels& emulated_kernels();

@@ -6,4 +6,6 @@ namespace pycse::cuda {
 void rows(const Contrastive&, DType, const Panel&, bool grad, Queue);
 void columns(const Contrastive&, DType, const Panel&, Queue);
 void symmetric(const Contrastive&, DType, const Panel&, Queue);
+void distill(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
+int scratch_rows(int B, int c, Queue);
 }  // namespace pycse::cuda

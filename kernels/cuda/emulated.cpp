@@ -1,5 +1,6 @@
 // The CUDA kernels' bodies on the host, a row at a time by one thread: what the tests run where there is no GPU. Pointers
 // are the host's, the queue is ignored.
+#include "distill.h"
 #include "norms.h"
 #include "symmetric.h"
 
@@ -32,9 +33,9 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
   });
 }
 
-static void normalize(DType dtype, Vectors z, void* r, void* out, Queue) {
+static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue) {
   with_type(dtype, [&](auto type) {
-    for (int i = 0; i < z.n; ++i) normalize_row<decltype(type)>(OneThread(), z, i, r, out);
+    for (int i = 0; i < z.n; ++i) normalize_row<decltype(type)>(OneThread(), z, i, r, out, ld_out, factor);
   });
 }
 
@@ -46,8 +47,20 @@ static void project(DType z_type, DType g_type, Vectors z, const void* g, const 
   });
 }
 
+static void distill(const Distill& d, DType dtype, const Panel& panel, DType teacher_type, const Teacher& teacher,
+                    bool grad, Queue) {
+  distill_variant(dtype, teacher_type, [&](auto type, auto teachers) {
+    Bins bins;
+    for (int k = 0; k < panel.c; ++k)
+      distill_row<decltype(type), decltype(teachers)>(OneThread(), d, panel, teacher, k, grad, bins, teacher.scratch);
+  });
+}
+
+static int scratch_rows(int, int, Queue) { return 1; }
+
 const Kernels& emulated_kernels() {
-  static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project};
+  static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
+                                    distill, scratch_rows};
   return table;
 }
 

@@ -10,8 +10,9 @@ constexpr int kRows = 4;
 __device__ __forceinline__ int warp_row() { return blockIdx.x * kRows + threadIdx.y; }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kRows) normalize_kernel(Vectors z, void* r, void* out) {
-  if (warp_row() < z.n) normalize_row<T>(Warp(), z, warp_row(), r, out);
+__global__ void __launch_bounds__(32 * kRows)
+normalize_kernel(Vectors z, void* r, void* out, int64_t ld_out, double factor) {
+  if (warp_row() < z.n) normalize_row<T>(Warp(), z, warp_row(), r, out, ld_out, factor);
 }
 
 template <class T, class G>
@@ -26,10 +27,11 @@ positives_kernel(const __grid_constant__ Contrastive p, Vectors z1hat, Vectors z
   if (warp_row() < z1hat.n) positive_row<T>(Warp(), p, z1hat, z2, i0, warp_row());
 }
 
-static void normalize(DType dtype, Vectors z, void* r, void* out, Queue queue) {
+static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue queue) {
   with_type(dtype, [&](auto type) {
     launch_on(queue, "normalize", [&](cudaStream_t stream) {
-      normalize_kernel<decltype(type)><<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, r, out);
+      normalize_kernel<decltype(type)>
+          <<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, r, out, ld_out, factor);
     });
   });
 }
@@ -53,7 +55,7 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
 }
 
 const Kernels& device_kernels() {
-  static const Kernels table = {rows, columns, symmetric, positives, normalize, project};
+  static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch_rows};
   return table;
 }
 

@@ -1,6 +1,6 @@
 // Normalisation and its gradient, and the positives' similarities. The threads of a warp share a row.
 //
-//   r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i
+//   r_i = 1 / |z_i|  (0 where |z_i| <= 1e-12),   zhat_i = r_i z_i, or factor times that
 //   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where null) and k = r f;
 //                                                or g already carries r (scaled) and k = f
 //   s_i,pos = (z1hat_i . z2_pos) r_pos
@@ -40,21 +40,23 @@ PYCSE_BODY acc_t<T> norm(Block block, const T* z, int D, int head) {
   return square > kLargeSquare<A> ? sqrt(square_of(kShrink<A>)) / kShrink<A> : sqrt(square);
 }
 
-// r = 1/|z|, and with `out` also zhat in z's own type.
+// r = 1/|z|, and with `out` also factor zhat in z's own type.
 template <class T, class Block>
-PYCSE_BODY void normalize_row(Block block, const Vectors& vectors, int i, void* r, void* out) {
+PYCSE_BODY void normalize_row(Block block, const Vectors& vectors, int i, void* r, void* out, int64_t ld_out,
+                              double factor) {
   using A = acc_t<T>;
   const T* z = row_of<T>(vectors, i);
   const A length = norm(block, z, vectors.D, head_of(z));
   const A r_i = length <= A(kTinyNorm) ? A(0) : 1 / length;
   if (r && block.index() == 0) static_cast<A*>(r)[i] = r_i;
   if (!out) return;
-  T* zhat = static_cast<T*>(out) + int64_t(i) * vectors.D;
+  T* zhat = static_cast<T*>(out) + i * ld_out;
+  const A scale = r_i * A(factor);
   each<kWidth<T>>(block, vectors.D, aligned(z) && aligned(zhat) ? 0 : vectors.D, [&](int d, auto width) {
     constexpr int W = decltype(width)::value;
     A x[W];
     read<W>(z + d, true, x);
-    for (int n = 0; n < W; ++n) x[n] *= r_i;
+    for (int n = 0; n < W; ++n) x[n] *= scale;
     write<W>(zhat + d, true, x);
   });
 }

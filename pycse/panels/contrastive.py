@@ -72,12 +72,7 @@ class Kernels(Norms):
         raise NotImplementedError
 
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
-        """S = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
-        if z2.device.type != "cpu" or z2.dtype == torch.bfloat16 or z2.shape[0] <= 2 * KEY_BLOCK:
-            return torch.mm(z1hat, z2.t(), out=out)
-        for j in range(0, z2.shape[0], KEY_BLOCK):
-            torch.mm(z1hat, z2[j : j + KEY_BLOCK].t(), out=out[:, j : j + KEY_BLOCK])
-        return out
+        return similarities(z1hat, z2, out)
 
     def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         """similarities and rows in one kernel, or the two in turn."""
@@ -109,6 +104,15 @@ class Kernels(Norms):
 
     p: Contrastive
     state: State
+
+
+def similarities(z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
+    """out = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
+    if z2.device.type != "cpu" or z2.dtype == torch.bfloat16 or z2.shape[0] <= 2 * KEY_BLOCK:
+        return torch.mm(z1hat, z2.t(), out=out)
+    for j in range(0, z2.shape[0], KEY_BLOCK):
+        torch.mm(z1hat, z2[j : j + KEY_BLOCK].t(), out=out[:, j : j + KEY_BLOCK])
+    return out
 
 
 def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:

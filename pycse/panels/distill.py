@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pycse.panels.contrastive import GPU_PANEL_ROWS, KeyGradient
+from pycse.panels.contrastive import GPU_PANEL_ROWS, KeyGradient, similarities
 from pycse.panels.norms import Norms
 from pycse.problem import Distillation, Result
 
@@ -150,7 +150,7 @@ def distill(d: Distillation, kernels: type[Kernels]) -> Result:
         for i0 in range(0, B, c):
             part = zhat[i0 : i0 + c]
             n = part.shape[0]
-            torch.mm(part, zhat.t(), out=S[:n])
+            similarities(part, zhat, S[:n])
             k.rows(S[:n], teachers.panel(i0, n), i0, d.need)
             if d.need:
                 g.add(S[:n], part)

@@ -3,34 +3,20 @@ a CUDA graph; numbers in tensors are read by the kernels."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pycse.backends.addresses import CODES, pointer
+from pycse.backends.addresses import pointer
+from pycse.backends.cuda.norms import Norms
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
-LARGEST = 2**31 - 1  # rows, keys and features are counted in 32 bits; addresses are not
 
-
-class Kernels(panel.Kernels):
-    @staticmethod
-    def native() -> Any:
-        from pycse.kernels import native
-
-        return native().cuda
-
+class Kernels(Norms, panel.Kernels):
     def __init__(self, p: Contrastive, state: panel.State) -> None:
-        (B, D), N = p.z1.shape, p.z2.shape[0]
-        if max(B, N, D) > LARGEST - 2048:
-            raise ValueError(f"backend='cuda' takes up to {LARGEST - 2048} rows, keys and features, not {max(B, N, D)}")
-        self.device = p.z1.device
-        self.p, self.state, self.kernels = p, state, self.native()
-        self.code = CODES[p.z1.dtype]
-        device = p.z1.device
-        self.queue = (device.index, torch.cuda.current_stream(device).cuda_stream) if p.z1.is_cuda else (0, 0)
+        B, N = p.z1.shape[0], p.z2.shape[0]
+        super().__init__(p.z1, N)
+        self.p, self.state = p, state
         self.kept = [t.to(p.acc) if isinstance(t, Tensor) else t for t in (p.temperature, p.m)]  # alive for the kernels
         (tau, tau_at), (m, m_at) = ((0.0, n.data_ptr()) if isinstance(n, Tensor) else (n, 0) for n in self.kept)
         coef = state.coef
@@ -85,18 +71,6 @@ class Kernels(panel.Kernels):
         z2 = self.p.z2
         self.kernels.positives(
             self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), D, i0, n, self.queue,
-        )  # fmt: skip
-
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None) -> None:
-        self.kernels.normalize(self.code, z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), self.queue)
-
-    def project(
-        self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
-    ) -> None:
-        g = g.contiguous()
-        self.kernels.project(
-            self.code, CODES[g.dtype], z.data_ptr(), z.stride(0), *z.shape, g.data_ptr(), r.data_ptr(), pointer(f),
-            scaled, out.data_ptr(), self.queue,
         )  # fmt: skip
 
 
