@@ -1,4 +1,4 @@
-"""Drives CMake; everything else about the package stands in pyproject.toml. Needs no torch."""
+"""Drives CMake and lists the packages; everything else stands in pyproject.toml. Needs no torch."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -57,4 +57,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-setup(ext_modules=[Extension("pycse.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# kernels/ is installed as pycse.kernels (package-dir in pyproject.toml).
+kernels = ["pycse.kernels", *(f"pycse.kernels.{name}" for name in find_packages("kernels"))]
+setup(
+    packages=[*find_packages(include=["pycse", "pycse.*"]), *kernels],
+    ext_modules=[Extension("pycse.kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
