@@ -95,7 +95,10 @@ def contrastive(
     """Everything that can be checked without reading a tensor's values."""
     embeddings("z1", z1)
     embeddings("z2", z2)
-    if z1.dtype != z2.dtype and not torch.is_autocast_enabled(z1.device.type):
+    # Autocast makes them alike, but leaves float64 as it is.
+    if z1.dtype != z2.dtype and (
+        torch.float64 in (z1.dtype, z2.dtype) or not torch.is_autocast_enabled(z1.device.type)
+    ):
         raise TypeError(f"z2 must have z1's dtype {z1.dtype}, got {z2.dtype}")
     (B, D), N = z1.shape, z2.shape[0]
     if z2.shape[1] != D:
