@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -243,7 +243,7 @@ def number(name: str, value: Any) -> None:
 
 
 def whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):  # numpy's among them
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
 
 
@@ -301,7 +301,8 @@ def seed(value: Any) -> None:
         if value.dim() != 0 or value.dtype != torch.int64:
             raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
         return
-    whole("seed", value)
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {value!r}")
 

@@ -545,6 +545,26 @@ def test_any_nan_is_a_nan(bits):
     assert fused_infonce(z, keys, reduction="none", backend="cpu").isnan().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_groups(backend):
+    """Beyond what numbers of groups hold: the smallest P is no shuffle (no ties here), the largest size one group."""
+    z, teachers = batch(20)
+    find = lambda **options: fused_distill(z, teachers, seed=1, backend=backend, **options)  # noqa: E731
+    for P in (1e-15, 1e-20, 5e-324):
+        torch.testing.assert_close(find(group_p=P), find(shuffle="none"))
+    torch.testing.assert_close(find(group_size=10**30), find(group_size=19))
+
+
+def test_integers_of_numpy_are_integers():
+    z, teachers = batch(20)
+    one, expected = np.int64(1), fused_distill(z, teachers, seed=1, span=(1, 9))
+    assert fused_distill(z, teachers, seed=one, span=(one, np.int32(9))) == expected
+    assert fused_distill(z, teachers, seed=np.uint64(2**64 - 1)) == fused_distill(z, teachers, seed=-1)
+    assert fused_distill(z, teachers, seed=1, group_size=np.int64(4)) == fused_distill(
+        z, teachers, seed=1, group_size=4
+    )
+
+
 @pytest.mark.clean_memory
 def test_large_tied_rows_end():
     """All-equal teachers put every column in one bin: ranking it must not take B^2 steps."""
