@@ -575,6 +575,13 @@ def test_large_tied_rows_end():
 # Modules and bad input
 
 
+def test_values_are_checked_before_any_work(monkeypatch):
+    monkeypatch.setattr(cpu, "distill", lambda d: pytest.fail("distilled before the positives were looked at"))
+    z, teachers = batch(8)
+    with pytest.raises(ValueError, match="positives"):
+        fused_distillcse(z, z, teachers, positives=torch.arange(8) + 1, seed=1, backend="cpu")
+
+
 def test_modules_hold_configuration():
     z, teachers = batch(20)
     module = DistillLoss(group_size=4, divergence="kl")
