@@ -309,7 +309,7 @@ def seed(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
-    if not -(2**63) <= value < 2**64:
+    if not -(2**63) <= int(value) < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {value!r}")
 
 
