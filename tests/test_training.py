@@ -357,19 +357,6 @@ def test_names_of_evaluation_sets_differ(tmp_path, monkeypatch):
     assert [pairs.name for pairs in evaluate.evaluation_sets(tuple(paths))] == ["lee", "x", "x-2", "lee-2"]
 
 
-def test_alignment_and_uniformity():
-    from pycse.training.evaluate import alignment, uniformity
-
-    eye = torch.eye(5, dtype=torch.float64)
-    assert alignment(eye, eye).item() == 0
-    assert alignment(eye, -eye).item() == pytest.approx(4)
-    assert alignment(eye, eye.roll(1, 0)).item() == pytest.approx(2)
-    assert uniformity(eye).item() == pytest.approx(-4)  # every distance is sqrt(2)
-    z = torch.nn.functional.normalize(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double())
-    total = sum(torch.exp(-2 * (z[i] - z[j]).square().sum()) for i in range(7) for j in range(i + 1, 7))
-    assert uniformity(z).item() == pytest.approx((total / 21).log().item())
-
-
 @needs_extras
 def test_evaluate_against_plain_code(tiny_model):
     from scipy.stats import spearmanr
