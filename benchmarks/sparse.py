@@ -15,7 +15,6 @@ from collections.abc import Callable
 from datetime import date
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import interleaved, machine, peak_memory, tunables
@@ -69,7 +68,9 @@ def parity(sparse: SparseLinear, dense: torch.nn.Linear, x: Tensor, dy: Tensor) 
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*results))
 
 
-def measure(pattern: str, zeros: float, out: int, in_: int, dtype: torch.dtype, tokens: int, short: bool) -> dict[str, object]:
+def measure(
+    pattern: str, zeros: float, out: int, in_: int, dtype: torch.dtype, tokens: int, short: bool
+) -> dict[str, object]:
     torch.manual_seed(0)
     sparse = layer(pattern, zeros, out, in_, dtype)
     dense = sparse.densify()
@@ -141,7 +142,9 @@ def main() -> None:
         )
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"date": str(date.today()), "machine": machine(), "tunables": tunables(), "rows": rows}, file, indent=1)
+            json.dump(
+                {"date": str(date.today()), "machine": machine(), "tunables": tunables(), "rows": rows}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

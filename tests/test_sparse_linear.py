@@ -91,7 +91,9 @@ def test_densities(density, block, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("T, out, in_", [(1, 1, 1), (5, 3, 2), (17, 31, 97), (63, 101, 33), (65, 67, 300), (331, 13, 700)])
+@pytest.mark.parametrize(
+    "T, out, in_", [(1, 1, 1), (5, 3, 2), (17, 31, 97), (63, 101, 33), (65, 67, 300), (331, 13, 700)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_single_weights_at_ragged_sizes(T, out, in_, dtype, backend):
     for density in (0.05, 0.4, 1):
@@ -201,7 +203,9 @@ def test_which_gradients_are_needed(block, needs, backend):
             continue
         truth = F.linear(given[0], given[1] * mask, given[2])
         wanted = [t for t in given if t.requires_grad]
-        for ours, eager in zip(torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(truth.sin().sum(), wanted)):
+        for ours, eager in zip(
+            torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(truth.sin().sum(), wanted)
+        ):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
@@ -251,7 +255,9 @@ def test_what_is_not_finite(block, backend):
     assert clean[[0, 1, 4]].all()
     if block > 1 or backend == "cpu":  # plain PyTorch multiplies single weights densely
         assert torch.equal(clean[2], ~sparse.mask[:, 90]) and torch.equal(clean[3], ~sparse.mask[:, 91])
-    torch.testing.assert_close(y[clean], expected(dense, sparse.mask, x.nan_to_num(0, 0))[clean] if clean.all() else y[clean])
+    torch.testing.assert_close(
+        y[clean], expected(dense, sparse.mask, x.nan_to_num(0, 0))[clean] if clean.all() else y[clean]
+    )
     with torch.no_grad():
         sparse.weight[~sparse.mask] = torch.nan  # removed weights count as 0 whatever they hold
         assert torch.isfinite(sparse(torch.randn(3, 96, dtype=torch.float64))).all()
@@ -434,7 +440,9 @@ def test_choice(block):
     limit = BREAK_EVEN["cpu"][torch.float32][NAMES[block]]
     sides = 640 // block
     kept = torch.zeros(sides * sides, dtype=torch.bool)
-    kept[torch.randperm(sides * sides, generator=torch.Generator().manual_seed(0))[: int(limit * sides * sides * 0.9)]] = True
+    kept[
+        torch.randperm(sides * sides, generator=torch.Generator().manual_seed(0))[: int(limit * sides * sides * 0.9)]
+    ] = True
     mask = kept.view(sides, sides).repeat_interleave(block, 0).repeat_interleave(block, 1)
     assert choose(mask, torch.float32, "cpu").pattern == NAMES[block]
     choice = choose(torch.ones(640, 640, dtype=torch.bool), torch.float32, "cpu")

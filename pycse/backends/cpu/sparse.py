@@ -52,7 +52,7 @@ def dx(dy: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
 def dw(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     dtype = x.dtype
     dy, x = _wide(dy), _wide(x)
-    result = _empty(*pattern.shape, x.dtype)
+    result = _empty(pattern.shape[0], pattern.shape[1], x.dtype)
     native().sparse_outer(
         _pattern(pattern), CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), result.data_ptr(),
         x.shape[0], torch.get_num_threads(),
@@ -62,7 +62,7 @@ def dw(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
 
 def _masked(weight: Tensor, bits: Tensor, result: Tensor | None = None) -> Tensor:
     """W ⊙ M, in W's place where ``result`` is W."""
-    result = _empty(*weight.shape, weight.dtype) if result is None else result
+    result = _empty(weight.shape[0], weight.shape[1], weight.dtype) if result is None else result
     native().mask_weight(
         CODES[weight.dtype], weight.data_ptr(), weight.stride(0), bits.data_ptr(), *weight.shape, result.data_ptr(),
         torch.get_num_threads(),
