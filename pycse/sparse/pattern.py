@@ -19,7 +19,8 @@ PATTERNS = ("auto", *SIDES, "2:4", "dense")
 
 # Density below which a pattern's forward + backward beats F.linear: {device type: {dtype: {pattern: density}}}. Measured
 # 2026-11-21 on one AVX-512 core with AMX, 2048 tokens, 768 -> 3072 and back (docs/performance.md), the worse of both and
-# rounded down; bfloat16 competes with AMX. A device or dtype that is not listed stays dense; float16 on the CPU is float32.
+# rounded down (not measured and taken from block32: block64 in bfloat16, block16 and block64 in float64). bfloat16 competes
+# with AMX. A device or dtype that is not listed stays dense; float16 on the CPU is float32.
 BREAK_EVEN: dict[str, dict[torch.dtype, dict[str, float]]] = {
     "cpu": {
         torch.float32: {"block64": 0.75, "block32": 0.8, "block16": 0.75, "unstructured": 0.3},
