@@ -104,6 +104,14 @@ struct Uniformity {
   void* sums = nullptr;                   // (N) acc
 };
 
+// The kept blocks of a weight (out, in), by block rows and by block columns: pycse/sparse/pattern.py.
+struct SparsePattern {
+  int64_t out = 0, in = 0;
+  int block = 1;
+  const int32_t *ptr = nullptr, *cols = nullptr;                            // (out/block + 1), (nnz)
+  const int32_t *t_ptr = nullptr, *t_rows = nullptr, *t_at = nullptr;       // (in/block + 1), (nnz), (nnz)
+};
+
 // The table that each instruction-set variant fills.
 struct Kernels {
   const char* isa;
@@ -123,6 +131,13 @@ struct Kernels {
   bool (*small_distill)(const Distill&, const SmallDistill&);
   // Rows [i0, i0 + c) of S against the n keys from i0 on.
   void (*uniformity)(const Uniformity&, const Panel&, int64_t n, bool grad);
+  // y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx).
+  void (*sparse_product)(const SparsePattern&, DType, const void* x, int64_t ldx, const void* w, int64_t ldw,
+                         const void* bias, void* y, int64_t n, bool transposed, int threads);
+  void (*sparse_outer)(const SparsePattern&, DType, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw,
+                       int64_t n, int threads);
+  void (*mask_weight)(DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
+                      int threads);
 };
 
 }  // namespace pycse

@@ -8,6 +8,7 @@
 #include "rows.h"
 #include "small.h"
 #include "small_distill.h"
+#include "sparse.h"
 #include "symmetric.h"
 #include "uniformity.h"
 
@@ -17,6 +18,6 @@
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
   return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill,
-          uniformity};
+          uniformity, sparse_product, sparse_outer, mask_weight};
 }
 }  // namespace pycse::PYCSE_ISA

@@ -80,9 +80,9 @@ def interpreted() -> bool:
 def wrong_device(name: str, device: str) -> str | None:
     """Why a usable backend cannot take tensors on this device."""
     if name == "cpu" and device != "cpu":
-        return f"it takes CPU tensors, and z1 is on {device}"
+        return f"it takes CPU tensors, and the input is on {device}"
     if name in ("triton", "cuda") and device != "cuda" and not (name == "triton" and interpreted()):
-        return f"it takes CUDA tensors, and z1 is on {device}"
+        return f"it takes CUDA tensors, and the input is on {device}"
     return None
 
 
