@@ -118,8 +118,8 @@ PYCSE_BODY void linear_tile(Block& block, const Sparse& p, int tile) {
     };
   };
   const int steps = tiles_of(length, kDepth<T>);
-  if constexpr (B == 0) product<T>(block, sums, steps, p.wide_a, p.wide_b, from_x, from_w, bits);
-  else product<T>(block, sums, steps, p.wide_a, p.wide_b, from_x, from_w, NoBits());
+  if constexpr (B == 0) product<T, B == 0>(block, sums, steps, p.wide_a, p.wide_b, from_x, from_w, bits);
+  else product<T, B == 0>(block, sums, steps, p.wide_a, p.wide_b, from_x, from_w, NoBits());
 
   const T* bias = static_cast<const T*>(p.bias);
   finish_tokens<T, M, N>(block, p, sums, t0, o0, p.out, [&](int n) {
@@ -171,8 +171,8 @@ PYCSE_BODY void dx_tile(Block& block, const Sparse& p, int tile) {
     };
   };
   const int steps = tiles_of(length, kDepth<T>);
-  if constexpr (B == 0) product<T>(block, sums, steps, p.wide_a, p.wide_b, from_dy, from_w, bits);
-  else product<T>(block, sums, steps, p.wide_a, p.wide_b, from_dy, from_w, NoBits());
+  if constexpr (B == 0) product<T, B == 0>(block, sums, steps, p.wide_a, p.wide_b, from_dy, from_w, bits);
+  else product<T, B == 0>(block, sums, steps, p.wide_a, p.wide_b, from_dy, from_w, NoBits());
   finish_tokens<T, M, N>(block, p, sums, t0, j0, p.in, [](int) { return acc_t<T>(0); });
 }
 
@@ -216,7 +216,7 @@ PYCSE_BODY void dw_tile(Block& block, const Sparse& p, int tile) {
       };
     };
   };
-  product<T>(block, sums, tiles_of(end - begin, kDepth<T>), p.wide_a, p.wide_b, from_dy, from_x, NoBits());
+  product<T, B == 0>(block, sums, tiles_of(end - begin, kDepth<T>), p.wide_a, p.wide_b, from_dy, from_x, NoBits());
 
   const auto nothing = [](int) { return A(0); };
   const auto rows = at_most(M, p.out - o0);

@@ -88,17 +88,18 @@ struct DeviceTile {
   template <class F> __device__ __forceinline__ void warps(F f) const { f(int(threadIdx.x / 32)); }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // All groups but the last `Left` are there, this thread's part of them.
+  // All groups but the last `Left` are there, this thread's part of them. A chunk that is not Partial is whole or empty.
   template <int Left> __device__ __forceinline__ void wait() const {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
   }
-  template <class T> __device__ __forceinline__ void copy(T* to, From<T> from, bool wide) const {
-    if (wide) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-                   "l"(from.at), "r"(from.n * int(sizeof(T))) : "memory");
-    } else {
-      write_words(to, gather(from.at, from.n));
-    }
+  template <bool Partial, class T> __device__ __forceinline__ void copy(T* to, From<T> from) const {
+    const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+    if constexpr (Partial)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from.at),
+                   "r"(from.n * int(sizeof(T))) : "memory");
+    else
+      asm volatile("{ .reg .pred none; setp.eq.s32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none; }" ::
+                   "r"(shared), "l"(from.at), "r"(from.n) : "memory");
   }
   __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from, bool valid) const {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
@@ -188,12 +189,10 @@ class HostTile {
         memcpy(copy.to, copy.from, copy.bytes);
       }
   }
-  template <class T> void copy(T* to, From<T> from, bool wide) {
-    if (!aligned(to) || (wide && !aligned(from.at))) throw std::logic_error("misaligned 16-byte copy");
-    if (wide)
-      open_.push_back({to, from.at, from.n * sizeof(T), 16});
-    else
-      write_words(to, gather(from.at, from.n));
+  template <bool Partial, class T> void copy(T* to, From<T> from) {
+    if (!aligned(to) || !aligned(from.at)) throw std::logic_error("misaligned 16-byte copy");
+    if (!Partial && from.n % kWidth<T>) throw std::logic_error("a part of a chunk");
+    open_.push_back({to, from.at, from.n * sizeof(T), 16});
   }
   void copy_word(uint32_t* to, const uint32_t* from, bool valid) { open_.push_back({to, from, valid ? 4u : 0u, 4}); }
 };
@@ -358,9 +357,7 @@ class Product<T, M, N, AK, BK, false> {
     block.threads([&](int thread) {
       auto& c = part_[thread].c;
       const int down = thread / kAcross, across = thread % kAcross;
-#ifdef __CUDACC__
-#pragma unroll 1
-#endif
+      PYCSE_ROLL
       for (int k0 = 0; k0 < kDepth<T>; k0 += V) {
         T left[kRows][V], right[kColumns][V];
         fetch<AK, kRows, LayoutA>(a, down, kDown, k0, left);
@@ -394,14 +391,24 @@ class Product<T, M, N, AK, BK, false> {
 struct NoBits {};
 
 // Copies a tile: source(column)(row) says where the chunk at (row, column) comes from. A thread keeps its column.
-template <class Where, class T, class Block, class Source>
+template <class Where, bool Partial, class T, class Block, class Source>
 PYCSE_BODY void stage(Block& block, int thread, T* tile, bool wide, Source source) {
+  constexpr int kApart = kTileThreads / Where::kChunks;
   const int chunk = thread % Where::kChunks, first = thread / Where::kChunks;
   const auto row_of = source(chunk * kWidth<T>);
-  PYCSE_UNROLL
-  for (int k = 0; k < Where::kCopies; ++k) {
-    const int row = first + k * (kTileThreads / Where::kChunks);
-    block.copy(tile + Where::at(row, chunk), row_of(row), wide);
+  if (wide) {
+    PYCSE_UNROLL
+    for (int k = 0; k < Where::kCopies; ++k) {
+      const int row = first + k * kApart;
+      block.template copy<Partial>(tile + Where::at(row, chunk), row_of(row));
+    }
+  } else {
+    PYCSE_ROLL
+    for (int k = 0; k < Where::kCopies; ++k) {
+      const int row = first + k * kApart;
+      const From<T> from = row_of(row);
+      write_words(tile + Where::at(row, chunk), gather(from.at, from.n));
+    }
   }
 }
 
@@ -415,7 +422,7 @@ template <class P, class T, bool Masked>
 constexpr int kStageBytes = P::LayoutA::kBytes + P::LayoutB::kBytes + (Masked ? P::LayoutB::kCopies * kTileThreads * 4 : 0);
 
 // C = sum over the steps. a(step), b(step): sources as above. bits(step)(column)(row): the mask of B's chunk there.
-template <class T, class P, class Block, class A, class B, class Mask>
+template <class T, bool Partial, class P, class Block, class A, class B, class Mask>
 PYCSE_BODY void product(Block& block, P& sums, int steps, bool wide_a, bool wide_b, A a, B b, Mask bits) {
   constexpr bool kMasked = !std::is_same_v<Mask, NoBits>;
   constexpr int kStage = kStageBytes<P, T, kMasked>;
@@ -432,8 +439,8 @@ PYCSE_BODY void product(Block& block, P& sums, int steps, bool wide_a, bool wide
   const auto request = [&](int step) {
     if (step < steps)
       block.threads([&](int thread) {
-        stage<typename P::LayoutA>(block, thread, tile_a(step), wide_a, a(step));
-        stage<LayoutB>(block, thread, tile_b(step), wide_b, b(step));
+        stage<typename P::LayoutA, Partial>(block, thread, tile_a(step), wide_a, a(step));
+        stage<LayoutB, Partial>(block, thread, tile_b(step), wide_b, b(step));
         if constexpr (kMasked) {
           const auto mask = bits(step)(thread % LayoutB::kChunks * kWidth<T>);
           PYCSE_UNROLL
