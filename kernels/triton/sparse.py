@@ -17,11 +17,12 @@ import triton.language as tl
 
 
 @triton.jit
-def gathered(index, k, end, BLOCK: tl.constexpr):
-    """Where the elements k of the kept blocks side by side stand: whole blocks, in order. Of the first beyond the end."""
+def gathered(index, k, end, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Where elements k of the kept blocks side by side stand, DEPTH of them; beyond the end of the list, in block 0."""
+    RUN: tl.constexpr = BLOCK if BLOCK < DEPTH else DEPTH  # neighbours in memory, and the first stands at a multiple
     slot = k // BLOCK
     at = tl.load(index + slot, mask=slot < end, other=0) * BLOCK + k % BLOCK
-    return tl.max_contiguous(tl.multiple_of(at, BLOCK), BLOCK)
+    return tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def linear(
     for k in range(begin * BLOCK, end * BLOCK, DEPTH):
         kk = k + tl.arange(0, DEPTH)
         inside = kk < end * BLOCK
-        at = gathered(index, kk, end, BLOCK)
+        at = gathered(index, kk, end, BLOCK, DEPTH)
         a = tl.load(x + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at[:, None], mask=inside[:, None], other=0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
@@ -66,7 +67,7 @@ def dx(
     for k in range(begin * BLOCK, end * BLOCK, DEPTH):
         kk = k + tl.arange(0, DEPTH)
         inside = kk < end * BLOCK
-        at = gathered(index, kk, end, BLOCK)
+        at = gathered(index, kk, end, BLOCK, DEPTH)
         a = tl.load(dy + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at.to(tl.int64)[:, None] * ld_w + j[None, :], mask=inside[:, None], other=0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
@@ -90,7 +91,7 @@ def dw(
     if first < end:
         n = first * BLOCK + tl.arange(0, WIDE)
         o = row * BLOCK + tl.arange(0, BLOCK)
-        at = gathered(index, n, end, BLOCK)
+        at = gathered(index, n, end, BLOCK, WIDE)
         inside = n < end * BLOCK
         sums = tl.zeros([BLOCK, WIDE], ACC)
         start = split * each

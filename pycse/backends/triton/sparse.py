@@ -1,5 +1,5 @@
 """Launches kernels/triton/sparse.py. Nothing here waits for the device or reads an index, so calls can be captured in a CUDA
-graph. Single weights (block 1) become a mask of bits: tensor cores do dense products faster than gathers do a tenth of them."""
+graph. Single weights (block 1) become a mask of bits: gathers of them would leave the tensor cores idle."""
 
 from __future__ import annotations
 
