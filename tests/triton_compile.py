@@ -199,7 +199,9 @@ def check(arch: int) -> list[str]:
             name += " {PRECISION} {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**given)
             name += " w{num_warps} s{num_stages}".format(**options)
         elif "PRECISION" in given:
-            name += " {PRECISION}".format(**given) + "".join(f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given)
+            name += " {PRECISION}".format(**given) + "".join(
+                f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
+            )
         if "PRECISION" in given and (used["STACK"] or used["LOCAL"]):
             problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
         shared = compiled.metadata.shared

@@ -71,7 +71,9 @@ def dx(
         a = tl.load(dy + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at.to(tl.int64)[:, None] * ld_w + j[None, :], mask=inside[:, None], other=0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
-    tl.store(result + t.to(tl.int64)[:, None] * in_ + j[None, :], sums.to(result.dtype.element_ty), mask=(t < T)[:, None])
+    tl.store(
+        result + t.to(tl.int64)[:, None] * in_ + j[None, :], sums.to(result.dtype.element_ty), mask=(t < T)[:, None]
+    )
 
 
 @triton.jit
@@ -99,7 +101,9 @@ def dw(
         for k in range(start, stop, DEPTH):
             t = k + tl.arange(0, DEPTH)
             a = tl.load(dy + t.to(tl.int64)[None, :] * ld_dy + o[:, None], mask=(t < stop)[None, :], other=0)
-            b = tl.load(x + t.to(tl.int64)[:, None] * ld_x + at[None, :], mask=(t < stop)[:, None] & inside[None, :], other=0)
+            b = tl.load(
+                x + t.to(tl.int64)[:, None] * ld_x + at[None, :], mask=(t < stop)[:, None] & inside[None, :], other=0
+            )
             sums = tl.dot(a, b, sums, input_precision=PRECISION)
         if partial is not None:
             r = tl.arange(0, BLOCK)
@@ -211,8 +215,12 @@ def masked_dw(
     sums = tl.zeros([HIGH, WIDE], ACC)
     for k in range(0, T, DEPTH):
         t = k + tl.arange(0, DEPTH)
-        a = tl.load(dy + t.to(tl.int64)[None, :] * ld_dy + o[:, None], mask=(t < T)[None, :] & (o < out)[:, None], other=0)
-        b = tl.load(x + t.to(tl.int64)[:, None] * ld_x + j[None, :], mask=(t < T)[:, None] & (j < in_)[None, :], other=0)
+        a = tl.load(
+            dy + t.to(tl.int64)[None, :] * ld_dy + o[:, None], mask=(t < T)[None, :] & (o < out)[:, None], other=0
+        )
+        b = tl.load(
+            x + t.to(tl.int64)[:, None] * ld_x + j[None, :], mask=(t < T)[:, None] & (j < in_)[None, :], other=0
+        )
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
     inside = (o < out)[:, None] & (j < in_)[None, :]
     sums = keep(sums, bits, o[:, None], j[None, :], inside, words)

@@ -4,7 +4,6 @@ graph. Single weights (block 1) become a mask of bits: gathers of them would lea
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,9 +111,7 @@ def dw(dy: Tensor, x: Tensor, pattern: Pattern, kernels: type[Kernels] = Kernels
     return k.dw(dy, x, k.bits(pattern) if pattern.block == 1 else pattern)
 
 
-def masked(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, kernels: type[Kernels] = Kernels
-) -> Tensor:
+def masked(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, kernels: type[Kernels] = Kernels) -> Tensor:
     return start(x, weight, kernels).linear(x, weight, bias, bits)
 
 
