@@ -18,10 +18,18 @@ import triton.language as tl
 
 @triton.jit
 def gathered(index, k, end, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """Where elements k of the kept blocks side by side stand, DEPTH of them; beyond the end of the list, in block 0."""
-    RUN: tl.constexpr = BLOCK if BLOCK < DEPTH else DEPTH  # neighbours in memory, and the first stands at a multiple
-    slot = k // BLOCK
-    at = tl.load(index + slot, mask=slot < end, other=0) * BLOCK + k % BLOCK
+    """Where elements k, k + 1, ... of the kept blocks side by side stand, DEPTH of them; past the end, as in block 0.
+
+    k is a multiple of the smaller of BLOCK and DEPTH: so many are neighbours in memory, the first at a multiple.
+    """
+    RUN: tl.constexpr = BLOCK if BLOCK < DEPTH else DEPTH
+    if DEPTH <= BLOCK:
+        slot = k // BLOCK
+        at = tl.load(index + slot, mask=slot < end, other=0) * BLOCK + k % BLOCK + tl.arange(0, DEPTH)
+    else:
+        kk = k + tl.arange(0, DEPTH)
+        slot = kk // BLOCK
+        at = tl.load(index + slot, mask=slot < end, other=0) * BLOCK + kk % BLOCK
     return tl.max_contiguous(tl.multiple_of(at, RUN), RUN)
 
 
@@ -39,13 +47,14 @@ def linear(
     begin = tl.load(ptr + row)
     end = tl.load(ptr + row + 1)
     sums = tl.zeros([TOKENS, BLOCK], ACC)
+    at = gathered(index, begin * BLOCK, end, BLOCK, DEPTH)
     for k in range(begin * BLOCK, end * BLOCK, DEPTH):
         kk = k + tl.arange(0, DEPTH)
         inside = kk < end * BLOCK
-        at = gathered(index, kk, end, BLOCK, DEPTH)
         a = tl.load(x + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at[:, None], mask=inside[:, None], other=0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        at = gathered(index, k + DEPTH, end, BLOCK, DEPTH)  # its loads wait for no other
     if bias is not None:
         sums += tl.load(bias + o).to(ACC)[None, :]
     tl.store(y + t.to(tl.int64)[:, None] * out + o[None, :], sums.to(y.dtype.element_ty), mask=(t < T)[:, None])
@@ -64,13 +73,14 @@ def dx(
     begin = tl.load(ptr + column)
     end = tl.load(ptr + column + 1)
     sums = tl.zeros([TOKENS, BLOCK], ACC)
+    at = gathered(index, begin * BLOCK, end, BLOCK, DEPTH)
     for k in range(begin * BLOCK, end * BLOCK, DEPTH):
         kk = k + tl.arange(0, DEPTH)
         inside = kk < end * BLOCK
-        at = gathered(index, kk, end, BLOCK, DEPTH)
         a = tl.load(dy + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at.to(tl.int64)[:, None] * ld_w + j[None, :], mask=inside[:, None], other=0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        at = gathered(index, k + DEPTH, end, BLOCK, DEPTH)  # its loads wait for no other
     tl.store(
         result + t.to(tl.int64)[:, None] * in_ + j[None, :], sums.to(result.dtype.element_ty), mask=(t < T)[:, None]
     )
@@ -93,7 +103,7 @@ def dw(
     if first < end:
         n = first * BLOCK + tl.arange(0, WIDE)
         o = row * BLOCK + tl.arange(0, BLOCK)
-        at = gathered(index, n, end, BLOCK, WIDE)
+        at = gathered(index, first * BLOCK, end, BLOCK, WIDE)
         inside = n < end * BLOCK
         sums = tl.zeros([BLOCK, WIDE], ACC)
         start = split * each
@@ -172,10 +182,12 @@ def masked_linear(
     sums = tl.zeros([TOKENS, WIDE], ACC)
     for k in range(0, in_, DEPTH):
         j = k + tl.arange(0, DEPTH)
-        inside = (j < in_)[:, None] & (o < out)[None, :]
         a = tl.load(x + j[None, :], mask=(j < in_)[None, :], other=0)
-        b = tl.load(w + o.to(tl.int64)[None, :] * ld_w + j[:, None], mask=inside, other=0)
-        b = keep(b, bits, o[None, :], j[:, None], inside, words)
+        b = tl.load(
+            w + o.to(tl.int64)[None, :] * ld_w + j[:, None], mask=(j < in_)[:, None] & (o < out)[None, :], other=0
+        )
+        word = tl.load(bits + o.to(tl.int64) * words + k // 32, mask=o < out, other=0)  # DEPTH divides 32
+        b = tl.where(word[None, :] >> (j % 32)[:, None] & 1 != 0, b, 0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
     if bias is not None:
         sums += tl.load(bias + o, mask=o < out, other=0).to(ACC)[None, :]

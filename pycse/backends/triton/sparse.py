@@ -22,20 +22,24 @@ LEAST_TOKENS = 512  # of a split: its sums are written and read once more
 
 class Tile(NamedTuple):
     tokens: int
-    wide: int  # columns of a masked tile, and of dW's
+    wide: int  # columns of dW's tile
+    masked_wide: int  # of a tile under bits, which takes registers beside the operands
     depth: int  # of a step along K
     warps: int
     stages: int
 
 
-# By operand type. 72 to 96 KB of shared memory, two programs on a multiprocessor of sm_80; full fp32 and fp64 have no tensor
-# cores in Triton and hold their operands in registers.
+# By operand type. At most 74 KB of shared memory (90 for tf32 under bits): three programs on a multiprocessor of sm_90, and one
+# fits sm_86 and sm_89. Full fp32 and fp64 have no tensor cores in Triton and hold their operands in registers.
 TILES = {
-    "16": Tile(128, 128, 64, 4, 3),
-    "tf32": Tile(128, 64, 32, 4, 3),
-    "ieee": Tile(64, 64, 16, 4, 2),
-    "fp64": Tile(32, 32, 16, 4, 2),
+    "16": Tile(128, 128, 64, 64, 4, 3),
+    "tf32": Tile(128, 64, 64, 32, 4, 3),
+    "ieee": Tile(64, 64, 32, 16, 4, 2),
+    "fp64": Tile(32, 32, 16, 16, 4, 2),
 }
+
+
+WORD = 32  # bits: a step along K under bits lies in one word
 
 
 @functools.cache
@@ -57,6 +61,12 @@ def plan(a: Tensor, T: int) -> tuple[Tile, dict[str, Any]]:
     t = t._replace(tokens=max(16, min(t.tokens, triton.next_power_of_2(T))))
     precision = "tf32" if kind == "tf32" else "ieee"
     return t, dict(ACC=ACC[accumulation(a.dtype)], PRECISION=precision, num_warps=t.warps, num_stages=t.stages)
+
+
+def masked_plan(a: Tensor, T: int) -> tuple[Tile, dict[str, Any]]:
+    t, options = plan(a, T)
+    t = t._replace(wide=t.masked_wide, depth=min(t.depth, WORD))
+    return t, dict(WIDE=t.wide, DEPTH=t.depth, **options)
 
 
 def bits_of(pattern: Pattern) -> Tensor:
@@ -137,10 +147,10 @@ def _masked(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Ten
     (T, in_), out = x.shape, weight.shape[0]
     y = x.new_empty(T, out)
     if y.numel():
-        t, options = plan(x, T)
+        t, options = masked_plan(x, T)
         kernels.masked_linear[(triton.cdiv(T, t.tokens) * triton.cdiv(out, t.wide),)](
             x, weight, bits, None if bias is None else bias.contiguous(), y, T, out, in_, bits.shape[1],
-            x.stride(0), weight.stride(0), TOKENS=t.tokens, WIDE=t.wide, DEPTH=t.depth, **options,
+            x.stride(0), weight.stride(0), TOKENS=t.tokens, **options,
         )  # fmt: skip
     return y
 
@@ -149,10 +159,10 @@ def _masked_dx(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
     (T, out), in_ = dy.shape, weight.shape[1]
     result = dy.new_empty(T, in_)
     if result.numel():
-        t, options = plan(dy, T)
+        t, options = masked_plan(dy, T)
         kernels.masked_dx[(triton.cdiv(T, t.tokens) * triton.cdiv(in_, t.wide),)](
             dy, weight, bits, result, T, out, in_, bits.shape[1], dy.stride(0), weight.stride(0),
-            TOKENS=t.tokens, WIDE=t.wide, DEPTH=t.depth, **options,
+            TOKENS=t.tokens, **options,
         )  # fmt: skip
     return result
 
@@ -161,10 +171,10 @@ def _masked_dw(dy: Tensor, x: Tensor, bits: Tensor) -> Tensor:
     (T, in_), out = x.shape, dy.shape[1]
     result = x.new_empty(out, in_)
     if result.numel():
-        t, options = plan(x, 64)
+        t, options = masked_plan(x, 64)
         kernels.masked_dw[(triton.cdiv(out, t.tokens) * triton.cdiv(in_, t.wide),)](
             dy, x, bits, result, T, out, in_, bits.shape[1], dy.stride(0), x.stride(0),
-            HIGH=t.tokens, WIDE=t.wide, DEPTH=t.depth, **options,
+            HIGH=t.tokens, **options,
         )  # fmt: skip
     return result
 
