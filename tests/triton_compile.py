@@ -202,11 +202,9 @@ def check(arch: int) -> list[str]:
             name += " {PRECISION}".format(**given) + "".join(
                 f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
             )
-        # A few bytes under bits do not matter where multiply-adds without tensor cores bound the loop.
-        slow = (
-            fn.__name__.startswith("masked") and given["PRECISION"] == "ieee" and where[:5].strip() in ("fp32", "fp64")
-        )
-        if "PRECISION" in given and not slow and (used["STACK"] or used["LOCAL"]):
+        # ptxas may give up two to four registers of the sparse products for one more block on a multiprocessor.
+        least = 0 if fn.__name__ == "fused_rows" else 16
+        if "PRECISION" in given and max(used["STACK"], used["LOCAL"]) > least:
             problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
         shared = compiled.metadata.shared
         if shared > SHARED_KB[arch] << 10:

@@ -53,7 +53,7 @@ def linear(
         inside = kk < end * BLOCK
         a = tl.load(x + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at[:, None], mask=inside[:, None], other=0)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
         at = gathered(index, k + DEPTH, end, BLOCK, DEPTH)  # its loads wait for no other
     if bias is not None:
         sums += tl.load(bias + o).to(ACC)[None, :]
@@ -79,7 +79,7 @@ def dx(
         inside = kk < end * BLOCK
         a = tl.load(dy + at[None, :], mask=inside[None, :], other=0)
         b = tl.load(w + at.to(tl.int64)[:, None] * ld_w + j[None, :], mask=inside[:, None], other=0)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
         at = gathered(index, k + DEPTH, end, BLOCK, DEPTH)  # its loads wait for no other
     tl.store(
         result + t.to(tl.int64)[:, None] * in_ + j[None, :], sums.to(result.dtype.element_ty), mask=(t < T)[:, None]
@@ -114,7 +114,7 @@ def dw(
             b = tl.load(
                 x + t.to(tl.int64)[:, None] * ld_x + at[None, :], mask=(t < stop)[:, None] & inside[None, :], other=0
             )
-            sums = tl.dot(a, b, sums, input_precision=PRECISION)
+            sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
         if partial is not None:
             r = tl.arange(0, BLOCK)
             to = (n // BLOCK).to(tl.int64)[None, :] * (BLOCK * BLOCK) + r[:, None] * BLOCK + (n % BLOCK)[None, :]
@@ -188,7 +188,7 @@ def masked_linear(
         )
         word = tl.load(bits + o.to(tl.int64) * words + k // 32, mask=o < out, other=0)  # DEPTH divides 32
         b = tl.where(word[None, :] >> (j % 32)[:, None] & 1 != 0, b, 0)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
     if bias is not None:
         sums += tl.load(bias + o, mask=o < out, other=0).to(ACC)[None, :]
     to = y + t.to(tl.int64)[:, None] * out + o[None, :]
@@ -211,7 +211,7 @@ def masked_dx(
         a = tl.load(dy + o[None, :], mask=(o < out)[None, :], other=0)
         b = tl.load(w + o.to(tl.int64)[:, None] * ld_w + j[None, :], mask=inside, other=0)
         b = keep(b, bits, o[:, None], j[None, :], inside, words)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
     to = result + t.to(tl.int64)[:, None] * in_ + j[None, :]
     tl.store(to, sums.to(result.dtype.element_ty), mask=(t < T)[:, None] & (j < in_)[None, :])
 
@@ -233,7 +233,7 @@ def masked_dw(
         b = tl.load(
             x + t.to(tl.int64)[:, None] * ld_x + j[None, :], mask=(t < T)[:, None] & (j < in_)[None, :], other=0
         )
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
     inside = (o < out)[:, None] & (j < in_)[None, :]
     sums = keep(sums, bits, o[:, None], j[None, :], inside, words)
     tl.store(result + o.to(tl.int64)[:, None] * in_ + j[None, :], sums.to(result.dtype.element_ty), mask=inside)
