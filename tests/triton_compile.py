@@ -202,9 +202,10 @@ def check(arch: int) -> list[str]:
             name += " {PRECISION}".format(**given) + "".join(
                 f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
             )
-        # ptxas may give up two to four registers of the sparse products for one more block on a multiprocessor.
+        # ptxas may give up two to four registers of the sparse products for one more block on a multiprocessor. They are not
+        # hot in fp64.
         least = 0 if fn.__name__ == "fused_rows" else 16
-        if "PRECISION" in given and max(used["STACK"], used["LOCAL"]) > least:
+        if "PRECISION" in given and name[:4] != "fp64" and max(used["STACK"], used["LOCAL"]) > least:
             problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
         shared = compiled.metadata.shared
         if shared > SHARED_KB[arch] << 10:
