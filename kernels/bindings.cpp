@@ -136,6 +136,30 @@ PYBIND11_MODULE(_native, m) {
   m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
     return small_work_size(B, N, D, DType(dtype));
   });
+  py::class_<SparsePattern>(m, "SparsePattern")
+      .def(py::init([](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows,
+                       Address t_at) {
+        return SparsePattern{out, in, block, at<int32_t>(ptr), at<int32_t>(cols), at<int32_t>(t_ptr), at<int32_t>(t_rows),
+                             at<int32_t>(t_at)};
+      }));
+  m.def(
+      "sparse_product",
+      [](const SparsePattern& p, int dtype, Address x, int64_t ldx, Address w, int64_t ldw, Address bias, Address y, int64_t n,
+         bool transposed, int threads) {
+        cpu_kernels().sparse_product(p, DType(dtype), at(x), ldx, at(w), ldw, at(bias), at(y), n, transposed, threads);
+      },
+      nogil());
+  m.def(
+      "sparse_outer",
+      [](const SparsePattern& p, int dtype, Address dy, int64_t ldy, Address x, int64_t ldx, Address dw, int64_t n,
+         int threads) { cpu_kernels().sparse_outer(p, DType(dtype), at(dy), ldy, at(x), ldx, at(dw), n, threads); },
+      nogil());
+  m.def(
+      "mask_weight",
+      [](int dtype, Address w, int64_t ldw, Address bits, int64_t out, int64_t in, Address result, int threads) {
+        cpu_kernels().mask_weight(DType(dtype), at(w), ldw, at<int32_t>(bits), out, in, at(result), threads);
+      },
+      nogil());
   m.def("prefer_huge_pages", &prefer_huge_pages);
 #ifdef PYCSE_WITH_CUDA
   m.def("cuda_compiled", [] { return true; });

@@ -332,13 +332,13 @@ def distillation(
     same_device(z1, name, seed=seed_value)
 
 
-def linear_mask(name: str, mask: Any, weight: Tensor) -> None:
-    """A bool mask of the weight's shape on its device."""
+def linear_mask(name: str, mask: Any, weight: Tensor, *, anywhere: bool = False) -> None:
+    """A bool mask of the weight's shape, on its device unless ``anywhere``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor of shape {tuple(weight.shape)}, got {_what(mask)}")
     if mask.shape != weight.shape:
         raise ValueError(f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
-    if mask.device != weight.device:
+    if mask.device != weight.device and not anywhere:
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {mask.device}")
 
 

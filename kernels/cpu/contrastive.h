@@ -98,6 +98,14 @@ inline int64_t small_distill_work_size(int64_t B, int64_t D, int64_t teachers, D
   return (1 + teachers) * B + (teachers > 0 ? 3 : 2) * B * B + (dtype == DType::bf16 ? B * D : 0);
 }
 
+// The kept blocks of a weight (out, in), by block rows and by block columns: pycse/sparse/pattern.py.
+struct SparsePattern {
+  int64_t out = 0, in = 0;
+  int block = 1;
+  const int32_t *ptr = nullptr, *cols = nullptr;                            // (out/block + 1), (nnz)
+  const int32_t *t_ptr = nullptr, *t_rows = nullptr, *t_at = nullptr;       // (in/block + 1), (nnz), (nnz)
+};
+
 // The table that each instruction-set variant fills.
 struct Kernels {
   const char* isa;
@@ -115,6 +123,13 @@ struct Kernels {
   // Rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows.
   void (*distill)(const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad);
   bool (*small_distill)(const Distill&, const SmallDistill&);
+  // y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx).
+  void (*sparse_product)(const SparsePattern&, DType, const void* x, int64_t ldx, const void* w, int64_t ldw,
+                         const void* bias, void* y, int64_t n, bool transposed, int threads);
+  void (*sparse_outer)(const SparsePattern&, DType, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw,
+                       int64_t n, int threads);
+  void (*mask_weight)(DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
+                      int threads);
 };
 
 }  // namespace pycse

@@ -8,6 +8,7 @@
 #include "rows.h"
 #include "small.h"
 #include "small_distill.h"
+#include "sparse.h"
 #include "symmetric.h"
 
 #define PYCSE_STRING2(x) #x
@@ -15,6 +16,7 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill};
+  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill,
+          sparse_product, sparse_outer, mask_weight};
 }
 }  // namespace pycse::PYCSE_ISA

@@ -230,9 +230,7 @@ class SparseLinear(nn.Linear):
         mask = state_dict.get(f"{prefix}mask")
         if mask is not None:
             try:
-                validation.linear_mask(
-                    f"{prefix}mask", mask, self.weight.to("meta") if mask.is_meta else self.weight.to(mask.device)
-                )
+                validation.linear_mask(f"{prefix}mask", mask, self.weight, anywhere=True)
                 _chosen(self.pattern, mask, self.weight)
             except (TypeError, ValueError) as error:  # before anything is changed
                 error_msgs.append(str(error))

@@ -1,0 +1,83 @@
+"""The C++ kernels of kernels/cpu/sparse.h; under a bit mask PyTorch's GEMMs of W ⊙ M, which lives for one product.
+
+float16 is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pycse.backends.addresses import CODES, pointer
+from pycse.backends.cpu.norms import HUGE
+from pycse.kernels import native
+from pycse.sparse.pattern import Pattern
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype == torch.float16 else t
+
+
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    t = torch.empty(rows, columns, dtype=dtype)
+    if t.nbytes >= HUGE:
+        native().prefer_huge_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def _pattern(pattern: Pattern):
+    return native().SparsePattern(*pattern.shape, pattern.block, *(t.data_ptr() for t in pattern.tensors))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, transposed: bool) -> Tensor:
+    dtype = x.dtype
+    x, weight, bias = _wide(x), _wide(weight), None if bias is None else _wide(bias).contiguous()
+    y = _empty(x.shape[0], pattern.shape[1 if transposed else 0], x.dtype)
+    native().sparse_product(
+        _pattern(pattern), CODES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
+        y.data_ptr(), x.shape[0], transposed, torch.get_num_threads(),
+    )  # fmt: skip
+    return y.to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    return _product(x, weight, bias, pattern, False)
+
+
+def dx(dy: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
+    return _product(dy, weight, None, pattern, True)
+
+
+def dw(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+    dtype = x.dtype
+    dy, x = _wide(dy), _wide(x)
+    result = _empty(pattern.shape[0], pattern.shape[1], x.dtype)
+    native().sparse_outer(
+        _pattern(pattern), CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), result.data_ptr(),
+        x.shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+    return result.to(dtype)
+
+
+def _masked(weight: Tensor, bits: Tensor, result: Tensor | None = None) -> Tensor:
+    """W ⊙ M, in W's place where ``result`` is W."""
+    result = _empty(weight.shape[0], weight.shape[1], weight.dtype) if result is None else result
+    native().mask_weight(
+        CODES[weight.dtype], weight.data_ptr(), weight.stride(0), bits.data_ptr(), *weight.shape, result.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return result
+
+
+def masked(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(_wide(x), _masked(_wide(weight), bits), None if bias is None else _wide(bias)).to(x.dtype)
+
+
+def masked_dx(dy: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    return (_wide(dy) @ _masked(_wide(weight), bits)).to(dy.dtype)
+
+
+def masked_dw(dy: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+    product = _wide(dy).t() @ _wide(x)
+    return _masked(product, bits, product).to(x.dtype)

@@ -1,0 +1,513 @@
+"""Sparse linear layers: every backend that runs on the CPU against the float64 reference, and SparseLinear as a module."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pycse.ops import sparse as ops
+from pycse.sparse import SparseLinear, masked_linear
+from pycse.sparse.pattern import BREAK_EVEN, Pattern, choose, pack_mask, unpack_mask
+
+BACKENDS = ["torch", "cpu"]
+BLOCKS = [1, 16, 32, 64]
+NAMES = {1: "unstructured", 16: "block16", 32: "block32", 64: "block64"}
+# Rounding of the stored result (and for 16 bits of what the same product in plain PyTorch is off by chance).
+BAND = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+TENSORS = ("y", "dx", "dw", "db")
+
+
+def random_mask(out, in_, block, density, seed=0):
+    """Whole blocks, about ``density`` of them, with an empty block row and an empty block column unless all are kept."""
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(out // block, in_ // block, generator=g) < density
+    if 0 < density < 1:
+        kept[-1], kept[:, 0] = False, False
+        kept[0, -1] = True
+    return kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
+
+
+def tensors(T, out, in_, dtype, seed=0, bias=True):
+    g = torch.Generator().manual_seed(seed + 1)
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    return new(T, in_), new(out, in_), new(out) if bias else None, new(T, out)
+
+
+def products(x, weight, bias, dy, forward):
+    """y and the gradients of x, weight and bias, in float64."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    y = forward(*leaves)
+    y.backward(dy)
+    return [None if t is None else t.double() for t in (y.detach(), *(None if t is None else t.grad for t in leaves))]
+
+
+def check(T, out, in_, block, density, dtype, backend, bias=True, masked=False):
+    """Values are those of ``dtype``; the budget is twice the error of plain PyTorch in it, plus a band."""
+    mask = random_mask(out, in_, block, density)
+    given = tensors(T, out, in_, dtype, bias=bias)
+    exact = [None if t is None else t.double() for t in given]
+    which = (pack_mask(mask),) if masked else (*Pattern.from_mask(mask, block).tensors, block)
+    op = ops.masked_linear if masked else ops.sparse_linear
+    truth = products(*exact, lambda x, w, b: op(x, w, b, *which, "reference"))
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    eager = products(
+        *(None if t is None else t.to(wide) for t in given), lambda x, w, b: F.linear(x, w.masked_fill(~mask, 0), b)
+    )
+    ours = products(*given, lambda x, w, b: op(x, w, b, *which, backend))
+    for name, t, e, o in zip(TENSORS, truth, eager, ours):
+        if t is None:
+            continue
+        assert o.shape == t.shape and torch.isfinite(o).all()
+        scale = t.norm().clamp_min(1e-30)
+        off, allowed = (o - t).norm() / scale, 2 * (e - t).norm() / scale + BAND[dtype]
+        assert t.numel() == 0 or off <= allowed, f"{name}: off by {off:.1e}, allowed {allowed:.1e}"
+    assert (ours[2][~mask] == 0).all()
+
+
+SIZES = [(1, 64, 128), (2, 128, 64), (11, 64, 64), (12, 192, 64), (13, 64, 192), (97, 128, 128), (257, 192, 128)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("T, out, in_", SIZES)
+def test_sizes(T, out, in_, block, backend):
+    check(T, out, in_, block, 0.3, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(BAND), ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("density", [0, 1e-3, 0.3, 1])
+def test_densities(density, block, dtype, backend):
+    check(53, 128, 192, block, density, dtype, backend, bias=density != 0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "T, out, in_", [(1, 1, 1), (5, 3, 2), (17, 31, 97), (63, 101, 33), (65, 67, 300), (331, 13, 700)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_single_weights_at_ragged_sizes(T, out, in_, dtype, backend):
+    for density in (0.05, 0.4, 1):
+        check(T, out, in_, 1, density, dtype, backend)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_several_panels_of_tokens(block):
+    check(1100, 128, 1024, block, 0.2, torch.float32, "cpu")
+    check(1100, 1024, 128, block, 0.2, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_results_larger_than_the_caches(block):
+    check(4128, 1024, 64, block, 0.1, torch.float32, "cpu")  # 17 MB, stored past them
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(BAND), ids=str)
+@pytest.mark.parametrize("T, out, in_", [(1, 1, 1), (7, 33, 65), (64, 96, 31), (50, 128, 128)])
+def test_bit_masks(T, out, in_, dtype, backend):
+    for density in (0, 0.5, 1):
+        check(T, out, in_, 1, density, dtype, backend, masked=True)
+
+
+@pytest.mark.parametrize("isa", ["portable", "v3", "v4"])
+def test_every_instruction_set(isa, tmp_path):
+    from pycse.kernels import native
+
+    if isa not in native().cpu_instruction_sets():
+        pytest.skip(f"this processor runs {', '.join(native().cpu_instruction_sets())}, not {isa}")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch\n"
+        "from test_sparse_linear import BLOCKS, SIZES, check\n"
+        "from pycse.kernels import native\n"
+        "assert native().cpu_isa() == sys.argv[2]\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
+        "    for T, out, in_ in SIZES:\n"
+        "        for block in BLOCKS: check(T, out, in_, block, 0.3, dtype, 'cpu')\n"
+        "    for T, out, in_ in ((17, 31, 97), (65, 67, 300)):\n"
+        "        check(T, out, in_, 1, 0.2, dtype, 'cpu')\n"
+        "        check(T, out, in_, 1, 0.2, dtype, 'cpu', masked=True)\n"
+        "for block in BLOCKS: check(4128, 1024, 64, block, 0.1, torch.float32, 'cpu')\n"
+        "print('checked')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__), isa],
+        env={**os.environ, "PYCSE_CPU_ISA": isa},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checked" in done.stdout
+
+
+def layer(out=64, in_=96, block=16, density=0.3, backend="auto", dtype=torch.float32, pattern=None, bias=True):
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(in_, out, bias=bias, dtype=dtype)
+    mask = random_mask(out, in_, block, density)
+    return dense, SparseLinear.from_dense(dense, mask, pattern or NAMES[block], backend)
+
+
+def expected(dense, mask, x):
+    return F.linear(x, dense.weight * mask, dense.bias)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("block", [1, 16])
+def test_layouts(block, backend):
+    dense, sparse = layer(block=block, backend=backend)
+    x = torch.randn(96, 40)
+    for given in (x.t(), x.t()[::2], torch.randn(4, 5, 96), torch.randn(3, 200)[:, 7:103], torch.randn(96)):
+        torch.testing.assert_close(sparse(given), expected(dense, sparse.mask, given))
+    given = torch.randn(1, 96).expand(9, 96).requires_grad_()
+    y = sparse(given)
+    torch.testing.assert_close(y, expected(dense, sparse.mask, given))
+    (gradient,) = torch.autograd.grad(y.sum(), given)  # an expanded gradient, stride 0
+    torch.testing.assert_close(gradient, (dense.weight * sparse.mask).sum(0).expand(9, 96))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("block", [1, 16])
+def test_no_tokens(block, backend):
+    _, sparse = layer(block=block, backend=backend)
+    x = torch.randn(0, 96, requires_grad=True)
+    y = sparse(x)
+    assert y.shape == (0, 64)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and (sparse.weight.grad == 0).all() and (sparse.bias.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("block", [1, 16])
+def test_which_gradients_are_needed(block, needs, backend):
+    mask = random_mask(32, 48, block, 0.4)
+    given = [t.requires_grad_(n) for t, n in zip(tensors(7, 32, 48, torch.float32)[:3], needs)]
+    index = (*Pattern.from_mask(mask, block).tensors, block)
+    for y in (
+        ops.sparse_linear(*given, *index, backend),
+        masked_linear(given[0], given[1], mask, given[2], backend=backend),
+    ):
+        assert y.requires_grad == any(needs)
+        if not any(needs):
+            continue
+        truth = F.linear(given[0], given[1] * mask, given[2])
+        wanted = [t for t in given if t.requires_grad]
+        for ours, eager in zip(
+            torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(truth.sin().sum(), wanted)
+        ):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("block", [1, 16])
+def test_gradients_of_first_and_second_order(block, backend):
+    mask = random_mask(32, 32, block, 0.5)
+    index = (*Pattern.from_mask(mask, block).tensors, block)
+    given = [t.requires_grad_() for t in tensors(3, 32, 32, torch.float64)[:3]]
+    for f in (
+        lambda x, w, b: ops.sparse_linear(x, w, b, *index, backend),
+        lambda x, w, b: masked_linear(x, w, mask, b, backend=backend),
+    ):
+        assert torch.autograd.gradcheck(f, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(f, given, fast_mode=True)
+
+
+def test_values_do_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            for block in BLOCKS:
+                mask = random_mask(128, 192, block, 0.3)
+                given = tensors(301, 128, 192, torch.float32)
+                index = (*Pattern.from_mask(mask, block).tensors, block)
+                results.append(products(*given, lambda x, w, b: ops.sparse_linear(x, w, b, *index, "cpu"))[:3])  # noqa: B023
+    finally:
+        torch.set_num_threads(threads)
+    one = results[: len(BLOCKS)]
+    for k, others in enumerate(results):
+        assert all(torch.equal(a, b) for a, b in zip(one[k % len(BLOCKS)], others))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", [1, 16])
+def test_what_is_not_finite(block, backend):
+    """Inf and NaN pass through kept weights as in a dense layer, and not at all where a weight is removed."""
+    dense, sparse = layer(block=block, backend=backend, dtype=torch.float64)
+    x = torch.randn(5, 96, dtype=torch.float64)
+    x[2, 90] = torch.inf
+    x[3, 91] = torch.nan
+    with torch.no_grad():
+        y = sparse(x)
+    clean = torch.isfinite(y)
+    assert clean[[0, 1, 4]].all()
+    if block > 1 or backend == "cpu":  # plain PyTorch multiplies single weights densely
+        assert torch.equal(clean[2], ~sparse.mask[:, 90]) and torch.equal(clean[3], ~sparse.mask[:, 91])
+    torch.testing.assert_close(
+        y[clean], expected(dense, sparse.mask, x.nan_to_num(0, 0))[clean] if clean.all() else y[clean]
+    )
+    with torch.no_grad():
+        sparse.weight[~sparse.mask] = torch.nan  # removed weights count as 0 whatever they hold
+        assert torch.isfinite(sparse(torch.randn(3, 96, dtype=torch.float64))).all()
+
+
+@pytest.mark.clean_memory
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(bias, block, backend):
+    x, weight, b, dy = tensors(5, 32, 48, torch.float32, bias=bias)
+    mask = random_mask(32, 48, block, 0.4)
+    index = (*Pattern.from_mask(mask, block).tensors, block, backend)
+    for which, op in ((index, ops.sparse_linear), ((pack_mask(mask), backend), ops.masked_linear)):
+        grad = lambda t: None if t is None else t.detach().clone().requires_grad_()  # noqa: E731
+        torch.library.opcheck(op.op, (grad(x), grad(weight), grad(b), *which))
+        torch.library.opcheck(op.dx, (grad(dy), grad(weight), *which))
+        torch.library.opcheck(op.dw, (grad(dy), grad(x), *which))
+
+
+@pytest.mark.clean_memory
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_compile_full_graph(pattern, dynamic):
+    torch._dynamo.reset()
+    _, sparse = layer(pattern=pattern)
+    traced = torch.compile(copy.deepcopy(sparse), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (9, 4, 5):
+        results = []
+        for module in (sparse, traced):
+            x = torch.linspace(-1, 1, T * 96).view(T, 96).requires_grad_()
+            module.weight.grad = None
+            y = module(x)
+            y.square().sum().backward()
+            results.append((y.detach(), x.grad, module.weight.grad))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_autocast(pattern):
+    dense, sparse = layer(pattern=pattern)
+    x = torch.randn(9, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, truth = sparse(x), expected(dense, sparse.mask, x)
+        y2 = masked_linear(x, dense.weight, sparse.mask, dense.bias)
+    assert y.dtype == y2.dtype == torch.bfloat16
+    torch.testing.assert_close(y, truth, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(y2, truth, rtol=2e-2, atol=2e-2)
+    y.float().sum().backward()
+    assert x.grad.dtype == sparse.weight.grad.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert sparse(x).dtype == torch.bfloat16
+
+
+# The module
+
+
+@pytest.mark.parametrize("pattern", ["auto", "unstructured", "block16", "dense"])
+def test_training_keeps_zeros(pattern):
+    dense, sparse = layer(pattern=pattern)
+    before = sparse.weight.detach().clone()
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(torch.randn(7, 96)).square().sum().backward()
+        assert (sparse.weight.grad[~sparse.mask] == 0).all() and (sparse.weight.grad[sparse.mask] != 0).any()
+        optimizer.step()
+    assert (sparse.weight[~sparse.mask] == 0).all()
+    assert (sparse.weight[sparse.mask] != before[sparse.mask]).any()
+    assert (dense.weight[~sparse.mask] != 0).any()  # the original is as it was
+    x = torch.randn(5, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse.eval()(x), F.linear(x, sparse.weight, sparse.bias))
+        plain = sparse.densify()
+        assert type(plain) is torch.nn.Linear and not plain.training
+        torch.testing.assert_close(plain(x), sparse(x))
+
+
+def test_from_dense_copies():
+    dense, _ = layer(dtype=torch.float64)
+    dense.weight.requires_grad_(False)
+    dense.eval()
+    sparse = SparseLinear.from_dense(dense, random_mask(64, 96, 16, 0.5))
+    assert not sparse.training and not sparse.weight.requires_grad and sparse.bias.requires_grad
+    assert sparse.weight.dtype == torch.float64 and sparse.weight.data_ptr() != dense.weight.data_ptr()
+    assert isinstance(sparse, torch.nn.Linear) and list(sparse.state_dict()) == ["weight", "bias", "mask"]
+    back = sparse.densify()
+    assert not back.weight.requires_grad and torch.equal(back.weight, dense.weight * sparse.mask)
+
+
+@pytest.mark.parametrize("pattern", ["auto", "unstructured", "block16"])
+def test_state_dict_with_another_mask(pattern):
+    _, sparse = layer(pattern=pattern)
+    _, other = layer(density=0.8, pattern=pattern)
+    x = torch.randn(5, 96)
+    for assign in (False, True):
+        target = copy.deepcopy(sparse)
+        target(x)
+        target.load_state_dict(other.state_dict(), assign=assign)
+        torch.testing.assert_close(target(x), other(x))
+        assert target.chosen == other.chosen and torch.equal(target.mask, other.mask)
+        assert (target.weight[~target.mask] == 0).all()
+    fresh = SparseLinear(96, 64, pattern=pattern)
+    fresh.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fresh(x), other(x))
+    with torch.device("meta"):
+        hollow = SparseLinear(96, 64, pattern=pattern)
+    hollow.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(hollow(x), other(x))
+
+
+def test_state_dict_that_does_not_fit():
+    _, sparse = layer(pattern="block16")
+    before = {name: t.clone() for name, t in sparse.state_dict().items()}
+    state = {**before, "weight": torch.zeros(64, 96), "mask": random_mask(64, 96, 1, 0.5)}
+    with pytest.raises(RuntimeError, match="whole 16 x 16 blocks"):
+        sparse.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="mask must be a bool tensor"):
+        sparse.load_state_dict({**before, "mask": torch.ones(64, 96)})
+    assert all(torch.equal(before[name], t) for name, t in sparse.state_dict().items())
+
+
+def test_a_mask_changed_in_place_is_seen():
+    dense, sparse = layer(block=1)
+    x = torch.randn(5, 96)
+    sparse(x)
+    sparse.mask[:32] = False
+    torch.testing.assert_close(sparse(x), expected(dense, sparse.mask, x))
+    assert (sparse.weight[:32] == 0).all()
+    sparse.mask = random_mask(64, 96, 1, 0.1, seed=9)
+    torch.testing.assert_close(sparse(x), F.linear(x, sparse.weight * sparse.mask, sparse.bias))
+    sparse.mask = torch.ones(64, 96)
+    with pytest.raises(TypeError, match="mask must be a bool tensor"):
+        sparse(x)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_copies(pattern, tmp_path):
+    _, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    y = sparse(x)
+    torch.save(sparse, tmp_path / "layer.pt")
+    for other in (
+        copy.deepcopy(sparse),
+        pickle.loads(pickle.dumps(sparse)),
+        torch.load(tmp_path / "layer.pt", weights_only=False),
+    ):
+        torch.testing.assert_close(other(x), y)
+        assert other.chosen == sparse.chosen and other.mask.dtype == torch.bool
+        with torch.no_grad():
+            other.weight.zero_()
+    torch.testing.assert_close(sparse(x), y)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_to(pattern):
+    dense, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 3e-2), (torch.float16, 3e-3)):
+        moved = copy.deepcopy(sparse).to(dtype)
+        assert moved.mask.dtype == torch.bool and moved.weight.dtype == dtype
+        y = moved(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected(dense, sparse.mask, x), rtol=tolerance, atol=tolerance)
+    hollow = copy.deepcopy(sparse).to("meta")
+    assert hollow.mask.is_meta and "dense" in repr(hollow)
+
+
+def test_repr_says_pattern_density_and_why_dense():
+    assert "pattern=block16, density=100.0%" in repr(SparseLinear(32, 16, pattern="block16"))
+    text = repr(SparseLinear(33, 17))
+    assert "pattern=dense, density=100.0% (dense: density 100.0%; for cpu float32 sparse pays below" in text
+    assert "out_features must be a multiple of the block 16, got 17" in text
+    assert "backend=torch" in repr(SparseLinear(33, 17, backend="torch"))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_choice(block):
+    limit = BREAK_EVEN["cpu"][torch.float32][NAMES[block]]
+    sides = 640 // block
+    kept = torch.zeros(sides * sides, dtype=torch.bool)
+    kept[
+        torch.randperm(sides * sides, generator=torch.Generator().manual_seed(0))[: int(limit * sides * sides * 0.9)]
+    ] = True
+    mask = kept.view(sides, sides).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    assert choose(mask, torch.float32, "cpu").pattern == NAMES[block]
+    choice = choose(torch.ones(640, 640, dtype=torch.bool), torch.float32, "cpu")
+    assert choice.pattern == "dense" and "sparse pays below" in choice.reason
+    assert choose(mask, torch.float32, "mps").pattern == "dense"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_patterns_are_lists_by_rows_and_by_columns(block):
+    mask = random_mask(192, 128, block, 0.4)
+    p = Pattern.from_mask(mask, block)
+    assert torch.equal(p.mask(), mask) and p.density == pytest.approx(mask.float().mean().item())
+    t = Pattern.from_mask(mask.t(), block)
+    assert torch.equal(p.t_ptr, t.ptr) and torch.equal(p.t_rows, t.cols)
+    assert all(i.dtype == torch.int32 for i in p.tensors)
+    rows = torch.arange(192 // block).repeat_interleave(p.ptr.long().diff())
+    assert torch.equal(rows[p.t_at.long()].int(), p.t_rows)
+
+
+@pytest.mark.parametrize("in_", [1, 31, 32, 33, 64, 100])
+def test_packed_masks(in_):
+    mask = random_mask(5, in_, 1, 0.5)
+    bits = pack_mask(mask)
+    assert bits.dtype == torch.int32 and bits.shape == (5, -(-in_ // 32))
+    assert torch.equal(unpack_mask(bits, in_), mask)
+    for row, column in ((0, 0), (4, in_ - 1)):
+        assert bool(bits[row, column // 32].item() >> column % 32 & 1) == mask[row, column]
+
+
+x96, w96, m96 = torch.randn(4, 96), torch.randn(64, 96), torch.ones(64, 96, dtype=torch.bool)
+BAD = [
+    (lambda: masked_linear(x96, w96, m96[:, 1:]), ValueError, r"mask must have the weight's shape \(64, 96\), got \(64, 95\)"),
+    (lambda: masked_linear(x96, w96, m96.float()), TypeError, r"mask must be a bool tensor .* got a torch.float32"),
+    (lambda: masked_linear(x96, w96, [True]), TypeError, r"mask must be a bool tensor"),
+    (lambda: masked_linear(x96, w96, pack_mask(m96)[:, :2]), ValueError, r"bits of shape \(64, 3\).* got \(64, 2\)"),
+    (lambda: masked_linear(x96, w96, m96.to("meta")), ValueError, r"mask must be on the weight's device cpu, got meta"),
+    (lambda: masked_linear(x96[:, 1:], w96, m96), ValueError, r"x must have the weight's 96 features last, got .*95"),
+    (lambda: masked_linear(x96.double(), w96, m96), TypeError, r"weight must have x's dtype torch.float64"),
+    (lambda: masked_linear(x96, w96, m96, torch.randn(63)), ValueError, r"bias must have shape \(64,\), got \(63,\)"),
+    (lambda: masked_linear(x96, w96, m96, torch.randn(64).double()), TypeError, r"bias must have x's dtype"),
+    (lambda: masked_linear(x96.long(), w96, m96), TypeError, r"x must be float32.* got torch.int64"),
+    (lambda: masked_linear(x96, w96[0], m96[0]), ValueError, r"weight must have 2 dimensions"),
+    (lambda: masked_linear(x96, w96, m96, backend="mkl"), ValueError, r"backend must be one of .* got 'mkl'"),
+    (lambda: masked_linear(x96, w96, m96, backend="cuda"), RuntimeError, r"backend='cuda' cannot run here"),
+    (lambda: SparseLinear(96, 64, mask=m96.t()), ValueError, r"mask must have the weight's shape"),
+    (lambda: SparseLinear(96, 64, pattern="block8"), ValueError, r"pattern must be one of .* got 'block8'"),
+    (lambda: SparseLinear(96, 64, backend="fast"), ValueError, r"backend must be one of"),
+    (lambda: SparseLinear(96, 72, pattern="block16"), ValueError, r"out_features must be a multiple of the block 16, got 72"),
+    (lambda: SparseLinear(96, 64, pattern="block64"), ValueError, r"in_features must be a multiple of the block 64, got 96"),
+    (lambda: SparseLinear(96, 64, mask=random_mask(64, 96, 1, 0.5), pattern="block32"), ValueError, r"whole 32 x 32 blocks .* \(64, 96\)"),
+    (lambda: SparseLinear(96, 64, pattern="2:4"), ValueError, r"pattern '2:4' cannot be used: 2:4 runs on NVIDIA GPUs"),
+    (lambda: SparseLinear.from_dense(torch.nn.Conv1d(1, 1, 1), m96), TypeError, r"linear must be a torch.nn.Linear, got Conv1d"),
+    (lambda: SparseLinear.from_dense(torch.nn.Linear(96, 64), None), TypeError, r"mask must be a bool tensor"),
+    (lambda: SparseLinear(96, 64)(torch.randn(3, 64)), ValueError, r"x must have the weight's 96 features last"),
+    (lambda: SparseLinear(96, 64)(x96.bfloat16()), TypeError, r"weight must have x's dtype torch.bfloat16"),
+    (lambda: Pattern.from_mask(m96, 8), ValueError, r"block must be 1, 16, 32 or 64, got 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=[message for _, _, message in BAD])
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_unlike_devices():
+    with pytest.raises(ValueError, match="weight must be on x's device cpu, got meta"):
+        masked_linear(x96, w96.to("meta"), m96.to("meta"))
