@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycse.backends.reference import sparse as reference
+from pycse.sparse import SparseLinear, masked_linear
 from pycse.sparse.pattern import Pattern, pack_mask
 
 from oracle import BAND
@@ -131,3 +132,26 @@ SINGLE = [
 ALL = [*BLOCKS, *BITS, *SINGLE]
 # With tokens split among programs where the backend is told to: a last split that is short, and ones that are empty.
 SPLIT = [Case(200, 128, 128, 32, 0.5), Case(97, 64, 128, 64), Case(150, 48, 80, 16, strided=True), Case(70, 70, 90, 0)]
+
+
+def check_layer(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """SparseLinear and masked_linear, forward and backward, beside the reference backend; leading dimensions as they come."""
+    g = torch.Generator().manual_seed(2)
+    for block, pattern in ((32, "block32"), (16, "block16"), (1, "unstructured"), (1, "masked")):
+        mask = (torch.rand(96 // block, 64 // block, generator=g) < 0.5).repeat_interleave(block, 0)
+        mask = mask.repeat_interleave(block, 1).to(device)
+        dense = torch.nn.Linear(64, 96, device=device, dtype=dtype)
+        x = torch.randn(2, 9, 64, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)
+        results = []
+        for name in ("reference", backend):
+            given = x.clone().requires_grad_()
+            if pattern == "masked":
+                weight = dense.weight.detach().clone().requires_grad_()
+                y = masked_linear(given, weight, mask, dense.bias, backend=name)
+            else:
+                layer = SparseLinear.from_dense(dense, mask, pattern, name)
+                weight, y = layer.weight, layer(given)
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype, device=device).view(y.shape))
+            results.append((y.detach(), given.grad, weight.grad))
+        for expected, actual in zip(*results):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

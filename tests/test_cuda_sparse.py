@@ -11,6 +11,7 @@ import torch
 from pycse.kernels import native
 
 from pycse import backends
+from pycse.backends.cpu import sparse as cpu
 from pycse.backends.cuda import sparse as cuda
 from pycse.sparse.pattern import Pattern, pack_mask
 
@@ -48,6 +49,12 @@ def test_emulated_kernels(case, dtype):
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_emulated_splits_of_the_tokens(case, dtype):
     sparse_products.check(case, products(Split), dtype, "cpu")
+
+
+def test_layers(monkeypatch):
+    for name, function in vars(products(Emulated)).items():
+        monkeypatch.setattr(cpu, name, function)
+    sparse_products.check_layer("cpu", "cpu")
 
 
 @pytest.mark.parametrize("in_", [1, 31, 32, 33, 100])
@@ -110,6 +117,11 @@ LARGE = [
 @pytest.mark.parametrize("case", [*ALL, *SPLIT, *LARGE], ids=str)
 def test_device(case, dtype):
     sparse_products.check(case, cuda, dtype, "cuda")
+
+
+@on_gpu
+def test_layers_on_a_gpu():
+    sparse_products.check_layer("cuda", "cuda")
 
 
 @on_gpu

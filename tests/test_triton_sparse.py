@@ -73,6 +73,10 @@ def test_splits_of_the_tokens(case, device, monkeypatch):
     sparse_products.check(case, ours, torch.float32, device)
 
 
+def test_layers(device):
+    sparse_products.check_layer("triton", device)
+
+
 @pytest.mark.parametrize("in_", [1, 31, 33, 1100])
 def test_bits_of_single_weights(in_, device):
     mask = torch.rand(4, in_, generator=torch.Generator().manual_seed(in_)).to(device) < 0.4
