@@ -93,13 +93,9 @@ struct DeviceTile {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
   }
   template <bool Partial, class T> __device__ __forceinline__ void copy(T* to, From<T> from) const {
-    const unsigned shared = unsigned(__cvta_generic_to_shared(to));
-    if constexpr (Partial)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from.at),
-                   "r"(from.n * int(sizeof(T))) : "memory");
-    else
-      asm volatile("{ .reg .pred none; setp.eq.s32 none, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, none; }" ::
-                   "r"(shared), "l"(from.at), "r"(from.n) : "memory");
+    const int bytes = Partial ? from.n * int(sizeof(T)) : from.n ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+                 "l"(from.at), "r"(bytes) : "memory");
   }
   __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from, bool valid) const {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),

@@ -74,8 +74,7 @@ class Kernels:
         dw = x.new_zeros(shape)
         if x.shape[0] == 0:
             return dw
-        masked = isinstance(kept, Tensor)
-        weights = out * in_ if masked else kept.nnz * kept.block**2
+        weights = out * in_ if isinstance(kept, Tensor) else kept.nnz * kept.block**2
         splits = self.splits(weights, x.shape[0])
         partial = None
         if splits > 1:
