@@ -1,5 +1,5 @@
 // Device side of sparse.h: a block of 128 threads for a tile. Operands come from L2 (x and W of an encoder fit there), which
-// feeds a tile of 128 tokens x 64 with 44 operations a byte; tiles of the same tokens run side by side.
+// feeds a tile of 128 tokens x 64 for 43 operations a byte; tiles of the same tokens run side by side.
 #include <climits>
 
 #include "launch.cuh"
