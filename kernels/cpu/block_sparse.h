@@ -26,15 +26,9 @@ constexpr int kTileTokens = 12, kTileVecs = 2, kOuterRows = 8;  // 24 of 32 regi
 #else
 constexpr int kTileTokens = 6, kTileVecs = 2, kOuterRows = 4;   // 12 and 8 of 16
 #endif
-constexpr int64_t kPanelBytes = 1 << 20;   // of L2: a panel of tokens, read once for each block row
-#ifndef OT
-#define OT 128
-#endif
-#ifndef OC
-#define OC 128
-#endif
-constexpr int64_t kOuterTokens = OT;      // of dW: this many tokens of a block row and a block column in L1
-constexpr int kOuterColumns = OC;          // of dy, copied at a time: whole cache lines in a row
+constexpr int64_t kPanelBytes = 512 << 10;   // of L2: a panel of tokens, read once for each block row
+constexpr int64_t kOuterNumbers = 4096;       // of dW: of a block column of dy and of x, 2 x 16 KB in L1
+constexpr int64_t kOuterColumns = 512;        // of the wider of dy and x, copied at a time: whole cache lines in a row
 constexpr int64_t kStreamBytes = 16 << 20; // results from this size on are stored past the caches
 
 // Scratch that starts on a cache line.
@@ -54,12 +48,12 @@ int64_t panel_tokens(int64_t features, int64_t T) {
   return std::min(std::min<int64_t>(fit, 20 * step), (T + step - 1) / step * step);
 }
 
-// out[c][t][b] = x[t][c b : (c + 1) b] for n tokens, block columns [c0, c1); `tokens` is the panel's extent.
+// out[c - c0][t][b] = x[t][c b : (c + 1) b] for n tokens, block columns [c0, c1); `tokens` is the panel's extent.
 template <int b, class T, class A>
 PYCSE_NOINLINE void copy_panel(const T* x, int64_t ld, int64_t n, int64_t c0, int64_t c1, int64_t tokens, A* out) {
   for (int64_t t = 0; t < n; ++t)
     for (int64_t c = c0; c < c1; ++c)
-      for (int k = 0; k < b; k += kLanes<A>) store_lanes(out + (c * tokens + t) * b + k, load_lanes(x + t * ld + c * b + k));
+      for (int k = 0; k < b; k += kLanes<A>) store_lanes(out + ((c - c0) * tokens + t) * b + k, load_lanes(x + t * ld + c * b + k));
 }
 
 // y[i0 : i0 + R, j : j + V lanes] over the blocks [begin, end) of a block row, whose weights start at w.
@@ -79,11 +73,17 @@ PYCSE_INLINE void product_tile(const A* x, int64_t block_stride, const int32_t* 
     for (int i = 0; i < R; ++i) __builtin_prefetch(y + i * ldy, 1), __builtin_prefetch(y + i * ldy + V * kLanes<A> - 1, 1);
   for (int64_t j = 0; j < n; ++j, w += b * b) {
     const A* xc = x + cols[j] * block_stride;
+    const A* next = x + cols[j + (j + 1 < n)] * block_stride;
+#pragma GCC unroll 32
+    for (int i = 0; i < R * b; i += 64 / sizeof(A)) __builtin_prefetch(next + i);
 #pragma GCC unroll 1
     for (int k = 0; k < b; ++k) {
       vec_a wv[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) wv[v] = load_lanes(w + k * V * kLanes<A> + v * kLanes<A>);
+      for (int v = 0; v < V; ++v) {
+        wv[v] = load_lanes(w + k * V * kLanes<A> + v * kLanes<A>);
+        __builtin_prefetch(w + b * b + (k * V + v) * kLanes<A>);
+      }
 #pragma GCC unroll 32
       for (int i = 0; i < R; ++i) {
         const A xi = xc[i * b + k];
@@ -177,13 +177,15 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
   }
 }
 
-// out[i0 : i0 + R, v] (+)= sum_t dy[t][i0 + i] x[t][v] over n tokens.
+// out[0 : R, 0 : V lanes] (+)= sum_t dy[t] x[t] over n tokens; `next` is fetched meanwhile, `step` numbers a token.
 template <int b, int R, int V, class A>
-PYCSE_INLINE void outer_tile(const A* dy, const A* x, int64_t n, bool first, A* out, int64_t ld) {
+PYCSE_INLINE void outer_tile(const A* dy, const A* x, int64_t n, bool first, A* out, int64_t ld, const A* next) {
+  constexpr int tiles = b / R * (b / (V * kLanes<A>)), step = b / tiles;
   vec_t<A> acc[R][V] = {};
   for (int i = 0; i < R; ++i) __builtin_prefetch(out + i * ld, 1), __builtin_prefetch(out + i * ld + V * kLanes<A> - 1, 1);
   for (int64_t t = 0; t < n; ++t) {
     vec_t<A> xv[V];
+    __builtin_prefetch(next + t * step);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = load_lanes(x + t * b + v * kLanes<A>);
 #pragma GCC unroll 32
@@ -199,22 +201,48 @@ PYCSE_INLINE void outer_tile(const A* dy, const A* x, int64_t n, bool first, A* 
       store_lanes(o, first ? acc[i][v] : acc[i][v] + load_lanes(o));
     }
 }
+// next: n tokens of the block that follows.
 template <int b, class A>
-PYCSE_NOINLINE void outer_block(const A* dy, const A* x, int64_t n, bool first, A* out, int64_t ld) {
+PYCSE_NOINLINE void outer_block(const A* dy, const A* x, int64_t n, bool first, A* out, int64_t ld, const A* next) {
   constexpr int V = std::min(kTileVecs, b / kLanes<A>), R = V == 1 ? 2 * kOuterRows : kOuterRows;
+  constexpr int tiles = b / R * (b / (V * kLanes<A>)), step = b / tiles;
   for (int k = 0; k < b; k += V * kLanes<A>)
-    for (int i = 0; i < b; i += R) outer_tile<b, R, V>(dy + i, x + k, n, first, out + i * ld + k, ld);
+    for (int i = 0; i < b; i += R, next += n * step) outer_tile<b, R, V>(dy + i, x + k, n, first, out + i * ld + k, ld, next);
 }
 
-// dW = dy^T x on the kept blocks, 0 elsewhere; dW is (out, in) contiguous.
+// Zeros in block row r of dW, beside its kept blocks.
+template <int b, class T>
+PYCSE_NOINLINE void clear_dropped(const SparsePattern& p, int64_t r, T* dw) {
+  for (int i = 0; i < b; ++i) {
+    T* row = dw + (r * b + i) * p.in;
+    int64_t c = 0;
+    for (int64_t j = p.ptr[r]; j <= p.ptr[r + 1]; ++j) {
+      const int64_t kept = j < p.ptr[r + 1] ? p.cols[j] : p.in / b;
+      std::memset(static_cast<void*>(row + c * b), 0, (kept - c) * b * sizeof(T));
+      c = kept + 1;
+    }
+  }
+}
+
+// dW = dy^T x on the kept blocks, 0 elsewhere; dW is (out, in) contiguous. The narrower of dy and x is copied whole, in
+// panels; the other some block columns at a time, by the thread that owns their part of dW.
 template <int b, class T>
 void block_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n, int threads) {
   using A = acc_t<T>;
   constexpr bool direct = std::is_same_v<A, T>;
-  constexpr int64_t tokens = kOuterTokens, group = std::max(1, kOuterColumns / b);
-  const int64_t rows = p.out / b, columns = p.in / b, panels = (n + tokens - 1) / tokens;
-  Scratch<A> xs(panels * tokens * p.in), dys(threads * group * tokens * b);
-  Scratch<A> sums(direct ? 0 : int64_t(p.ptr[rows]) * b * b);
+  constexpr int64_t tokens = kOuterNumbers / b, group = kOuterColumns / b;
+  const int64_t panels = (n + tokens - 1) / tokens;
+  if (n == 0) {
+    std::memset(static_cast<void*>(dw), 0, p.out * p.in * sizeof(T));
+    return;
+  }
+  const bool by_rows = p.out >= p.in;
+  const int32_t *ptr = by_rows ? p.ptr : p.t_ptr, *index = by_rows ? p.cols : p.t_rows;
+  const T *whole = by_rows ? x : dy, *part = by_rows ? dy : x;
+  const int64_t ld_whole = by_rows ? ldx : ldy, ld_part = by_rows ? ldy : ldx;
+  const int64_t narrow = by_rows ? p.in : p.out, owners = (by_rows ? p.out : p.in) / b;
+  Scratch<A> wholes(panels * tokens * narrow), parts(threads * group * tokens * b);
+  Scratch<A> sums(direct ? 0 : int64_t(ptr[owners]) * b * b);
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -222,30 +250,37 @@ void block_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
 #else
     const int me = 0;
 #endif
+#pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < p.out / b; ++r) clear_dropped<b>(p, r, dw);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < panels; ++k)
-      copy_panel<b>(x + k * tokens * ldx, ldx, std::min(tokens, n - k * tokens), 0, columns, tokens, xs.get() + k * tokens * p.in);
-    A* d = dys.get() + me * group * tokens * b;
+      copy_panel<b>(whole + k * tokens * ld_whole, ld_whole, std::min(tokens, n - k * tokens), 0, narrow / b, tokens,
+                    wholes.get() + k * tokens * narrow);
+    A* mine = parts.get() + me * group * tokens * b;
 #pragma omp for schedule(dynamic)
-    for (int64_t r0 = 0; r0 < rows; r0 += group) {
-      const int64_t r1 = std::min(r0 + group, rows);
-      std::memset(static_cast<void*>(dw + r0 * b * p.in), 0, (r1 - r0) * b * p.in * sizeof(T));
-      for (int64_t k = 0; k < panels && p.ptr[r0] < p.ptr[r1]; ++k) {
+    for (int64_t o0 = 0; o0 < owners; o0 += group) {
+      const int64_t o1 = std::min(o0 + group, owners);
+      for (int64_t k = 0; k < panels && ptr[o0] < ptr[o1]; ++k) {
         const int64_t nt = std::min(tokens, n - k * tokens);
-        copy_panel<b>(dy + k * tokens * ldy + r0 * b, ldy, nt, 0, r1 - r0, tokens, d);
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t j = p.ptr[r]; j < p.ptr[r + 1]; ++j) {
-            const A *dr = d + (r - r0) * tokens * b, *xc = xs.get() + (k * p.in + p.cols[j] * b) * tokens;
-            if constexpr (direct) outer_block<b>(dr, xc, nt, k == 0, dw + r * b * p.in + p.cols[j] * b, p.in);
-            else outer_block<b>(dr, xc, nt, k == 0, sums.get() + j * b * b, b);
+        copy_panel<b>(part + k * tokens * ld_part, ld_part, nt, o0, o1, tokens, mine);
+        for (int64_t o = o0; o < o1; ++o)
+          for (int64_t j = ptr[o]; j < ptr[o + 1]; ++j) {
+            const A *own = mine + (o - o0) * tokens * b, *panel = wholes.get() + k * narrow * tokens;
+            const A *other = panel + index[j] * b * tokens, *next = panel + index[j + (j + 1 < ptr[o1])] * b * tokens;
+            const int64_t r = by_rows ? o : index[j], c = by_rows ? index[j] : o;
+            const A *dr = by_rows ? own : other, *xc = by_rows ? other : own;
+            if constexpr (direct) outer_block<b>(dr, xc, nt, k == 0, dw + r * b * p.in + c * b, p.in, next);
+            else outer_block<b>(dr, xc, nt, k == 0, sums.get() + j * b * b, b, next);
           }
       }
       if constexpr (!direct)
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t j = p.ptr[r]; j < p.ptr[r + 1] && n > 0; ++j)
+        for (int64_t o = o0; o < o1; ++o)
+          for (int64_t j = ptr[o]; j < ptr[o + 1]; ++j) {
+            const int64_t r = by_rows ? o : index[j], c = by_rows ? index[j] : o;
             for (int i = 0; i < b; ++i)
               for (int v = 0; v < b; v += kLanes<A>)
-                store_lanes(dw + (r * b + i) * p.in + p.cols[j] * b + v, load_lanes(sums.get() + (j * b + i) * b + v));
+                store_lanes(dw + (r * b + i) * p.in + c * b + v, load_lanes(sums.get() + (j * b + i) * b + v));
+          }
     }
   }
 }

@@ -18,13 +18,8 @@ constexpr int kSparseVecs = 4, kDotVecs = 16;
 #else
 constexpr int kSparseVecs = 4, kDotVecs = 8;
 #endif
-#ifndef CB
-#define CB 24
-#endif
-constexpr int64_t kChunkBytes = CB << 10;  // of L1: the chunk of x that a result's kept weights choose from
+constexpr int64_t kChunkBytes = 40 << 10;  // of L1: the chunk of x that a result's kept weights choose from
 template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
-
-template <class A> struct Kept { int32_t at; A w; };  // at: the feature inside its chunk, times the lanes
 
 // The kept weights in the order of their use: chunk by chunk, in each by how many a result has, then by result.
 template <class A>
@@ -35,12 +30,13 @@ struct Plan {
   Scratch<int32_t> lengths;    // (chunks, chunk + 1): how many results have so many
   Scratch<int32_t> order;      // (chunks, results)
   Scratch<int64_t> base;       // (chunks + 1) of kept
-  Scratch<Kept<A>> kept;
+  Scratch<uint8_t> ats;        // of each kept weight: its feature inside the chunk
+  Scratch<A> ws;
 
   Plan(int64_t results_, int64_t features, int64_t nnz)
-      : results(results_), chunk(kChunkBytes / int64_t(sizeof(A)) / kTokens<A>),
+      : results(results_), chunk(std::min<int64_t>(256, kChunkBytes / int64_t(sizeof(A)) / kTokens<A>)),
         chunks(std::max<int64_t>(1, (features + chunk - 1) / chunk)), values(nnz), first((chunks + 1) * results),
-        lengths(chunks * (chunk + 1)), order(chunks * results), base(chunks + 1), kept(nnz) {}
+        lengths(chunks * (chunk + 1)), order(chunks * results), base(chunks + 1), ats(nnz), ws(nnz) {}
 
   // Called by every thread of a parallel region.
   template <class T>
@@ -78,10 +74,12 @@ struct Plan {
       for (int64_t n = 0; n <= chunk; ++n) at += length[n], length[n] = at - length[n];  // where each length starts
       for (int64_t o = 0; o < results; ++o) o_of[length[end[o] - begin[o]]++] = int32_t(o);
       for (int64_t n = chunk; n > 0; --n) length[n] -= length[n - 1];  // ends, and back to how many
-      Kept<A>* k = kept.get() + base.get()[q];
+      int64_t k = base.get()[q];
       for (int64_t i = 0; i < results; ++i)
-        for (int64_t j = begin[o_of[i]]; j < end[o_of[i]]; ++j)
-          *k++ = {int32_t((index[j] - q * chunk) * kLanes<A>), values.get()[transposed ? p.t_at[j] : j]};
+        for (int64_t j = begin[o_of[i]]; j < end[o_of[i]]; ++j, ++k) {
+          ats.get()[k] = uint8_t(index[j] - q * chunk);
+          ws.get()[k] = values.get()[transposed ? p.t_at[j] : j];
+        }
     }
   }
 };
@@ -91,25 +89,27 @@ template <int V, class A>
 PYCSE_NOINLINE void unstructured_chunk(const Plan<A>& plan, int64_t q, const A* x, A* y) {
   constexpr int64_t width = V * kLanes<A>;
   const int32_t *length = plan.lengths.get() + q * (plan.chunk + 1), *o = plan.order.get() + q * plan.results;
-  const int32_t* const last = o + plan.results - 1;
-  const Kept<A>* k = plan.kept.get() + plan.base.get()[q];
+  const uint8_t* at = plan.ats.get() + plan.base.get()[q];
+  const A* w = plan.ws.get() + plan.base.get()[q];
   o += length[0];
   for (int64_t n = 1; n <= plan.chunk; ++n)
-    for (int32_t i = 0; i < length[n]; ++i, ++o) {
+    for (int32_t i = 0; i < length[n]; ++i, ++o, at += n, w += n) {
       A* yo = y + *o * width;
-      const A* next = y + *std::min(o + 2, last) * width;
       vec_t<A> acc[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        acc[v] = load_lanes(yo + v * kLanes<A>);
-        __builtin_prefetch(next + v * kLanes<A>, 1);
-      }
-      for (const Kept<A>* const end = k + n; k < end; ++k) {
-        const A* xk = x + int64_t(k->at) * V;
-        const A w = k->w;
+      for (int v = 0; v < V; ++v) acc[v] = load_lanes(yo + v * kLanes<A>);
+      auto add = [&](uint32_t c, A wk) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[v] += w * load_lanes(xk + v * kLanes<A>);
+        for (int v = 0; v < V; ++v) acc[v] += wk * load_lanes(x + c * width + v * kLanes<A>);
+      };
+      int64_t k = 0;
+      for (; k + 4 <= n; k += 4) {  // the loads are the limit: four features in one
+        uint32_t four;
+        std::memcpy(&four, at + k, 4);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u, four >>= 8) add(four & 255u, w[k + u]);
       }
+      for (; k < n; ++k) add(at[k], w[k]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) store_lanes(yo + v * kLanes<A>, acc[v]);
     }
