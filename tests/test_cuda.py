@@ -220,7 +220,8 @@ def test_no_kernel_spills(arch):
     if not kernels:
         pytest.skip(f"this build has no machine code for {arch} (PYCSE_CUDA_ARCHS)")
     names = "".join(name for name, *_ in kernels)
-    for kernel in ("rows", "columns", "symmetric", "positives", "normalize", "project", "distill"):
+    sparse = ("linear", "dx", "dw", "add_splits", "mark")
+    for kernel in ("rows", "columns", "symmetric", "positives", "normalize", "project", "distill", *sparse):
         assert f"{kernel}_kernel" in names
     assert not [(name, stack, local) for name, _, stack, _, local in kernels if int(stack) or int(local)]
 

@@ -9,9 +9,11 @@
 namespace pycse {
 
 struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };  // IEEE half precision
 
 template <class T> struct Acc { using type = T; };
 template <> struct Acc<bf16> { using type = float; };
+template <> struct Acc<f16> { using type = float; };
 template <class T> using acc_t = typename Acc<T>::type;
 
 template <class To, class From>
@@ -42,9 +44,43 @@ PYCSE_HD uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+PYCSE_HD float load(f16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  const float y = float(rest & 0x3ffu) + (rest >= 0x400u ? 1024.0f : 0.0f);  // exact, in units of the last place
+  const uint32_t exponent = rest >> 10 ? rest >> 10 : 1;
+  return bit_cast<float>(sign | bit_cast<uint32_t>(y * bit_cast<float>((exponent + 102) << 23)));
+#endif
+}
+
+// Two floats as half precision in one word, the first in the low half; to nearest even, beyond 65504 infinity.
+PYCSE_HD uint32_t pack_f16(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  const auto half = [](float x) -> uint32_t {
+    const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, size = u & 0x7fffffffu;
+    if (size > 0x7f800000u) return 0x7fffu;
+    if (size >= 0x477ff000u) return sign | 0x7c00u;
+    if (size >= 0x38800000u) return sign | (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
+    // Denormal: adding 1/2 leaves the result in the last bits, rounded.
+    return sign | (bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - 0x3f000000u);
+  };
+  return half(high) << 16 | half(low);
+#endif
+}
+
 PYCSE_HD void store(float& out, float x) { out = x; }
 PYCSE_HD void store(double& out, double x) { out = x; }
 PYCSE_HD void store(bf16& out, float x) { out.bits = uint16_t(pack_bf16(x, 0.0f)); }
+PYCSE_HD void store(f16& out, float x) { out.bits = uint16_t(pack_f16(x, 0.0f)); }
 
 constexpr int kAccess = 16;  // bytes: the widest access of one thread
 template <class T> constexpr int kWidth = kAccess / int(sizeof(T));

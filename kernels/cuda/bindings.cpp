@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "contrastive.h"
+#include "sparse.h"
 
 namespace py = pybind11;
 using namespace pycse::cuda;
@@ -71,6 +72,28 @@ static void bind(py::module_ m, const Kernels& kernels) {
   });
 }
 
+static void bind_sparse(py::module_ m, const SparseKernels& kernels) {
+  using nogil = py::call_guard<py::gil_scoped_release>;
+  using Where = std::pair<int, Address>;
+  m.def("sparse",
+        [=](int which, int storage, int T, int out, int in, int block, Address ptr, Address index, Address bits, int words,
+            Address a, int64_t lda, Address b, int64_t ldb, Address bias, Address c, int splits, Address partial,
+            int pieces, Where where) {
+          Sparse p;
+          p.T = T, p.out = out, p.in = in;
+          p.kept = {block, at<int>(ptr), at<int>(index), at<uint32_t>(bits), words};
+          p.a = {at(a), lda}, p.b = {at(b), ldb}, p.bias = at(bias), p.c = at(c);
+          p.splits = splits, p.partial = at(partial);
+          kernels.run(Which(which), p, Storage(storage), pieces, {where.first, at(where.second)});
+        },
+        nogil());
+  m.def("mark",
+        [=](Address ptr, Address index, Address bits, int rows, int words, Where where) {
+          kernels.mark(at<int>(ptr), at<int>(index), at<uint32_t>(bits), rows, words, {where.first, at(where.second)});
+        },
+        nogil());
+}
+
 void bind_cuda(py::module_& m) {
   py::module_ emulated = m.def_submodule("emulated", "The CUDA kernels' bodies run by one host thread, for tests.");
   py::class_<Contrastive>(emulated, "Contrastive")
@@ -119,6 +142,7 @@ void bind_cuda(py::module_& m) {
       .def(py::init([](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; }), py::kw_only(),
            py::arg("u"), py::arg("bias"), py::arg("sums"));
   bind(emulated, emulated_kernels());
+  bind_sparse(emulated, emulated_sparse());
 
 #ifdef PYCSE_WITH_CUDA
   py::module_ device = m.def_submodule("cuda", "The CUDA kernels.");
@@ -126,5 +150,6 @@ void bind_cuda(py::module_& m) {
   device.attr("Distill") = emulated.attr("Distill");
   device.attr("Uniformity") = emulated.attr("Uniformity");
   bind(device, device_kernels());
+  bind_sparse(device, device_sparse());
 #endif
 }

@@ -13,9 +13,11 @@
 #ifdef __CUDACC__
 #define PYCSE_BODY __device__ __forceinline__
 #define PYCSE_UNROLL _Pragma("unroll")  // where an index at run time would put registers in local memory
+#define PYCSE_ROLL _Pragma("unroll 1")
 #else
 #define PYCSE_BODY inline
 #define PYCSE_UNROLL
+#define PYCSE_ROLL
 #endif
 
 namespace pycse::cuda {

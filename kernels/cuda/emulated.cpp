@@ -2,6 +2,7 @@
 // are the host's, the queue is ignored.
 #include "distill.h"
 #include "norms.h"
+#include "sparse.h"
 #include "symmetric.h"
 #include "uniformity.h"
 
@@ -69,6 +70,44 @@ static void uniformity(const Uniformity& p, DType dtype, const Panel& panel, int
 const Kernels& emulated_kernels() {
   static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
                                     distill, scratch_rows, uniformity};
+  return table;
+}
+
+static void sparse(Which which, Sparse p, Storage storage, int pieces, Queue) {
+  sparse_variant(storage, p.kept.block, [&](auto type, auto side) {
+    using T = decltype(type);
+    constexpr int B = decltype(side)::value, M = kTokens<T>, N = kSide<B>;
+    const auto tiles = [](int64_t count, int bytes, auto tile) {
+      for (int64_t k = 0; k < count; ++k) {
+        HostTile block(bytes);
+        tile(block, int(k));
+      }
+    };
+    switch (which) {
+      case Which::linear:
+        set_wide<T>(p, p.out);
+        return tiles(linear_tiles<T, B>(p), kTileBytes<LinearProduct<T, B>, T, B == 0, T, M, N>,
+                     [&](auto& block, int k) { linear_tile<T, B>(block, p, k); });
+      case Which::dx:
+        set_wide<T>(p, p.in);
+        return tiles(dx_tiles<T, B>(p), kTileBytes<DxProduct<T, B>, T, B == 0, T, M, N>,
+                     [&](auto& block, int k) { dx_tile<T, B>(block, p, k); });
+      case Which::dw:
+        set_wide<T>(p, p.in);
+        tiles(dw_tiles<T, B>(p), kTileBytes<DwProduct<T, B>, T, false, acc_t<T>, N, kWide<T>>,
+              [&](auto& block, int k) { dw_tile<T, B>(block, p, k); });
+        if (p.splits > 1)
+          for (int k = 0; k < pieces; ++k) add_splits<T, B>(OneThread(), p, k);
+    }
+  });
+}
+
+static void mark(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue) {
+  for (int row = 0; row < rows; ++row) mark_row(OneThread(), ptr, index, bits, words, row);
+}
+
+const SparseKernels& emulated_sparse() {
+  static constexpr SparseKernels table = {sparse, mark};
   return table;
 }
 
