@@ -130,6 +130,16 @@ PYBIND11_MODULE(_native, m) {
                 int64_t(teacher.size()), teacher.data(), weights.data(), at<float>(work), at(dz), threads});
       },
       nogil());
+  py::class_<Uniformity>(m, "Uniformity").def(py::init([](double u, Address bias, Address sums) {
+    return Uniformity{u, at(bias), at(sums)};
+  }));
+  m.def(
+      "uniformity",
+      [panel](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
+              int threads) {
+        cpu_kernels().uniformity(p, panel(dtype, S, ld, i0, c, 0, threads), n, grad);
+      },
+      nogil());
   m.def("small_distill_work_size", [](int64_t B, int64_t D, int64_t teachers, int dtype) {
     return small_distill_work_size(B, D, teachers, DType(dtype));
   });

@@ -7,7 +7,16 @@ loss.backward()
 
 from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.hypersphere import alignment, uniformity
 from pycse.report import info
 
-__all__ = ["fused_distill", "fused_distillcse", "fused_focal_infonce", "fused_infonce", "info"]
+__all__ = [
+    "alignment",
+    "fused_distill",
+    "fused_distillcse",
+    "fused_focal_infonce",
+    "fused_infonce",
+    "info",
+    "uniformity",
+]
 __version__ = "0.1.0"

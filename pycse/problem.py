@@ -135,6 +135,35 @@ class Distillation(Rows):
         return None if self.shuffle == "none" else self.grouping
 
 
+@dataclass
+class Uniformity:
+    """How evenly rows lie on the sphere: log of the mean over pairs of exp(-t |zhat_i - zhat_j|^2)."""
+
+    z: Tensor  # (N, D)
+    t: float
+    normalize: bool = True
+    need: bool = False
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.promote_types(self.z.dtype, torch.float32)
+
+    @property
+    def bounded(self) -> bool:
+        """True where every exponent lies in [-2t, 2t] around its middle, and that in exp's range."""
+        return self.normalize and 4 * self.t <= FIXED_RANGE
+
+
+@dataclass
+class Alignment:
+    """How close the rows of pairs lie: the mean of |xhat_i - yhat_i|^2."""
+
+    x: Tensor  # (B, D)
+    y: Tensor  # (B, D)
+    normalize: bool = True
+    needs: tuple[bool, bool] = (False, False)
+
+
 class Result(NamedTuple):
     """Row losses and the gradients of the reduced loss; None where not needed."""
 

@@ -332,6 +332,28 @@ def distillation(
     same_device(z1, name, seed=seed_value)
 
 
+def alignment(x: Any, y: Any, normalize: Any, backend: Any) -> None:
+    embeddings("x", x)
+    embeddings("y", y)
+    if x.shape != y.shape:
+        raise ValueError(f"y must have x's shape {tuple(x.shape)} (row i of both is a pair), got {tuple(y.shape)}")
+    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"y must have x's dtype {x.dtype}, got {y.dtype}")
+    same_device(x, "x", y=y)
+    flag("normalize", normalize)
+    choice("backend", backend, CHOICES)
+
+
+def uniformity(x: Any, t: Any, normalize: Any, backend: Any) -> None:
+    embeddings("x", x)
+    if x.shape[0] == 1:
+        raise ValueError("x must have at least 2 rows (uniformity is over pairs), got shape " + str(tuple(x.shape)))
+    real("t", t, positive=True)
+    number("t", t)
+    flag("normalize", normalize)
+    choice("backend", backend, CHOICES)
+
+
 def linear_mask(name: str, mask: Any, weight: Tensor) -> None:
     """A bool mask of the weight's shape on its device."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
-from pycse.problem import Contrastive, Distillation, Grouping, Needs
+from pycse.backends.triton import uniformity as hypersphere
+from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {
@@ -133,6 +134,18 @@ def gather(arch: int) -> None:
         for name, d in distillations(dtype).items():
             label = f"{TYPES[dtype]:5} distill, {name}"
             distillation.distill(d)
+        for name, u in hyperspheres(dtype).items():
+            label = f"{TYPES[dtype]:5} uniformity, {name}"
+            hypersphere.uniformity(u)
+            hypersphere.alignment(Alignment(u.z, u.z, needs=(True, True)))
+
+
+def hyperspheres(dtype: torch.dtype) -> dict[str, Uniformity]:
+    return {
+        "rows": Uniformity(torch.randn(512, 64).to(dtype), 2.0, need=True),
+        "ragged": Uniformity(torch.randn(515, 35).to(dtype), 40.0, need=True),
+        "forward": Uniformity(torch.randn(2, 1).to(dtype), 2.0, normalize=False),
+    }
 
 
 def resources(cubin: bytes) -> dict[str, int]:

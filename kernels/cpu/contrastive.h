@@ -98,6 +98,12 @@ inline int64_t small_distill_work_size(int64_t B, int64_t D, int64_t teachers, D
   return (1 + teachers) * B + (teachers > 0 ? 3 : 2) * B * B + (dtype == DType::bf16 ? B * D : 0);
 }
 
+struct Uniformity {
+  double u = 0;                           // 2 t / log 2
+  const void* bias = nullptr;             // (N) acc
+  void* sums = nullptr;                   // (N) acc
+};
+
 // The table that each instruction-set variant fills.
 struct Kernels {
   const char* isa;
@@ -115,6 +121,8 @@ struct Kernels {
   // Rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows.
   void (*distill)(const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad);
   bool (*small_distill)(const Distill&, const SmallDistill&);
+  // Rows [i0, i0 + c) of S against the n keys from i0 on.
+  void (*uniformity)(const Uniformity&, const Panel&, int64_t n, bool grad);
 };
 
 }  // namespace pycse

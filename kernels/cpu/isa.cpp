@@ -9,12 +9,14 @@
 #include "small.h"
 #include "small_distill.h"
 #include "symmetric.h"
+#include "uniformity.h"
 
 #define PYCSE_STRING2(x) #x
 #define PYCSE_STRING(x) PYCSE_STRING2(x)
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill};
+  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill,
+          uniformity};
 }
 }  // namespace pycse::PYCSE_ISA

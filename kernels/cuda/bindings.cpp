@@ -61,6 +61,11 @@ static void bind(py::module_ m, const Kernels& kernels) {
                           grad, queue(where));
         },
         nogil());
+  m.def("uniformity",
+        [=](const Uniformity& p, int dtype, Address S, int64_t ld, int i0, int c, int n, bool grad, Where where) {
+          kernels.uniformity(p, DType(dtype), panel(S, ld, i0, c, 0), n, grad, queue(where));
+        },
+        nogil());
   m.def("scratch", [=](int B, int c, Where where) {
     return std::make_pair(kernels.scratch_rows(B, c, queue(where)), scratch_width(B));
   });
@@ -110,12 +115,16 @@ void bind_cuda(py::module_& m) {
            py::arg("group_temperature"), py::arg("divergence"), py::arg("grouping"), py::arg("group_value"),
            py::arg("group_end"), py::arg("sample"), py::arg("seed"), py::arg("seed_at"), py::arg("coef"),
            py::arg("coef_all"), py::arg("loss"));
+  py::class_<Uniformity>(emulated, "Uniformity")
+      .def(py::init([](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; }), py::kw_only(),
+           py::arg("u"), py::arg("bias"), py::arg("sums"));
   bind(emulated, emulated_kernels());
 
 #ifdef PYCSE_WITH_CUDA
   py::module_ device = m.def_submodule("cuda", "The CUDA kernels.");
   device.attr("Contrastive") = emulated.attr("Contrastive");
   device.attr("Distill") = emulated.attr("Distill");
+  device.attr("Uniformity") = emulated.attr("Uniformity");
   bind(device, device_kernels());
 #endif
 }

@@ -82,6 +82,12 @@ struct Vectors {
   int n = 0, D = 0;
 };
 
+struct Uniformity {
+  double u = 0;                           // 2 t / log 2
+  const void* bias = nullptr;             // (N) acc
+  void* sums = nullptr;                   // (N) acc
+};
+
 // 32-bit words of scratch for a row's groups: seven arrays of B, each 16-byte aligned.
 constexpr int kGroupArrays = 7;
 PYCSE_HD constexpr int64_t scratch_width(int B) { return kGroupArrays * ((int64_t(B) + 3) / 4 * 4); }
@@ -105,6 +111,8 @@ struct Kernels {
   void (*distill)(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
   // Rows of scratch that distill asks for; 0 where shared memory will do.
   int (*scratch_rows)(int B, int c, Queue);
+  // Rows [i0, i0 + c) of S against the n keys from i0 on.
+  void (*uniformity)(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
 };
 
 const Kernels& emulated_kernels();

@@ -8,4 +8,5 @@ void columns(const Contrastive&, DType, const Panel&, Queue);
 void symmetric(const Contrastive&, DType, const Panel&, Queue);
 void distill(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
 int scratch_rows(int B, int c, Queue);
+void uniformity(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
 }  // namespace pycse::cuda

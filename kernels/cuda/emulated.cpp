@@ -3,6 +3,7 @@
 #include "distill.h"
 #include "norms.h"
 #include "symmetric.h"
+#include "uniformity.h"
 
 namespace pycse::cuda {
 
@@ -58,9 +59,16 @@ static void distill(const Distill& d, DType dtype, const Panel& panel, DType tea
 
 static int scratch_rows(int, int, Queue) { return 1; }
 
+static void uniformity(const Uniformity& p, DType dtype, const Panel& panel, int n, bool grad, Queue) {
+  uniformity_variant(dtype, grad, [&](auto type, auto grad) {
+    for (int k = 0; k < panel.c; ++k)
+      uniformity_row<decltype(type), decltype(grad)::value>(OneThread(), p, panel, n, k);
+  });
+}
+
 const Kernels& emulated_kernels() {
   static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
-                                    distill, scratch_rows};
+                                    distill, scratch_rows, uniformity};
   return table;
 }
 

@@ -2,5 +2,6 @@
 
 from pycse.ops.contrastive import loss as contrastive_loss
 from pycse.ops.distill import distill as distill_losses
+from pycse.ops.uniformity import alignment, uniformity
 
-__all__ = ["contrastive_loss", "distill_losses"]
+__all__ = ["alignment", "contrastive_loss", "distill_losses", "uniformity"]

@@ -1,8 +1,8 @@
 """What the fused losses' operators share: gradients made in forward, autocast, and an eager route past the dispatcher.
 
-An operator of pycse takes, in this order: five arguments that may require grad (z1, z2, temperature, m, weight), other
-tensors, options, and ``needs`` (bool[5]). It returns its values, the loss first, and the five gradients; what ``needs``
-leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are multiplied by the upstream gradient,
+An operator of pycse takes, in this order: the arguments that may require grad (for one with losses a row: z1, z2,
+temperature, m, weight), other tensors, options, and ``needs``, one bool for each of the first. It returns its values, the
+loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are multiplied by the upstream gradient,
 so that loss scaling works.
 
 Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond the
@@ -21,7 +21,7 @@ from torch import Tensor
 
 library = torch.library.Library("pycse", "DEF")
 
-DIFFERENTIABLE, WEIGHT = 5, 4  # arguments that may require grad; where the weight stands
+WEIGHT = 4  # where the weight stands, in operators with losses a row
 EMPTY = (0,)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_GUARD = contextlib.nullcontext()
@@ -48,7 +48,7 @@ def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Shapes of the gradients of z1 and the inputs (z2, temperature, m, weight), for the fake kernels."""
+    """Shapes of the gradients of z1 and the other inputs (z2, temperature, m, weight), for the fake kernels."""
     result = []
     for k, (needed, x) in enumerate(zip(needs, (z1, *inputs))):
         if not needed or x is None:
@@ -69,11 +69,13 @@ class Fused:
         tensors: int,
         values: int,
         embeddings: set[int],
+        differentiable: int = 5,
     ) -> None:
         self.name = schema.split("(")[0]
         names = [part.split("=")[0].split()[-1] for part in schema.split("(", 1)[1].split(") ->")[0].split(", ")]
         self.forward, self.tensors, self.values, self.embeddings = forward, tensors, values, embeddings
-        self.reduction = names.index("reduction")
+        self.differentiable = differentiable
+        self.reduction = names.index("reduction") if "reduction" in names else None
         self.list_at = names.index("teachers") if "teachers" in names else None
         library.define(schema)
         self.op = getattr(torch.ops.pycse, self.name).default
@@ -91,16 +93,20 @@ class Fused:
         plain = (
             not torch.compiler.is_compiling()
             and type(z1) in _PLAIN
-            and (z2 is None or type(z2) in _PLAIN)
+            and (self.differentiable == 1 or z2 is None or type(z2) in _PLAIN)
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
-            return self.op(z1, *rest, [False] * DIFFERENTIABLE)[: self.values]
-        if _wants_gradients((z1, *rest[: DIFFERENTIABLE - 1])):
+            return self.op(z1, *rest, [False] * self.differentiable)[: self.values]
+        if _wants_gradients((z1, *rest[: self.differentiable - 1])):
             return _Gradients.apply(self, self.forward, z1, *rest)
-        result: Any = self.forward(z1, *rest, [False] * DIFFERENTIABLE)
+        result: Any = self.forward(z1, *rest, [False] * self.differentiable)
         return result[: self.values]
+
+    def rowwise(self, args: Any) -> bool:
+        """True where the losses are returned row by row."""
+        return self.reduction is not None and args[self.reduction] == "none"
 
     def _implementation(self, *args: Any) -> tuple[Tensor, ...]:
         """``forward`` for the dispatcher: an op returns tensors, none of which are None or alias each other."""
@@ -111,9 +117,9 @@ class Fused:
             return self.op(*args)
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
-        if _wants_gradients(args[:DIFFERENTIABLE]):
+        if _wants_gradients(args[: self.differentiable]):
             values = _Gradients.apply(self, self._below_autograd, *args[:-1])
-            return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(DIFFERENTIABLE)))
+            return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(self.differentiable)))
         return self._below_autograd(*args)
 
     def _autocast(self, device: str, key: torch._C.DispatchKey) -> Any:
@@ -141,9 +147,9 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: Fused, run: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
-        needs = list(ctx.needs_input_grad[2 : 2 + DIFFERENTIABLE])
-        unknown = args[fused.reduction] == "none"  # the upstream gradient is a vector that only backward knows
-        result = run(*args, [False] * DIFFERENTIABLE if unknown else needs)
+        needs = list(ctx.needs_input_grad[2 : 2 + fused.differentiable])
+        unknown = fused.rowwise(args)  # the upstream gradient is a vector that only backward knows
+        result = run(*args, [False] * fused.differentiable if unknown else needs)
         values, gradients = result[: fused.values], list(result[fused.values :])
         listed = () if fused.list_at is None else args[fused.list_at]
         ctx.save_for_backward(*args[: fused.tensors], *listed)
@@ -177,7 +183,7 @@ def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     if fused.list_at is not None:
         options[fused.list_at - fused.tensors] = list(ctx.saved_tensors[fused.tensors :])
     with torch.autocast(upstream.device.type, enabled=False):
-        if options[fused.reduction - fused.tensors] != "none":
+        if not fused.rowwise((*tensors, *options)):
             return list(ctx.run(*tensors, *options, ctx.needs)[fused.values :]), upstream
         # sum_i u_i w_i L_i: the upstream gradient of each row is its weight.
         weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"

@@ -1,0 +1,67 @@
+"""Alignment and uniformity of embeddings on the unit hypersphere. Each validates its arguments and calls one operator."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pycse import backends, ops, validation
+from pycse.problem import Alignment, Uniformity
+
+
+def alignment(x: Tensor, y: Tensor, *, normalize: bool = True, backend: str = "auto") -> Tensor:
+    r"""Alignment: the mean squared distance of positive pairs. 0 is perfect, 4 the worst.
+
+    .. code-block:: text
+
+        alignment = mean_i |xhat_i - yhat_i|^2,    xhat = x / |x|
+
+    Args:
+        x, y: (B, D) embeddings, row i of both a positive pair; float32, float64, bfloat16 or float16, same dtype and
+            device. A row with norm <= 1e-12 counts as 0 and gets gradient 0.
+        normalize: False takes the rows as they are.
+        backend: as in :func:`pycse.fused_focal_infonce`.
+
+    Returns:
+        0-d, float32 (float64 for float64 inputs). Gradients have the inputs' dtype; memory beyond them is O(D).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
+        RuntimeError: the backend named cannot run here; or a double backward (use backend="reference").
+
+    Source: Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+    Hypersphere", ICML 2020 (arXiv 2005.10242), with exponent 2.
+    """
+    validation.alignment(x, y, normalize, backend)
+    if backend == "reference":
+        return backends.module(backend, x.device.type, "uniformity").alignment(Alignment(x, y, normalize))
+    return ops.alignment(x, y, normalize, backend)
+
+
+def uniformity(x: Tensor, t: float = 2.0, *, normalize: bool = True, backend: str = "auto") -> Tensor:
+    r"""Uniformity: log of the mean Gaussian potential of all pairs, without an N x N matrix. Lower is more uniform.
+
+    .. code-block:: text
+
+        uniformity = log( mean_{i < j} exp(-t |xhat_i - xhat_j|^2) ),    xhat = x / |x|
+
+    Args:
+        x: (N, D) embeddings, N >= 2; float32, float64, bfloat16 or float16. A row with norm <= 1e-12 counts as 0 and
+            gets gradient 0.
+        t: > 0, no unit. Up to 20 the exponentials fit float32 without a search for the largest one.
+        normalize: False takes the rows as they are; distances of any size stay finite.
+        backend: as in :func:`pycse.fused_focal_infonce`.
+
+    Returns:
+        0-d, float32 (float64 for float64 inputs). Gradients have the inputs' dtype. Memory: O(c N) and one copy of x, two
+        with gradients; 3 N^2 D operations.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
+        RuntimeError: the backend named cannot run here; or a double backward (use backend="reference").
+
+    Source: Wang & Isola 2020 (arXiv 2005.10242), with the pairs i = j left out.
+    """
+    validation.uniformity(x, t, normalize, backend)
+    if backend == "reference":
+        return backends.module(backend, x.device.type, "uniformity").uniformity(Uniformity(x, float(t), normalize))
+    return ops.uniformity(x, float(t), normalize, backend)
