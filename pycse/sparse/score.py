@@ -71,21 +71,21 @@ def score(
     if not parameters:
         raise ValueError(f"encoder must have floating-point parameters; a {type(encoder).__name__} has none")
 
-    totals = [
+    a, u = (
         {name: torch.zeros_like(p, dtype=wide(p), requires_grad=False) for name, p in parameters.items()}
         for _ in range(2)
-    ]
+    )
     count = 0
     with unchanged(encoder, parameters.values(), seed), torch.enable_grad():
         for batch in shown(batches, progress):
-            for total, gradients in zip(totals, taylor(encoder, embed, batch, list(parameters.values()))):
+            for total, gradients in zip((a, u), taylor(encoder, embed, batch, list(parameters.values()))):
                 for (name, p), gradient in zip(parameters.items(), gradients):
                     if gradient is not None:
                         total[name] += (p.detach().to(total[name].dtype) * gradient).abs()
             count += 1
     if count == 0:
         raise ValueError("batches must hold at least one batch, got none")
-    return combine(*totals, balance, means)
+    return combine(a, u, balance, means)
 
 
 def combine(a: dict[str, Tensor], u: dict[str, Tensor], balance: float, means: str) -> dict[str, Tensor]:

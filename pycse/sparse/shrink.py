@@ -80,7 +80,8 @@ def group_scores(stack: Stack, scores: dict[str, Tensor], granularity: str) -> l
     result = []
     for below, layer in stack.layers:
         size = stack.group_size(layer, granularity)
-        total, members = 0, 0
+        total: Any = 0
+        members = 0
         *rows, columns = (f"{stack.prefix}{below}.{name}" for name in stack.linears(granularity))
         for name in rows:
             for part in ("weight", "bias"):

@@ -140,14 +140,14 @@ class ShrunkMPNetSelfAttention(MPNetSelfAttention):
 
     kept_heads: list[int]
 
-    def forward(self, hidden_states, attention_mask=None, position_bias=None, **options):
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
         if position_bias is not None:
             position_bias = position_bias[:, self.kept_heads]
-        return super().forward(hidden_states, attention_mask, position_bias, **options)
+        return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
 
 
 # Class as transformers has it -> (shrunk class, its configuration, where its parts are)
-SHRUNK: dict[type, tuple[type, type, Architecture]] = {
+SHRUNK: dict[Any, tuple[Any, Any, Architecture]] = {
     BertModel: (ShrunkBertModel, ShrunkBertConfig, BERT),
     RobertaModel: (ShrunkRobertaModel, ShrunkRobertaConfig, BERT),
     XLMRobertaModel: (ShrunkXLMRobertaModel, ShrunkXLMRobertaConfig, BERT),
@@ -157,8 +157,8 @@ SHRUNK: dict[type, tuple[type, type, Architecture]] = {
 
 # The saved configuration then names this file and its classes.
 for _model, _config, _ in SHRUNK.values():
-    _config.register_for_auto_class()  # type: ignore[attr-defined]
-    _model.register_for_auto_class("AutoModel")  # type: ignore[attr-defined]
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
 
 
 def resize(model: nn.Module, parts: Architecture) -> None:
@@ -195,4 +195,4 @@ def count_heads(attention: Any, parts: Architecture, kept: list[int]) -> None:
         attention.all_head_size = len(kept) * attention.attention_head_size
     if isinstance(attention, MPNetSelfAttention):
         attention.__class__ = ShrunkMPNetSelfAttention
-        attention.kept_heads = list(kept)
+        attention.kept_heads = list(kept)  # type: ignore[assignment]
