@@ -308,7 +308,8 @@ def plan_shrinking(encoder: nn.Module, scores: Mapping[str, Tensor], report: Rep
     ]
     if missing:
         raise ValueError(f"scores must have one for every layer that is cut: {missing[0]} is missing")
-    groups = group_scores(stack, dict(scores), report.granularity)
+    device = next(stack.model.parameters()).device
+    groups = group_scores(stack, {name: s.detach().to(device) for name, s in scores.items()}, report.granularity)
     kept = keep_above(groups, report.sparsity, report.scope, least=1)
     reasons = []
     for (below, layer), g, keep in zip(stack.layers, groups, kept):

@@ -134,15 +134,6 @@ def register() -> None:
         AutoModel.register(config, model, exist_ok=True)
 
 
-def is_sparse(folder: str | Path) -> bool:
-    """Whether a folder holds an encoder that only `load` reads as it was saved."""
-    try:
-        config = json.loads((transformer_folder(Path(folder)) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and (KEY in config or "shrunk_heads" in config)
-
-
 def transformer_folder(folder: Path) -> Path:
     """Where a saved encoder's transformer lies: the folder, or the one that modules.json names first."""
     try:
