@@ -23,6 +23,7 @@ lint: $(VENV)/test
 bench: $(VENV)/test  ## the tables of docs/performance.md
 	$(RUN) -m benchmarks.contrastive
 	$(RUN) -m benchmarks.distill
+	$(RUN) -m benchmarks.uniformity
 
 wheel: $(VENV)/test
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -5,14 +5,19 @@ The speed of a shared machine drifts by a factor of two, so absolute times are n
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,6 +78,12 @@ def peak_memory(call: Callable[[], object]) -> int:
     before = status("VmRSS")
     call()
     return status("VmHWM") - before
+
+
+def in_new_process(call: Callable[..., T], *args: Any) -> T:
+    """The result of a module's function, where no allocator remembers earlier work."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
 
 
 def tunables() -> str:

@@ -89,19 +89,6 @@ def evaluation_sets(paths: tuple[str, ...]) -> list[ScoredPairs]:
     return sets
 
 
-def alignment(z1, z2):
-    """mean ||z1_i - z2_i||^2 of unit rows, both (P, D)."""
-    return (z1 - z2).square().sum(dim=1).mean()
-
-
-def uniformity(z):
-    """log mean_{i<j} exp(-2 ||z_i - z_j||^2) of unit rows, (P, D); stable where every distance is large."""
-    import torch
-
-    d2 = torch.pdist(z).square()
-    return torch.logsumexp(-2 * d2, dim=0) - math.log(d2.numel())
-
-
 def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | None = None) -> list:
     """One sentence-transformers evaluator a set.
 
@@ -112,6 +99,8 @@ def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | 
     import numpy as np
     import torch
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    from pycse import alignment, uniformity
 
     class PairEvaluator(EmbeddingSimilarityEvaluator):
         """Adds alignment and uniformity, and embeds each distinct text once (Lee: 50 documents, not 2450)."""
@@ -138,8 +127,9 @@ def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | 
             self.embeddings = super().embed_inputs(model, list(self.index))
             model.max_seq_length = own_length
             metrics = super().__call__(model, output_path, epoch, steps)
-            z = torch.nn.functional.normalize(torch.from_numpy(self.embeddings).double())
-            metrics[f"{self.name}_uniformity"] = uniformity(z).item()
+            z = torch.from_numpy(self.embeddings).double()
+            if len(z) > 1:
+                metrics[f"{self.name}_uniformity"] = uniformity(z).item()
             if self.similar.any():
                 first, second = (
                     [self.index[text] for text, similar in zip(texts, self.similar, strict=True) if similar]
