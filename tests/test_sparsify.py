@@ -171,7 +171,7 @@ def test_names_and_kinds_of_layers():
     scores["other.weight"].zero_()
     report = sparsify(model, scores, 0.4, exclude="nothing*")
     reasons = {layer.name: layer.reason for layer in report.layers if layer.skipped}
-    assert "shares its weight" in reasons["head"] and "scores are 0" in reasons["other"]
+    assert "more than one place" in reasons["head"] and "scores are 0" in reasons["other"]
     assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"] and len(reasons) == 3
     assert report.removed == 10
     model = plain()
@@ -433,6 +433,8 @@ BAD = {
     "block of nothing": (plain, {"granularity": "block", "block": 0}, "block must be at least 1"),
     "no linear": (lambda: nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)), {}, "nn.Linear"),
     "heads of no encoder": (plain, {"granularity": "head"}, "BertModel, RobertaModel, XLMRobertaModel, MPNetModel"),
+    "a layer alone": (lambda: nn.Linear(4, 4), {}, "whole encoder"),
+    "one layer twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), {}, "more than one place"),
     "everything excluded": (plain, {"exclude": ["*"]}, "excluded"),
     "no module": (lambda: [1], {}, "torch.nn.Module"),
     "too many heads": (transformer, {"granularity": "head", "sparsity": 0.9}, "11 of 12 groups, but each of 3 layers"),

@@ -85,9 +85,10 @@ class Report:
         """For a rich Console."""
         from rich.table import Table
 
-        table = Table(title=self.summary(), title_justify="left")
         prefix = common_prefix([layer.name for layer in self.layers])
-        table.add_column(f"layer ({prefix}...)" if prefix else "layer")
+        caption = f"layers are named below {prefix[:-1]}" if prefix else None
+        table = Table(title=self.summary(), title_justify="left", caption=caption, caption_justify="left")
+        table.add_column("layer")
         for heading in ("shape", "kept", "removed", "share", "scores"):
             table.add_column(heading, justify="right")
         table.add_column("kernel")
@@ -157,4 +158,5 @@ class Report:
 
 def common_prefix(names: list[str]) -> str:
     """What all dotted names begin with, up to a dot."""
-    return os.path.commonprefix(names).rpartition(".")[0] + "." if "." in os.path.commonprefix(names) else ""
+    head, dot, _ = os.path.commonprefix(names).rpartition(".")
+    return head + dot

@@ -180,7 +180,7 @@ def plan_masks(
     """Fill in the report's layers; a function that replaces them."""
     prefix = searched(encoder)
     owners: dict[int, int] = {}
-    for module in encoder.modules():
+    for _, module in encoder.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners[id(p)] = owners.get(id(p), 0) + 1
     chosen: list[tuple[str, nn.Linear, LayerReport]] = []
@@ -194,8 +194,10 @@ def plan_masks(
         layer.reason = refusal(name, module, scores, include, exclude, report.granularity, nm[1], block) or ""
         if not name.startswith(prefix):
             layer.reason = "outside the transformer"
-        if owners[id(module.weight)] > 1:
-            layer.reason = "shares its weight with another module"
+        if owners.get(id(module.weight), 1) > 1:
+            layer.reason = "its weight is used in more than one place"
+        if not name:
+            layer.reason = "it is the whole encoder, which cannot be replaced in place"
         layer.skipped = bool(layer.reason)
         report.layers.append(layer)
         if not layer.skipped:
