@@ -177,12 +177,17 @@ def fused_distill(
     ).loss  # fmt: skip
 
 
+# Every rank with mass is a group of its own from far larger P on (masses are integers, grouping.py): so smaller ones mean
+# the same, and numbers of groups fit 64 bits. Ranks fit 32 bits.
+SMALLEST_P, LARGEST_GROUP = 1e-15, 2**32
+
+
 def _grouping(group_p: float | None, group_size: int | None, span: tuple[int, int] | None) -> Grouping:
     if group_size is not None:
-        return Grouping("size", float(group_size))
+        return Grouping("size", float(min(group_size, LARGEST_GROUP)))
     if span is not None:
         return Grouping("span", float(span[0]), int(span[1]))
-    return Grouping("mass", 0.1 if group_p is None else float(group_p))
+    return Grouping("mass", 0.1 if group_p is None else max(float(group_p), SMALLEST_P))
 
 
 def _drawn(seed: int | Tensor | torch.Generator | None, device: torch.device) -> tuple[Tensor | None, int]:
@@ -193,6 +198,7 @@ def _drawn(seed: int | Tensor | torch.Generator | None, device: torch.device) ->
         where = device if seed is None else seed.device
         drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where, generator=seed)
         return drawn.to(device), 0
+    seed = seed if isinstance(seed, (int, torch.SymInt)) else int(seed)  # numpy's integers
     return None, seed if seed < 2**63 else seed - 2**64
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -95,7 +95,10 @@ def contrastive(
     """Everything that can be checked without reading a tensor's values."""
     embeddings("z1", z1)
     embeddings("z2", z2)
-    if z1.dtype != z2.dtype and not torch.is_autocast_enabled(z1.device.type):
+    # Autocast makes them alike, but leaves float64 as it is.
+    if z1.dtype != z2.dtype and (
+        torch.float64 in (z1.dtype, z2.dtype) or not torch.is_autocast_enabled(z1.device.type)
+    ):
         raise TypeError(f"z2 must have z1's dtype {z1.dtype}, got {z2.dtype}")
     (B, D), N = z1.shape, z2.shape[0]
     if z2.shape[1] != D:
@@ -240,7 +243,7 @@ def number(name: str, value: Any) -> None:
 
 
 def whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):  # numpy's among them
         raise TypeError(f"{name} must be an integer, got {_what(value)}")
 
 
@@ -298,7 +301,8 @@ def seed(value: Any) -> None:
         if value.dim() != 0 or value.dtype != torch.int64:
             raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
         return
-    whole("seed", value)
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {value!r}")
 

@@ -76,6 +76,14 @@ def test_named_error(change, error, message, backend):
             fused_infonce(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_autocast_does_not_hide_that_one_side_is_float64(backend):
+    """It leaves float64 as it is, and kernels read both sides as one type."""
+    for z1, z2 in ((z, z.double()), (z.double(), z)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="z2 must have z1's dtype"):
+            fused_focal_infonce(z1, z2, backend=backend)
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_backend_that_cannot_run_says_why(backend):
     if torch.cuda.is_available():

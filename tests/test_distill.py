@@ -515,15 +515,54 @@ def test_as_vectorised_pytorch_writes_it():
         torch.testing.assert_close(fused_distill(z, teachers, shuffle="none", backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("divergence", ["ce", "kl", "js"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_bad_rows_stay_bad_and_end(value, backend):
-    z, teachers = batch(20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bad_rows_stay_bad_and_end(value, divergence, dtype, backend):
+    z, teachers = batch(20, dtype=dtype)
     teachers[0][3] = value
-    assert fused_distill(z, teachers, seed=0, backend=backend).isnan()
+    loss = fused_distill(z.requires_grad_(), teachers, seed=0, divergence=divergence, backend=backend)
+    assert loss.isnan()
+    loss.backward()
+    assert z.grad.isnan().any()
     logits = coarse_logits(20)
     logits[2, 5] = -torch.inf  # a pair the teacher rules out
     assert fused_distill(z, teacher_logits=logits, seed=0, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF])  # the second is what NVIDIA GPUs make
+def test_any_nan_is_a_nan(bits):
+    """A NaN's payload must not turn it into a number in the kernels' exponential."""
+    bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    logits = coarse_logits(20).float()
+    logits[2, 5] = bad
+    z = torch.randn(20, 8)
+    rows = fused_distill(z, teacher_logits=logits, seed=0, reduction="none", backend="cpu")
+    assert rows.isnan().nonzero().tolist() == [[2]]
+    keys = torch.randn(40, 8)
+    keys[30, 3] = bad
+    assert fused_infonce(z, keys, reduction="none", backend="cpu").isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_groups(backend):
+    """Beyond what numbers of groups hold: the smallest P is no shuffle (no ties here), the largest size one group."""
+    z, teachers = batch(20)
+    find = lambda **options: fused_distill(z, teachers, seed=1, backend=backend, **options)  # noqa: E731
+    for P in (1e-15, 1e-20, 5e-324):
+        torch.testing.assert_close(find(group_p=P), find(shuffle="none"))
+    torch.testing.assert_close(find(group_size=10**30), find(group_size=19))
+
+
+def test_integers_of_numpy_are_integers():
+    z, teachers = batch(20)
+    one, expected = np.int64(1), fused_distill(z, teachers, seed=1, span=(1, 9))
+    assert fused_distill(z, teachers, seed=one, span=(one, np.int32(9))) == expected
+    assert fused_distill(z, teachers, seed=np.uint64(2**64 - 1)) == fused_distill(z, teachers, seed=-1)
+    assert fused_distill(z, teachers, seed=1, group_size=np.int64(4)) == fused_distill(
+        z, teachers, seed=1, group_size=4
+    )
 
 
 @pytest.mark.clean_memory
@@ -534,6 +573,13 @@ def test_large_tied_rows_end():
 
 
 # Modules and bad input
+
+
+def test_values_are_checked_before_any_work(monkeypatch):
+    monkeypatch.setattr(cpu, "distill", lambda d: pytest.fail("distilled before the positives were looked at"))
+    z, teachers = batch(8)
+    with pytest.raises(ValueError, match="positives"):
+        fused_distillcse(z, z, teachers, positives=torch.arange(8) + 1, seed=1, backend="cpu")
 
 
 def test_modules_hold_configuration():

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from pycse import fused_focal_infonce, fused_infonce
+from pycse import fused_distillcse, fused_focal_infonce, fused_infonce
 from pycse.losses import FocalInfoNCELoss, InfoNCELoss
 from pycse.ops.contrastive import contrastive as fused
 
@@ -136,6 +136,64 @@ def test_gradients_given_away_are_not_changed_later(backend):
     first.mul_(7)  # the caller's to use
     (second,) = torch.autograd.grad(loss * 2, z1)
     torch.testing.assert_close(second, 2 * kept)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensors_of_inference_mode_may_be_keys_teachers_and_weights(backend, reduction):
+    """SentenceTransformer.encode makes such; autograd cannot save them."""
+    z1, z2 = pair(12, 12)
+    with torch.inference_mode():
+        made = [z2.detach().clone(), torch.rand(12, 5), torch.rand(12), torch.tensor(3)]
+
+    def gradient(z2, teacher, weight, seed):
+        options = dict(weight=weight, seed=seed, reduction=reduction, backend=backend)
+        return torch.autograd.grad(fused_distillcse(z1, z2, [teacher], **options).loss.sum(), z1)[0]
+
+    if backend == "reference":  # plain autograd, which saves the keys
+        made[0] = made[0].clone()
+        made[2] = made[2].clone()
+    torch.testing.assert_close(gradient(*made), gradient(*(t.clone() for t in made)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negative_views_are_read_as_their_values(backend):
+    """``x.conj().imag`` is a view whose sign stands in a flag, not in its memory."""
+    z1, z2 = pair(12, 12, grad=False)
+    weight, teacher = torch.rand(12), torch.rand(12, 5)
+    views = [torch._neg_view(-t) for t in (z1, z2, weight, teacher)]
+    assert all(t.is_neg() for t in views)
+    results = []
+    for a, b, w, e in ((z1, z2, weight, teacher), views):
+        a = a.requires_grad_()
+        for reduction in ("mean", "none"):
+            loss = fused_distillcse(a, b, [e], weight=w, seed=1, reduction=reduction, backend=backend).loss
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), a)))
+    for plain, view in zip(results[:2], results[2:]):
+        torch.testing.assert_close(view, plain)
+
+
+def test_forward_mode_derivatives_are_refused():
+    z1, z2 = pair(grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z1, torch.ones_like(z1))
+        with pytest.raises(RuntimeError, match="jvp"):
+            fused_focal_infonce(dual, z2, backend="cpu")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_tracing_is_refused():
+    """A trace would not see what native code writes."""
+    with pytest.raises(RuntimeError, match="use torch.compile"):
+        torch.jit.trace(lambda a, b: fused_focal_infonce(a, b, backend="cpu"), pair(grad=False))
+
+
+def test_meta_tensors_have_shapes():
+    z1, z2 = (z.detach().to("meta").requires_grad_() for z in pair())
+    loss = fused_focal_infonce(z1, z2, reduction="none")
+    assert loss.is_meta and loss.shape == (12,)
+    rows = fused_distillcse(z1, z2, [z1.detach()], reduction="none")
+    assert rows.loss.is_meta and rows.distillation.shape == (12,)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

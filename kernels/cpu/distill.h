@@ -13,7 +13,8 @@
 
 namespace pycse::PYCSE_ISA {
 
-// log2 x for x > 0 (about -127 for 0): 2 atanh(f) / log 2 with f = (m - 1) / (m + 1), |f| < 0.172. Relative error 1e-7.
+// log2 x for x > 0 (about -127 for 0, NaN for NaN): 2 atanh(f) / log 2 with f = (m - 1) / (m + 1), |f| < 0.172. Relative
+// error 1e-7.
 PYCSE_INLINE float log2_(float x) {
   const int32_t bits = __builtin_bit_cast(int32_t, x), exponent = (bits - 0x3f3504f3) >> 23;
   const float m = __builtin_bit_cast(float, bits - (exponent << 23));
@@ -23,9 +24,9 @@ PYCSE_INLINE float log2_(float x) {
   y = y * w + 0.57707802f;
   y = y * w + 0.96179669f;
   y = y * w + 2.88539008f;
-  return float(exponent) + f * y;
+  return x == x ? float(exponent) + f * y : x;
 }
-PYCSE_INLINE double log2_(double x) { return std::log2(x > 0 ? x : 1e-300); }
+PYCSE_INLINE double log2_(double x) { return std::log2(x <= 0 ? 1e-300 : x); }
 
 // out_k = x_k but for the diagonal, in the accumulation type; returns the largest, and through `least` the smallest.
 template <class T, class A>

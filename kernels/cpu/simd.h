@@ -31,18 +31,19 @@ PYCSE_INLINE void store(bf16& out, float x) {  // round to nearest even; NaN sta
 }
 
 // 2^x for x < 128: 0 below -126 (so -inf marks a key that does not count), NaN for NaN. Relative error 1.7e-7: a minimax
-// polynomial on [-1/2, 1/2]; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
+// polynomial on [-1/2, 1/2]; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits, and 127 more
+// makes it an exponent. The product, not a sum of bits, keeps a NaN whatever its payload.
 PYCSE_INLINE float exp2_(float x) {
-  const float t = x + 12582912.0f;
-  const float r = x - (t - 12582912.0f);
+  const float t = x + 12583039.0f;
+  const float r = x - (t - 12583039.0f);
   float y = 1.3264727262e-3f;
   y = y * r + 9.6715127104e-3f;
   y = y * r + 5.5507337437e-2f;
   y = y * r + 2.4022242084e-1f;
   y = y * r + 6.9314697760e-1f;
   y = y * r + 1.0f;
-  const uint32_t bits = __builtin_bit_cast(uint32_t, y) + (__builtin_bit_cast(uint32_t, t) << 23);
-  return x < -126.0f ? 0.0f : __builtin_bit_cast(float, bits);
+  y *= __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) << 23);
+  return x < -126.0f ? 0.0f : y;
 }
 PYCSE_INLINE double exp2_(double x) { return std::exp2(x); }
 

@@ -52,16 +52,18 @@ def _forward(
         reduction,
         needs[0],
     )
-    out = run(d)
-    distillation = d.reduce(out.rows)
     dweight = lambda rows: fused.in_type_of(d.weight_gradient(rows), weight) if needs[fused.WEIGHT] else None  # noqa: E731
     if z2 is None:
+        out = run(d)
+        distillation = d.reduce(out.rows)
         loss = distillation * factor
         return loss, loss.new_zeros(loss.shape), distillation, out.dz1, None, None, None, dweight(out.rows * factor)
 
     p, other = contrastive.compute(
         z1, z2, temperature, m, weight, positives, query_ids, key_ids, *(*options, needs)
     )  # fmt: skip
+    out = run(d)  # after the contrastive part, which checks the tensors' values
+    distillation = d.reduce(out.rows)
     contrast = p.reduce(other.rows)
     return (
         torch.add(contrast, distillation, alpha=factor),

@@ -7,7 +7,7 @@ so that loss scaling works.
 
 Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond the
 gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does not know,
-compute them again through the same operator.
+compute them again through the same operator; only then are the saved tensors looked at, so that a seed may count on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("pycse", "DEF")
 
@@ -89,15 +90,19 @@ class Fused:
 
         Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
         """
-        z2 = rest[0]
+        listed = () if self.list_at is None else rest[self.list_at - 1]
         plain = (
             not torch.compiler.is_compiling()
-            and type(z1) in _PLAIN
-            and (self.differentiable == 1 or z2 is None or type(z2) in _PLAIN)
             and torch._C._len_torch_dispatch_stack() == 0
+            and not torch._C._get_tracing_state()
+            and all(map(_is_plain, (z1, *rest[: self.tensors - 1], *listed)))
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
+            if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
+                raise RuntimeError(
+                    "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
+                )
             return self.op(z1, *rest, [False] * self.differentiable)[: self.values]
         if _wants_gradients((z1, *rest[: self.differentiable - 1])):
             return _Gradients.apply(self, self.forward, z1, *rest)
@@ -152,8 +157,12 @@ class _Gradients(torch.autograd.Function):
         result = run(*args, [False] * fused.differentiable if unknown else needs)
         values, gradients = result[: fused.values], list(result[fused.values :])
         listed = () if fused.list_at is None else args[fused.list_at]
-        ctx.save_for_backward(*args[: fused.tensors], *listed)
+        saved = [*args[: fused.tensors], *listed]
+        # What inference mode made (encode() of a teacher, say) cannot be saved: it counts no changes in place.
+        ctx.unsaved = {k: t for k, t in enumerate(saved) if t is not None and t.is_inference()}
+        ctx.save_for_backward(*(None if k in ctx.unsaved else t for k, t in enumerate(saved)))
         ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, args[fused.tensors :], needs
+        ctx.dtypes = [t.dtype if needed else None for t, needed in zip(saved, needs)]
         ctx.gradients = None if unknown else gradients
         if len(values) > 1:
             ctx.mark_non_differentiable(*values[1:])
@@ -161,7 +170,6 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        tensors = ctx.saved_tensors
         result: list[Tensor | None] = [None] * (2 + ctx.fused.tensors + len(ctx.options))
         if upstream is None:
             return tuple(result)
@@ -172,16 +180,17 @@ class _Gradients(torch.autograd.Function):
                 gradients, upstream = _again(ctx, upstream)
             for k, needed in enumerate(ctx.needs):
                 if needed:
-                    result[k + 2] = _scaled(gradients[k], upstream, tensors[k])
+                    result[k + 2] = _scaled(gradients[k], upstream, ctx.dtypes[k])
         return tuple(_raise_on_use(result) if twice else result)
 
 
 def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     """The gradients once more, and what is left to multiply them by."""
     fused, options = ctx.fused, list(ctx.options)
-    tensors = list(ctx.saved_tensors[: fused.tensors])
+    saved = [ctx.unsaved.get(k, t) for k, t in enumerate(ctx.saved_tensors)]
+    tensors = saved[: fused.tensors]
     if fused.list_at is not None:
-        options[fused.list_at - fused.tensors] = list(ctx.saved_tensors[fused.tensors :])
+        options[fused.list_at - fused.tensors] = saved[fused.tensors :]
     with torch.autocast(upstream.device.type, enabled=False):
         if not fused.rowwise((*tensors, *options)):
             return list(ctx.run(*tensors, *options, ctx.needs)[fused.values :]), upstream
@@ -192,12 +201,12 @@ def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     return [*gradients, row_losses * upstream if ctx.needs[WEIGHT] else row_losses], upstream.new_ones(())
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     if type(gradient) is not Tensor:  # being traced: no values, nothing in place
-        return (gradient * upstream).to(like.dtype)
+        return (gradient * upstream).to(dtype)
     if upstream.device.type != "cpu" or upstream.item() != 1:
         gradient.mul_(upstream)
-    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
@@ -210,5 +219,15 @@ def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
     return [None if g is None else raising(g.detach().requires_grad_()) for g in gradients]
 
 
+def _is_plain(t: Tensor | None) -> bool:
+    """Whether the memory at t's address holds its values, so that nothing is left for the dispatcher to do."""
+    return t is None or (type(t) in _PLAIN and not t.is_neg() and not t.is_meta)
+
+
 def _wants_gradients(tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    # Forward-mode tangents: autograd.Function says that there are none through this one.
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -53,7 +53,7 @@ def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
     log_p = (s.gather(1, others) / d.student_temperature).log_softmax(1)
     log_q = (t.gather(1, others) / d.teacher_temperature).log_softmax(1)
     q = log_q.exp()
-    entropy = -torch.where(q > 0, q * log_q, 0).sum(1)
+    entropy = -torch.where(q == 0, 0, q * log_q).sum(1)
     if d.cut is not None or source is not None:
         q = torch.zeros_like(s).scatter(1, others, q)
         if source is None:
@@ -66,6 +66,6 @@ def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
     if d.divergence == "js":
         p = log_p.exp()
         log_a = ((p + q) / 2).log()
-        return (torch.xlogy(q, q) - q * log_a + torch.where(p > 0, p * (log_p - log_a), 0)).sum(1) / 2
-    cross = -torch.where(q > 0, q * log_p, 0).sum(1)
+        return (torch.xlogy(q, q) - q * log_a + torch.where(p == 0, 0, p * (log_p - log_a))).sum(1) / 2
+    cross = -torch.where(q == 0, 0, q * log_p).sum(1)
     return cross - entropy if d.divergence == "kl" else cross
