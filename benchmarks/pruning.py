@@ -37,7 +37,7 @@ def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run of the sweep, all methods of a seed first: a table that is interrupted is even."""
     shared = {
         "score_batches": arguments.score_batches, "batch_size": arguments.batch_size, "max_length": arguments.max_length,
-        "balance": arguments.balance, "means": arguments.means, "sets": arguments.eval_file,
+        "balance": arguments.balance, "means": arguments.means, "bf16": arguments.bf16, "sets": arguments.eval_file,
     }  # fmt: skip
     runs = [{"method": "none", "share": 0.0, "seed": 0} | shared]
     for seed in range(1, arguments.seeds + 1):
@@ -107,7 +107,8 @@ class Sweep:
         if run["share"]:
             encoder = copy.deepcopy(encoder)
             removed = sparsify(encoder, self.scores(run), run["share"], exclude=UNUSED, pattern="dense").removed
-        return run | {"removed": removed, "scores": evaluate(encoder, self.sets)}
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=run["bf16"]):
+            return run | {"removed": removed, "scores": evaluate(encoder, self.sets)}
 
 
 def grouped(runs: list[dict[str, Any]], name: str, measure: str) -> dict[tuple[str, float], list[float]]:
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--balance", type=float, default=0.5)
     parser.add_argument("--means", default="global")
+    parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16; scores are made in float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", metavar="FILE", help="one line a finished run; read again to go on")
     parser.add_argument("--picture", metavar="FILE", help="PNG to write")
