@@ -338,6 +338,8 @@ def evaluate(
         Settings(device=device, batch_size=batch_size).check()
         if json is not None and Path(json).exists():
             raise UserError(f"--json {json} exists and is not overwritten; give a new file")
+        if json is not None and not Path(json).absolute().parent.is_dir():
+            raise UserError(f"--json {json}: there is no folder {Path(json).parent}; make it first")
         require_extras()
         quiet(is_local(model))
 

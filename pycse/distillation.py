@@ -177,9 +177,8 @@ def fused_distill(
     ).loss  # fmt: skip
 
 
-# Every rank with mass is a group of its own from far larger P on (masses are integers, grouping.py): so smaller ones mean
-# the same, and numbers of groups fit 64 bits. Ranks fit 32 bits.
-SMALLEST_P, LARGEST_GROUP = 1e-15, 2**32
+# Numbers of groups and ranks fit 32 bits: a smaller P counts as this one, a larger group as this many ranks.
+SMALLEST_P, LARGEST_GROUP = 2.0**-30, 2**31 - 1
 
 
 def _grouping(group_p: float | None, group_size: int | None, span: tuple[int, int] | None) -> Grouping:

@@ -193,12 +193,13 @@ _BATCH = ("teachers", "teacher_logits", "seed", "positives", "query_ids", "key_i
 
 def _known_options(function: Any, options: dict[str, Any], belongs_to_batch: tuple[str, ...]) -> None:
     """Unknown or contradictory options fail when the module is made, not in the first step."""
-    names = [n for n in inspect.signature(function).parameters if n not in (*belongs_to_batch, "temperature", "m")]
+    parameters = inspect.signature(function).parameters
+    names = [n for n in parameters if n not in (*belongs_to_batch, "temperature", "m")]
     for name in options:
         if name not in names:
             why = (
                 "belongs to a batch: give it to forward"
-                if name in belongs_to_batch
+                if name in belongs_to_batch and name in parameters
                 else f"is none of {', '.join(names)}"
             )
             raise TypeError(f"option {name!r} {why}")

@@ -36,6 +36,14 @@ def same_device(z: Tensor, of: str = "z1", /, **others: Any) -> None:
             raise ValueError(f"{name} must be on {of}'s device {z.device}, got {tensor.device}")
 
 
+def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
+    """Autocast makes them alike, but leaves float64 as it is."""
+    if z.dtype != other.dtype and (
+        torch.float64 in (z.dtype, other.dtype) or not torch.is_autocast_enabled(z.device.type)
+    ):
+        raise TypeError(f"{other_name} must have {name}'s dtype {z.dtype}, got {other.dtype}")
+
+
 def real(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite Python number, or a 0-d float tensor (whose value check_values looks at)."""
     if isinstance(value, Tensor):
@@ -95,11 +103,7 @@ def contrastive(
     """Everything that can be checked without reading a tensor's values."""
     embeddings("z1", z1)
     embeddings("z2", z2)
-    # Autocast makes them alike, but leaves float64 as it is.
-    if z1.dtype != z2.dtype and (
-        torch.float64 in (z1.dtype, z2.dtype) or not torch.is_autocast_enabled(z1.device.type)
-    ):
-        raise TypeError(f"z2 must have z1's dtype {z1.dtype}, got {z2.dtype}")
+    same_dtype("z1", z1, "z2", z2)
     (B, D), N = z1.shape, z2.shape[0]
     if z2.shape[1] != D:
         raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
@@ -279,14 +283,16 @@ def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) ->
         return
     if isinstance(weights, Tensor):
         raise TypeError(f"teacher_weights must be numbers, one a teacher, got {_what(weights)}; use .tolist()")
-    if not isinstance(weights, (list, tuple)) or len(weights) != len(embedded):
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"teacher_weights must be a list of numbers, one a teacher, got {_what(weights)}")
+    if len(weights) != len(embedded):
         raise ValueError(f"teacher_weights must be {len(embedded)} numbers, one a teacher, got {weights!r}")
     for k, w in enumerate(weights):
         number(f"teacher_weights[{k}]", w)
         if w < 0:
             raise ValueError(f"teacher_weights[{k}] must be >= 0, got {w!r}")
-    if sum(weights) == 0:
-        raise ValueError(f"teacher_weights must not all be 0, got {weights!r}")
+    if not 0 < sum(weights) < math.inf:
+        raise ValueError(f"teacher_weights must have a finite sum > 0, got {weights!r}")
 
 
 def detached(name: str, tensor: Tensor) -> None:
@@ -303,7 +309,7 @@ def seed(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
-    if not -(2**63) <= value < 2**64:
+    if not -(2**63) <= int(value) < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {value!r}")
 
 
@@ -341,8 +347,7 @@ def alignment(x: Any, y: Any, normalize: Any, backend: Any) -> None:
     embeddings("y", y)
     if x.shape != y.shape:
         raise ValueError(f"y must have x's shape {tuple(x.shape)} (row i of both is a pair), got {tuple(y.shape)}")
-    if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"y must have x's dtype {x.dtype}, got {y.dtype}")
+    same_dtype("x", x, "y", y)
     same_device(x, "x", y=y)
     flag("normalize", normalize)
     choice("backend", backend, CHOICES)

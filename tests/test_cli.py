@@ -231,6 +231,7 @@ def test_bad_input_is_one_line_and_changes_nothing(place, tiny_model, case):
         (["MODEL", "--eval-file", "bad.tsv"], "bad.tsv, line 2"),
         (["MODEL", "--layers", "7"], "layers 0 to 3"),
         (["MODEL", "--json", "text.txt"], "text.txt exists"),
+        (["MODEL", "--json", "nowhere/scores.json"], "there is no folder nowhere"),
     ],
 )
 def test_bad_input_to_eval(place, tiny_model, arguments, words):

@@ -2,8 +2,8 @@
 
 An operator of pycse takes, in this order: the arguments that may require grad (for one with losses a row: z1, z2,
 temperature, m, weight), other tensors, options, and ``needs``, one bool for each of the first. It returns its values, the
-loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are multiplied by the upstream gradient,
-so that loss scaling works.
+loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until
+they are multiplied by the upstream gradient, so that loss scaling works.
 
 Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond the
 gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does not know,

@@ -18,9 +18,6 @@ RANKED = 1 << 22
 
 FLAT = 1024  # entries of a program that knows no rows
 
-# Smaller groups would need ids beyond 32 bits; a column of less of the mass stays beside another one.
-LEAST_P = 2.0**-30
-
 
 def others(T: Tensor, i0: int, dtype: torch.dtype) -> Tensor:
     """(c, B - 1): the columns but the diagonal."""
@@ -41,9 +38,8 @@ class Kernels(Norms, panel.Kernels):
         cut = d.cut
         if cut is not None and cut.kind == "mass":
             self.group_temperature = self.number(d.group_temperature)
-            P = max(cut.value, LEAST_P)
-            self.last = grouping.group_count(P) - 1
-            self.P = torch.full((), P, dtype=torch.float64, device=self.device)
+            self.last = grouping.group_count(cut.value) - 1
+            self.P = torch.full((), cut.value, dtype=torch.float64, device=self.device)
 
     def _group(self, ranked: Tensor, order: Tensor | None) -> Tensor:
         """Groups by column, or by rank without ``order``."""
