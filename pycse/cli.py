@@ -15,8 +15,17 @@ import typer
 
 from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError, require_extras
-from pycse.training.recipes import RECIPES
-from pycse.training.settings import DEFAULT_LAYERS, DEFAULT_STEPS, DEVICES, EVALUATIONS, Settings
+from pycse.training.recipes import PRUNING, RECIPES
+from pycse.training.settings import (
+    DEFAULT_LAYERS,
+    DEFAULT_STEPS,
+    DEVICES,
+    EVALUATIONS,
+    GRANULARITIES,
+    MEANS,
+    SCOPES,
+    Settings,
+)
 
 app = typer.Typer(
     help="Fused contrastive losses for sentence embeddings: train and evaluate encoders.",
@@ -28,6 +37,21 @@ app = typer.Typer(
 DEFAULTS = Settings()
 DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
 DISTILL = RECIPES["distillcse"].own
+PRUNES = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
+SPARSITY_HELP = (
+    f"Share of the weights, blocks, heads or neurons to remove, of 0 to below 1. Default: {PRUNING['sparsity']}."
+)
+GRANULARITY_HELP = (
+    f"What is removed: one of {', '.join(GRANULARITIES)}, or n:m as in 2:4, which keeps 2 of every 4 weights. "
+    f"Default: {PRUNING['granularity']}."
+)
+SCOPE_HELP = (
+    f"One of {', '.join(SCOPES)}: the share of all, or of each layer. Default: layer for neuron and n:m, else global."
+)
+BLOCK_HELP = f"Side of a block, --granularity block. Default: {PRUNING['block']}."
+BALANCE_HELP = f"Share of alignment in the scores; the rest is uniformity's. Default: {PRUNING['balance']}."
+MEANS_HELP = f"What scores are divided by, one of {', '.join(MEANS)}: the mean of all parameters, or of each. Default: {PRUNING['means']}."
+SCORE_HELP = f"Batches of text to score parameters on. Default: {PRUNING['score_batches']}."
 EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
 
 
@@ -109,7 +133,7 @@ def train(
         str,
         typer.Option(
             help=f"One of {', '.join(RECIPES)}. distillcse learns a teacher's similarities beside InfoNCE; focal is "
-            "Focal-InfoNCE; simcse is InfoNCE."
+            "Focal-InfoNCE; simcse is InfoNCE; sparsecse is InfoNCE, then removes parameters and trains the rest."
         ),
     ] = DEFAULTS.recipe,
     teacher: Annotated[
@@ -170,6 +194,16 @@ def train(
     divergence: Annotated[
         str | None, typer.Option(help=f"distillcse: one of {', '.join(DIVERGENCES)}. Default: {DISTILL['divergence']}.")
     ] = None,
+    sparsity: Annotated[float | None, typer.Option(help=f"{PRUNES}: {SPARSITY_HELP}")] = None,
+    granularity: Annotated[str | None, typer.Option(help=f"{PRUNES}: {GRANULARITY_HELP}")] = None,
+    scope: Annotated[str | None, typer.Option(help=f"{PRUNES}: {SCOPE_HELP}")] = None,
+    block: Annotated[int | None, typer.Option(help=f"{PRUNES}: {BLOCK_HELP}")] = None,
+    balance: Annotated[float | None, typer.Option(help=f"{PRUNES}: {BALANCE_HELP}")] = None,
+    means: Annotated[str | None, typer.Option(help=f"{PRUNES}: {MEANS_HELP}")] = None,
+    score_batches: Annotated[int | None, typer.Option(help=f"{PRUNES}: {SCORE_HELP}")] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(help=f"{PRUNES}: steps after the removal. Default: half of --steps.")
+    ] = None,
     hard_negative_weight: Annotated[
         float, typer.Option(help="Added to the logits of a row's own hard negatives.")
     ] = DEFAULTS.hard_negative_weight,
@@ -216,6 +250,77 @@ def train(
 
         console = Console(markup=False, highlight=False)  # square brackets in file names are no markup
         run, folder = run_training(settings, console)
+        report.show_and_write(run, folder, console)
+
+
+@app.command()
+def sparsify(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hugging Face id or folder of the encoder. Default: the all-MiniLM-L6-v2 that comes with the training "
+            "extras."
+        ),
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help=SPARSITY_HELP)] = None,
+    granularity: Annotated[str | None, typer.Option(help=GRANULARITY_HELP)] = None,
+    scope: Annotated[str | None, typer.Option(help=SCOPE_HELP)] = None,
+    block: Annotated[int | None, typer.Option(help=BLOCK_HELP)] = None,
+    out: Annotated[
+        str | None, typer.Option(help="New or empty folder to write to. Default: runs/sparsify-DATE-TIME.")
+    ] = None,
+    finetune_steps: Annotated[
+        int | None, typer.Option(help="Steps of training after the removal, under the masks. Default: 0.")
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help=f"Of --finetune-steps, one of {', '.join(name for name, one in RECIPES.items() if not one.prunes)}. "
+            "distillcse: the encoder before the removal teaches what is left of it."
+        ),
+    ] = DEFAULTS.recipe,
+    balance: Annotated[float | None, typer.Option(help=BALANCE_HELP)] = None,
+    means: Annotated[str | None, typer.Option(help=MEANS_HELP)] = None,
+    score_batches: Annotated[int | None, typer.Option(help=SCORE_HELP)] = None,
+    train_file: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the scores; "
+            "otherwise dropout makes them. Default: English Wikipedia sentences that come with the training extras."
+        ),
+    ] = None,
+    eval_file: Annotated[list[str] | None, typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a batch.")] = DEFAULTS.batch_size,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of --finetune-steps. Default: the recipe's.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens that text is cut at, but for evaluation.")
+    ] = DEFAULTS.max_length,
+    seed: Annotated[int, typer.Option(help="Seed of dropout and of the order of the text.")] = DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = DEFAULTS.device,
+) -> None:
+    """Remove the parameters that contribute least to alignment and uniformity, and evaluate before and after.
+
+    Writes model/ (for pycse.sparse.load), metrics.json and layers.png to the output folder, and with --finetune-steps
+    curves.png. With the defaults it needs no network.
+    """
+    options = {name: value for name, value in locals().items() if name != "eval_file"}
+    with reported("sparsify"):
+        if recipe in RECIPES and RECIPES[recipe].prunes:
+            raise UserError(f"--recipe {recipe} removes parameters itself; use it with pycse train, or another here")
+        settings = Settings(**options, layers="all", eval_files=tuple(eval_file or ()), prunes=True)
+        settings.check()
+        require_extras()
+        quiet(is_local(model))
+
+        from rich.console import Console
+
+        from pycse.training import report
+        from pycse.training.pruning import sparsify_run
+
+        console = Console(markup=False, highlight=False)
+        run, folder = sparsify_run(settings, console)
         report.show_and_write(run, folder, console)
 
 

@@ -258,7 +258,7 @@ def test_missing_extras_name_the_install_command(monkeypatch, tmp_path):
 
 def test_help_names_the_commands_and_their_options():
     code, stdout, _ = pycse("--help")
-    assert code == 0 and all(command in stdout for command in ("info", "train", "eval"))
+    assert code == 0 and all(command in stdout for command in ("info", "train", "sparsify", "eval"))
     code, stdout, _ = pycse("train", "--help")
     assert code == 0 and all(option in stdout for option in ("--model", "--train-file", "--eval-file", "--recipe"))
 

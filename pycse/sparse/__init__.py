@@ -1,5 +1,13 @@
-"""Sparse layers: weights removed under a mask, and products that skip them."""
+"""Sparse encoders: score parameters, remove the least, compute with what is left.
+
+from pycse.sparse import score, sparsify
+report = sparsify(encoder, score(encoder, batches), sparsity=0.1)
+"""
 
 from pycse.sparse.linear import SparseLinear, masked_linear
+from pycse.sparse.report import Report
+from pycse.sparse.score import score
+from pycse.sparse.sparsify import sparsify
+from pycse.sparse.storage import load, restore
 
-__all__ = ["SparseLinear", "masked_linear"]
+__all__ = ["Report", "SparseLinear", "load", "masked_linear", "restore", "score", "sparsify"]

@@ -58,15 +58,22 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 
 def load_encoder(name: str, device: str = "auto") -> SentenceTransformer:
-    """Load a sentence-transformers or transformers model (mean pooling is added to the latter)."""
+    """Load a sentence-transformers or transformers model (mean pooling is added to the latter), with its masks."""
     import torch
     from sentence_transformers import SentenceTransformer
+
+    from pycse.sparse.storage import masks_expected, register, restore_saved
 
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if absent.get(device):
         raise UserError(f"--device {device}: torch {torch.__version__} finds none here; use --device cpu")
     try:
-        return SentenceTransformer(name, device=None if device == "auto" else device)
+        register()
+        with masks_expected():
+            encoder = SentenceTransformer(name, device=None if device == "auto" else device)
+        if Path(name).is_dir():
+            restore_saved(encoder, Path(name))
+        return encoder
     except Exception as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the model {name} ({reason}); give a model folder or a Hugging Face id") from error
@@ -94,8 +101,10 @@ def keep_layers(encoder: SentenceTransformer, keep: list[int] | None) -> int:
     parent, name = stacks[0]
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(layers[i] for i in keep))
-    if types := getattr(config, "layer_types", None):  # one entry a layer, where layers differ in kind
-        config.layer_types = [types[i] for i in keep]
+    # One entry a layer, where layers differ in kind or size.
+    for entry in ("layer_types", "shrunk_heads", "shrunk_neurons"):
+        if values := getattr(config, entry, None):
+            setattr(config, entry, [values[i] for i in keep])
     config.num_hidden_layers = len(keep)
     return count
 

@@ -13,6 +13,7 @@ class Recipe:
     Fields:
         own: settings that not every recipe has, with their defaults.
         teaches: whether teachers take part.
+        prunes: whether parameters are removed after the training, and the rest trained again.
         lr: its default.
     """
 
@@ -20,6 +21,7 @@ class Recipe:
     source: str
     own: dict[str, Any] = field(default_factory=dict)
     teaches: bool = False
+    prunes: bool = False
     lr: float = 1e-5
 
 
@@ -44,6 +46,19 @@ RECIPES = {
     ),
     "focal": Recipe("FocalInfoNCELoss", "Hou & Li, Findings of EMNLP 2023", {"m": 0.3}),
     "simcse": Recipe("InfoNCELoss", "Gao, Yao & Chen, EMNLP 2021"),
+    "sparsecse": Recipe("InfoNCELoss", "An, Zhang & Song 2023", prunes=True),
+}
+
+# Settings of the removal of parameters, for recipes that prune and for `pycse sparsify`, with their defaults.
+PRUNING: dict[str, Any] = {
+    "sparsity": 0.1,
+    "granularity": "weight",
+    "scope": None,  # of pycse.sparse.sparsify
+    "block": 32,
+    "balance": 0.5,
+    "means": "global",
+    "score_batches": 16,
+    "finetune_steps": None,  # half of the training's for a recipe; none for `pycse sparsify`
 }
 
 # Settings that every loss takes.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pycse.training.data import Text
+    from pycse.training.pruning import Pruned
     from pycse.training.train import Run
 
 PACKAGES = ("pycse-kernels", "torch", "sentence-transformers", "transformers")
@@ -24,14 +25,47 @@ BETTER = {"spearman": "higher is better", "alignment": "lower is better", "unifo
 
 
 def show_and_write(run: Run, out: Path, console: Console) -> None:
-    """Print the tables and the loss curve of a finished run; write curves.png and metrics.json to its folder."""
-    plot(run, out / "curves.png")
+    """Print the tables and the loss curve of a finished run; write the pictures and metrics.json to its folder."""
+    if run.loss:
+        plot(run, out / "curves.png")
+        console.print(loss_curve(run, console.width))
+    if run.pruned:
+        run.pruned.report.plot(out / "layers.png")
     write_metrics(run, out / "metrics.json")
-    console.print(loss_curve(run, console.width))
-    console.print(scores_table({"before": run.before, "after": run.after}))
+    console.print(scores_table(score_columns(run)))
+    if run.pruned:
+        console.print(size_table(run.pruned))
     fine, sentence = verdict(run.before, run.after)
     console.print(sentence, style="green" if fine else "bold red")
     console.print(run_table(run, out))
+
+
+def score_columns(run: Run) -> dict[str, Scores]:
+    """Heading -> scores, in the order of what was done."""
+    if run.pruned is None:
+        return {"before": run.before, "after": run.after}
+    columns = {"before": run.before, "trained": run.pruned.dense, "sparse": run.pruned.sparse}
+    if run.pruned.dense is run.before:
+        del columns["trained"]
+    return columns | ({"fine-tuned": run.pruned.tuned} if run.pruned.tuned else {})
+
+
+def size_table(pruned: Pruned) -> Table:
+    """What the removal did to parameters, files and speed."""
+    from rich.table import Table
+
+    table = Table(title="Size and speed", title_justify="left")
+    for heading in ("", "before", "after", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    before, after = pruned.size["before"], pruned.size["after"]
+    for name, key, form in (
+        ("parameters", "parameters", ",.0f"),
+        ("parameters that are not 0", "nonzero", ",.0f"),
+        ("weights and masks on disk, MB", "megabytes", ".1f"),
+        ("sentences a second", "sentences_a_second", ".0f"),
+    ):
+        table.add_row(name, f"{before[key]:{form}}", f"{after[key]:{form}}", f"{after[key] / before[key]:.2f}")
+    return table
 
 
 def text_table(text: Text) -> Table:
@@ -56,23 +90,36 @@ def run_table(run: Run, out: Path) -> Table:
     settings = run.settings
     table = Table(title="Run", title_justify="left", show_header=False)
     options = ", ".join(f"{name} {value}" for name, value in settings.loss_arguments().items() if value is not None)
-    for name, value in (
-        ("encoder", run.model),
-        ("layers", f"{','.join(map(str, run.layers))} of {run.layers_before}; {run.parameters / 1e6:.1f} M parameters"),
-        *[("teacher", teacher_line(teacher)) for teacher in run.teachers],
-        ("loss", f"{settings.recipe}: {options}"),
-        *[("", part) for part in part_lines(run)],
-        (
-            "steps",
-            f"{run.steps} of {settings.batch_size}, at most {settings.max_length} tokens, lr {settings.learning_rate:g}, "
-            f"seed {settings.seed}",
-        ),
+    layers = f"{','.join(map(str, run.layers))} of {run.layers_before}; {run.parameters / 1e6:.1f} M parameters"
+    rows = [("encoder", run.model), ("layers", layers)]
+    if run.loss:
+        rows += [("teacher", teacher_line(teacher)) for teacher in run.teachers]
+        rows += [("loss", f"{settings.recipe}: {options}")]
+        rows += [("", part) for part in part_lines(run)]
+        tokens = f"at most {settings.max_length} tokens"
+        rows += [
+            (
+                "steps",
+                f"{run.steps} of {settings.batch_size}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}",
+            )
+        ]
+    if run.pruned:
+        rows += [("removed", run.pruned.report.summary())]
+    training = f"{run.seconds['train']:.0f} s training with its evaluations, " if "train" in run.seconds else ""
+    rows += [
         ("device", run.device + (", bf16" if settings.bf16 else "")),
-        ("time", f"{run.seconds['train']:.0f} s training with its evaluations, {run.seconds['total']:.0f} s in all"),
-        ("written to", f"{out}: model/, metrics.json, curves.png"),
-    ):
+        ("time", f"{training}{run.seconds['total']:.0f} s in all"),
+        ("written to", f"{out}: {', '.join(written(run))}"),
+    ]
+    for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def written(run: Run) -> list[str]:
+    """What a run leaves in its folder."""
+    pictures = {"curves.png": run.loss, "layers.png": run.pruned}
+    return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown)]
 
 
 def teacher_line(teacher: dict) -> str:
@@ -216,6 +263,14 @@ def write_metrics(run: Run, path: Path) -> None:
         },
         "seconds": run.seconds,
     }
+    if run.pruned:
+        metrics["pruning"] = {
+            "report": run.pruned.report.as_dict(),
+            "dense": run.pruned.dense,
+            "sparse": run.pruned.sparse,
+            "tuned": run.pruned.tuned,
+            "size": run.pruned.size,
+        }
     write_json(metrics, path)
 
 

