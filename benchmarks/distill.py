@@ -9,16 +9,13 @@ Every row first asserts that loss and gradient without a shuffle agree with eage
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from datetime import date
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import in_new_process, interleaved, machine, peak_memory, tunables
+from benchmarks.measure import arguments, in_new_process, interleaved, peak_memory, save
 from pycse import fused_distillcse
 
 TAU, STUDENT, TEACHER, P = 0.05, 0.025, 0.0125, 0.1
@@ -125,29 +122,23 @@ def memory(B: int, K: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="small batches only")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
-    arguments = parser.parse_args()
-    print(f"{date.today()}  {machine()}\nGLIBC_TUNABLES: {tunables()}\n")
+    chosen = arguments(__doc__, "small batches only")
     print("| B | teachers | parity | sample ms | eager/sample | floor/sample | sample/none | expected/none | spread |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []
-    for B, K in SMALL if arguments.short else SMALL + LARGE:
-        r = measure(B, K, 1.0 if arguments.short else 25.0 if B > 1000 else 4.0)
+    for B, K in SMALL if chosen.short else SMALL + LARGE:
+        r = measure(B, K, 1.0 if chosen.short else 25.0 if B > 1000 else 4.0)
         rows.append(r)
         print(
             f"| {B} | {K} | {r['parity']:.0e} | {r['sample'] * 1e3:.3f} | {r['eager/sample']:.2f} | {r['floor/sample']:.3f} "
             f"| {r['sample/none']:.2f} | {r['expected/none']:.2f} | {r['spread']:.0%} |",
             flush=True,
         )
-    numbers: dict[str, object] = {"date": str(date.today()), "machine": machine(), "tunables": tunables(), "rows": rows}
-    if not arguments.short:
-        numbers["memory"] = peak = in_new_process(memory, 16384, 4)
+    more = {}
+    if not chosen.short:
+        more["memory"] = peak = in_new_process(memory, 16384, 4)
         print(f"\npeak memory above inputs and gradients, B = 16384, 4 teachers, D = 768: {peak / 1e6:.0f} MB")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(numbers, file, indent=1)
+    save(chosen.json, rows=rows, **more)
 
 
 if __name__ == "__main__":

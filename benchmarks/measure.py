@@ -5,6 +5,8 @@ The speed of a shared machine drifts by a factor of two, so absolute times are n
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +87,25 @@ def in_new_process(call: Callable[..., T], *args: Any) -> T:
     """The result of a module's function, where no allocator remembers earlier work."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(call, *args).result()
+
+
+def arguments(doc: str | None, short: str) -> argparse.Namespace:
+    """--short and --json of a benchmark, after which it says what it runs on."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help=short)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
+    chosen = parser.parse_args()
+    print(f"{date.today()}  {machine()}\nGLIBC_TUNABLES: {tunables()}\n")
+    return chosen
+
+
+def save(path: str | None, **numbers: Any) -> None:
+    """The numbers as JSON, with when and where they were measured."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(
+                {"date": str(date.today()), "machine": machine(), "tunables": tunables()} | numbers, file, indent=1
+            )
 
 
 def tunables() -> str:

@@ -9,15 +9,12 @@ Every row first asserts parity with F.linear on the masked weight; times are min
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from datetime import date
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleaved, machine, peak_memory, tunables
+from benchmarks.measure import arguments, interleaved, peak_memory, save
 from pycse.sparse import SparseLinear
 
 TOKENS = 2048
@@ -113,24 +110,20 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="one shape, forward only")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
-    arguments = parser.parse_args()
-    print(f"{date.today()}  {machine()}\nGLIBC_TUNABLES: {tunables()}\n")
+    chosen = arguments(__doc__, "one shape, forward only")
     print(
         "| pattern | zero | layer | dtype | tokens | parity | forward | forward + backward | against CSR "
         "| GF/s (dense) | memory MB | spread |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     todo = [(*case, *shape, torch.float32, TOKENS) for shape in SHAPES for case in CASES]
-    if arguments.short:
+    if chosen.short:
         todo = todo[: len(CASES)]
     else:
         todo += [(*case, *SHAPES[0], torch.bfloat16, TOKENS) for case in CASES if case[1] == 0.9]
         todo += [(*case, *SHAPES[0], torch.float32, 32) for case in CASES if case[1] == 0.9]
     rows = []
     for case in todo:
-        r = measure(*case, arguments.short)
+        r = measure(*case, chosen.short)
         rows.append(r)
         ratio = lambda name: f"{r[name]:.2f}x" if name in r else ""  # noqa: E731, B023
         memory = f"{r['memory MB']:.0f}" if "memory MB" in r else ""
@@ -140,11 +133,7 @@ def main() -> None:
             f"| {r['sparse GF/s']:.0f} ({r['dense GF/s']:.0f}) | {memory} | {r['spread']:.0%} |",
             flush=True,
         )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(
-                {"date": str(date.today()), "machine": machine(), "tunables": tunables(), "rows": rows}, file, indent=1
-            )
+    save(chosen.json, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ operations of triangular panels: torch.mm into preallocated memory, and nothing 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
-from datetime import date
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import in_new_process, interleaved, machine, peak_memory, tunables
+from benchmarks.measure import arguments, in_new_process, interleaved, peak_memory, save
 from pycse import uniformity
 
 SIZES = [(512, 768), (2048, 768), (8192, 768)]
@@ -95,28 +92,22 @@ def memory(N: int, D: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a small size only")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
-    arguments = parser.parse_args()
-    print(f"{date.today()}  {machine()}\nGLIBC_TUNABLES: {tunables()}\n")
+    chosen = arguments(__doc__, "a small size only")
     print("| N | D | parity | pycse ms | eager/pycse | floor/pycse | spread |\n|---|---|---|---|---|---|---|")
     rows = []
-    for N, D in SIZES[:1] if arguments.short else SIZES:
-        r = measure(N, D, 1.0 if arguments.short else 12.0)
+    for N, D in SIZES[:1] if chosen.short else SIZES:
+        r = measure(N, D, 1.0 if chosen.short else 12.0)
         rows.append(r)
         print(
             f"| {N} | {D} | {r['parity']:.0e} | {r['pycse'] * 1e3:.3f} | {r['eager/pycse']:.2f} | {r['floor/pycse']:.3f} "
             f"| {r['spread']:.0%} |",
             flush=True,
         )
-    numbers: dict[str, object] = {"date": str(date.today()), "machine": machine(), "tunables": tunables(), "rows": rows}
-    if not arguments.short:
-        numbers["memory"] = peak = in_new_process(memory, 32768, 768)
+    more = {}
+    if not chosen.short:
+        more["memory"] = peak = in_new_process(memory, 32768, 768)
         print(f"\npeak memory above input and gradient, N = 32768, D = 768: {peak / 1e6:.0f} MB (the pairs: 4295 MB)")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(numbers, file, indent=1)
+    save(chosen.json, rows=rows, **more)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import CUDA, INTERPRETED
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -29,3 +30,20 @@ def golden_folder() -> Path:
     if not GOLDEN.exists():
         pytest.skip("the authors' golden vectors are not beside this checkout (tests/golden holds our own)")
     return GOLDEN
+
+
+@pytest.fixture
+def device() -> str:
+    """Of the Triton tests."""
+    if INTERPRETED:
+        return "cpu"
+    if not CUDA:
+        pytest.skip("no CUDA GPU; test_everything_in_the_interpreter runs this file without one")
+    return "cuda"
+
+
+@pytest.fixture
+def cuda() -> str:
+    if not CUDA:
+        pytest.skip("needs a CUDA GPU")
+    return "cuda"

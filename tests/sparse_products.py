@@ -155,3 +155,54 @@ def check_layer(backend: str, device: str, dtype: torch.dtype = torch.float32) -
             results.append((y.detach(), given.grad, weight.grad))
         for expected, actual in zip(*results):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- on a GPU ---
+
+LARGE = [
+    Case(8192, 3072, 768, 64, 0.25),
+    Case(2047, 768, 3072, 32, 0.1),
+    Case(5000, 768, 768, 16, 0.5),
+    Case(1000, 1000, 777, 0, 0.5),
+    Case(515, 768, 768, 1, 0.1),
+]
+
+
+def check_repeat(case: Case, backend: Any) -> None:
+    """The same call gives the same bits."""
+    first, second = (run(case, backend, torch.bfloat16, "cuda") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def check_capture(case: Case, backend: Any) -> None:
+    """The products wait for nothing, and a CUDA graph replays them."""
+    x, weight, dy, bias = case.inputs(torch.bfloat16, "cuda")
+    mask = case.mask().cuda()
+    kept = Pattern.from_mask(mask, case.block) if case.block else pack_mask(mask)
+
+    def step():
+        if case.block:
+            return backend.linear(x, weight, bias, kept), backend.dx(dy, weight, kept), backend.dw(dy, x, kept)
+        return (
+            backend.masked(x, weight, kept, bias),
+            backend.masked_dx(dy, weight, kept),
+            backend.masked_dw(dy, x, kept),
+        )
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.normal_()
+    graph.replay()
+    for a, b in zip(captured, step()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -16,7 +16,7 @@ from pycse.backends.cuda import sparse as cuda
 from pycse.sparse.pattern import Pattern, pack_mask
 
 import sparse_products
-from sparse_products import ALL, SPLIT, Case
+from sparse_products import ALL, LARGE, SPLIT
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -103,13 +103,6 @@ def test_few_blocks_split_the_tokens():
 
 no_gpu = backends.unusable("cuda")
 on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"backend='cuda' cannot run here: {no_gpu}")
-LARGE = [
-    Case(8192, 3072, 768, 64, 0.25),
-    Case(2047, 768, 3072, 32, 0.1),
-    Case(5000, 768, 768, 16, 0.5),
-    Case(1000, 1000, 777, 0, 0.5),
-    Case(515, 768, 768, 1, 0.1),
-]
 
 
 @on_gpu
@@ -127,36 +120,10 @@ def test_layers_on_a_gpu():
 @on_gpu
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_same_call_same_bits(case):
-    first, second = (sparse_products.run(case, cuda, torch.bfloat16, "cuda") for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    sparse_products.check_repeat(case, cuda)
 
 
 @on_gpu
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[3], LARGE[4]], ids=str)
 def test_waits_for_nothing_and_is_captured(case):
-    x, weight, dy, bias = case.inputs(torch.bfloat16, "cuda")
-    mask = case.mask().cuda()
-    kept = Pattern.from_mask(mask, case.block) if case.block else pack_mask(mask)
-
-    def step():
-        if case.block:
-            return cuda.linear(x, weight, bias, kept), cuda.dx(dy, weight, kept), cuda.dw(dy, x, kept)
-        return cuda.masked(x, weight, kept, bias), cuda.masked_dx(dy, weight, kept), cuda.masked_dw(dy, x, kept)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.normal_()
-    graph.replay()
-    for a, b in zip(captured, step()):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    sparse_products.check_capture(case, cuda)

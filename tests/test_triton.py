@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
-from pycse import backends, fused_focal_infonce
+from interpreter import CUDA, INTERPRETED, in_another_process, run_interpreted
+
+from pycse import fused_focal_infonce
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
@@ -28,8 +27,6 @@ import cases
 from oracle import Case, check, run
 
 HERE = Path(__file__).parent
-INTERPRETED = backends.interpreted()
-CUDA = torch.cuda.is_available() and not INTERPRETED
 
 triton_backend = importlib.import_module("pycse.backends.triton.contrastive")
 triton_norms = importlib.import_module("pycse.backends.triton.norms")
@@ -45,36 +42,9 @@ else:  # the interpreter takes a third of a second a case: all small ones in flo
     TABLE += [(case, dtype) for dtype in (torch.float64, torch.float16) for case in SOME]
 
 
-@pytest.fixture
-def device() -> str:
-    if INTERPRETED:
-        return "cpu"
-    if not CUDA:
-        pytest.skip("no CUDA GPU; test_everything_in_the_interpreter runs this file without one")
-    return "cuda"
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not CUDA:
-        pytest.skip("needs a CUDA GPU")
-    return "cuda"
-
-
-def in_another_process(*command: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, **env}, cwd=HERE.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_in_the_interpreter():
-    file = str(HERE / "test_triton.py")
-    options = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
-    text = in_another_process("-m", "pytest", *options, file, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    assert int(text.split(" passed")[0].split()[-1]) > len(cases.ALL), text
+    run_interpreted(__file__, len(cases.ALL))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")

@@ -7,10 +7,6 @@ TRITON_INTERPRET=1 on CPU tensors. That the kernels compile is tests/triton_comp
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,44 +15,22 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
-from pycse import backends, fused_distill, fused_distillcse, grouping
+from interpreter import INTERPRETED, run_interpreted
+
+from pycse import fused_distill, fused_distillcse, grouping
 from pycse.panels import distill as panel
 from pycse.problem import Distillation, Grouping
 
 from oracle import BAND
-
-HERE = Path(__file__).parent
-INTERPRETED = backends.interpreted()
-CUDA = torch.cuda.is_available() and not INTERPRETED
 
 ours = importlib.import_module("pycse.backends.triton.distill")
 norms = importlib.import_module("pycse.backends.triton.norms")
 plain = importlib.import_module("pycse.backends.torch.distill")
 
 
-@pytest.fixture
-def device() -> str:
-    if INTERPRETED:
-        return "cpu"
-    if not CUDA:
-        pytest.skip("no CUDA GPU; test_everything_in_the_interpreter runs this file without one")
-    return "cuda"
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not CUDA:
-        pytest.skip("needs a CUDA GPU")
-    return "cuda"
-
-
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 80, done.stdout
+    run_interpreted(__file__, 80)
 
 
 def inputs(

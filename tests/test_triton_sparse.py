@@ -7,25 +7,18 @@ TRITON_INTERPRET=1 on CPU tensors. That the kernels compile is tests/triton_comp
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
-from pycse import backends
+from interpreter import CUDA, INTERPRETED, run_interpreted
+
 from pycse.sparse.pattern import Pattern, pack_mask
 
 import sparse_products
-from sparse_products import ALL, SPLIT, Case
-
-HERE = Path(__file__).parent
-INTERPRETED = backends.interpreted()
-CUDA = torch.cuda.is_available() and not INTERPRETED
+from sparse_products import ALL, LARGE, SPLIT, Case
 
 ours = importlib.import_module("pycse.backends.triton.sparse")
 
@@ -37,29 +30,9 @@ else:  # the interpreter's bfloat16 is no test, and a case takes it a third of a
     TABLE += [(case, dtype) for dtype in (torch.float64, torch.float16) for case in ALL[1::4]]
 
 
-@pytest.fixture
-def device() -> str:
-    if INTERPRETED:
-        return "cpu"
-    if not CUDA:
-        pytest.skip("no CUDA GPU; test_everything_in_the_interpreter runs this file without one")
-    return "cuda"
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not CUDA:
-        pytest.skip("needs a CUDA GPU")
-    return "cuda"
-
-
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > len(TABLE), done.stdout
+    run_interpreted(__file__, len(TABLE))
 
 
 @pytest.mark.parametrize("case, dtype", TABLE, ids=str)
@@ -94,15 +67,6 @@ def test_tiles_of_tensor_cores(kind, device, monkeypatch):
         sparse_products.check(case, ours, torch.float32, device)
 
 
-LARGE = [
-    Case(8192, 3072, 768, 64, 0.25),
-    Case(2047, 768, 3072, 32, 0.1),
-    Case(5000, 768, 768, 16, 0.5),
-    Case(1000, 1000, 777, 0, 0.5),
-    Case(515, 768, 768, 1, 0.1),
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case, dtype, cuda):
@@ -124,36 +88,10 @@ def test_tf32(case, cuda):
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_same_call_same_bits(case, cuda):
-    first, second = (sparse_products.run(case, ours, torch.bfloat16, cuda) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    sparse_products.check_repeat(case, ours)
 
 
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[3], LARGE[4]], ids=str)
 @pytest.mark.clean_memory
 def test_waits_for_nothing_and_is_captured(case, cuda):
-    x, weight, dy, bias = case.inputs(torch.bfloat16, cuda)
-    mask = case.mask().to(cuda)
-    kept = Pattern.from_mask(mask, case.block) if case.block else pack_mask(mask)
-
-    def step():
-        if case.block:
-            return ours.linear(x, weight, bias, kept), ours.dx(dy, weight, kept), ours.dw(dy, x, kept)
-        return ours.masked(x, weight, kept, bias), ours.masked_dx(dy, weight, kept), ours.masked_dw(dy, x, kept)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.normal_()
-    graph.replay()
-    for a, b in zip(captured, step()):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    sparse_products.check_capture(case, ours)

@@ -6,42 +6,22 @@ TRITON_INTERPRET=1 on CPU tensors. That the kernels compile is tests/triton_comp
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
-from pycse import alignment, backends, uniformity
+from interpreter import CUDA, INTERPRETED, run_interpreted
+
+from pycse import alignment, uniformity
 from pycse.panels import uniformity as panel
 
 from oracle import BAND
 
-HERE = Path(__file__).parent
-INTERPRETED = backends.interpreted()
-CUDA = torch.cuda.is_available() and not INTERPRETED
-
-
-@pytest.fixture
-def device() -> str:
-    if INTERPRETED:
-        return "cpu"
-    if not CUDA:
-        pytest.skip("no CUDA GPU; test_everything_in_the_interpreter runs this file without one")
-    return "cuda"
-
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 30, done.stdout
+    run_interpreted(__file__, 30)
 
 
 DTYPES = [torch.float64, torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])

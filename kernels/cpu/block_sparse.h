@@ -12,10 +12,6 @@
 #include <new>
 #include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "contrastive.h"
 #include "lanes.h"
 
@@ -151,11 +147,7 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
   Scratch<A> packed(int64_t(ptr[rows]) * b * b), scratch(threads * tokens * features);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    const int me = omp_get_thread_num();
-#else
-    const int me = 0;
-#endif
+    const int me = thread_index();
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = ptr[r]; j < ptr[r + 1]; ++j) {
@@ -245,11 +237,7 @@ void block_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
   Scratch<A> sums(direct ? 0 : int64_t(ptr[owners]) * b * b);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    const int me = omp_get_thread_num();
-#else
-    const int me = 0;
-#endif
+    const int me = thread_index();
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < p.out / b; ++r) clear_dropped<b>(p, r, dw);
 #pragma omp for schedule(static)

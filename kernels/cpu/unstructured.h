@@ -142,11 +142,7 @@ void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const
   Scratch<A> scratch(threads * tokens * (features + results));
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    const int me = omp_get_thread_num();
-#else
-    const int me = 0;
-#endif
+    const int me = thread_index();
     A *xs = scratch.get() + me * tokens * (features + results), *ys = xs + tokens * features;
     plan.fill(p, w, ldw, transposed);
     // The last panel as narrow as its tokens allow.
@@ -190,11 +186,7 @@ void unstructured_outer_of(const SparsePattern& p, const T* dy, int64_t ldy, con
   Scratch<A> xs(p.in * tokens), scratch(threads * group * tokens), sums(p.ptr[p.out]);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    const int me = omp_get_thread_num();
-#else
-    const int me = 0;
-#endif
+    const int me = thread_index();
     A* d = scratch.get() + me * group * tokens;
     for (int64_t t = 0; t < n; t += tokens) {
       const int64_t nt = std::min(tokens, n - t);
