@@ -14,6 +14,7 @@
 
 #include "contrastive.h"
 #include "lanes.h"
+#include "transpose.h"
 
 namespace pycse::PYCSE_ISA {
 
@@ -22,7 +23,8 @@ constexpr int kTileTokens = 12, kTileVecs = 2, kOuterRows = 8;  // 24 of 32 regi
 #else
 constexpr int kTileTokens = 6, kTileVecs = 2, kOuterRows = 4;   // 12 and 8 of 16
 #endif
-constexpr int64_t kPanelBytes = 512 << 10;   // of L2: a panel of tokens, read once for each block row
+constexpr int64_t kPackedBytes = 1 << 20;    // of L2: the packed weights that every tile of tokens passes by
+constexpr int64_t kSpanTiles = 8;             // tiles of tokens in a task
 constexpr int64_t kOuterNumbers = 4096;       // of dW: of a block column of dy and of x, 2 x 16 KB in L1
 constexpr int64_t kOuterColumns = 512;        // of the wider of dy and x, copied at a time: whole cache lines in a row
 constexpr int64_t kStreamBytes = 16 << 20; // results from this size on are stored past the caches
@@ -36,14 +38,6 @@ struct Scratch {
   A* get() const { return memory.get(); }
 };
 
-// Tokens of a panel over `features` columns: a multiple of every tile.
-template <class A>
-int64_t panel_tokens(int64_t features, int64_t T) {
-  constexpr int64_t step = 2 * kTileTokens;
-  const int64_t fit = std::max<int64_t>(step, kPanelBytes / int64_t(sizeof(A)) / std::max<int64_t>(1, features) / step * step);
-  return std::min(std::min<int64_t>(fit, 20 * step), (T + step - 1) / step * step);
-}
-
 // out[c - c0][t][b] = x[t][c b : (c + 1) b] for n tokens, block columns [c0, c1); `tokens` is the panel's extent.
 template <int b, class T, class A>
 PYCSE_NOINLINE void copy_panel(const T* x, int64_t ld, int64_t n, int64_t c0, int64_t c1, int64_t tokens, A* out) {
@@ -52,37 +46,48 @@ PYCSE_NOINLINE void copy_panel(const T* x, int64_t ld, int64_t n, int64_t c0, in
       for (int k = 0; k < b; k += kLanes<A>) store_lanes(out + ((c - c0) * tokens + t) * b + k, load_lanes(x + t * ld + c * b + k));
 }
 
-// y[i0 : i0 + R, j : j + V lanes] over the blocks [begin, end) of a block row, whose weights start at w.
+// The next tile's rows of x on their way to L2: `lines` of each, shared out over the blocks of this tile.
+template <class A>
+struct Ahead {
+  const A* next;
+  int64_t ldx, lines, blocks, due = 0;
+};
+template <int R, class A>
+PYCSE_INLINE void fetch(Ahead<A>& ahead) {
+  for (ahead.due += ahead.lines; ahead.due >= ahead.blocks; ahead.due -= ahead.blocks, ahead.next += 64 / sizeof(A))
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i) __builtin_prefetch(ahead.next + i * ahead.ldx, 0, 2);
+}
+
+// y[0 : R, 0 : V lanes] over the n blocks of a block row, whose weights lie at w as [block][k][V lanes].
 template <int b, int R, int V, bool stream, class A, class T>
-PYCSE_INLINE void product_tile(const A* x, int64_t block_stride, const int32_t* cols, int64_t n, const A* w, const T* bias, T* y,
-                               int64_t ldy) {
-  using vec_a = vec_t<A>;
-  vec_a acc[R][V];
+PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int64_t n, const A* w, const T* bias, T* y, int64_t ldy,
+                               Ahead<A>& ahead) {
+  constexpr int width = V * kLanes<A>, line = 64 / sizeof(A), page = 4096 / sizeof(A);
+  vec_t<A> acc[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const vec_a start = bias ? load_lanes(bias + v * kLanes<A>) : vec_a{};
+    const vec_t<A> start = bias ? load_lanes(bias + v * kLanes<A>) : vec_t<A>{};
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i) acc[i][v] = start;
   }
-  if constexpr (!stream)  // y's lines come while the tile is summed
+  for (int64_t j = 0; j < n; ++j, w += b * width) {
+    const A *xc = x + cols[j] * b, *next = x + cols[j + (j + 1 < n)] * b;
+    fetch<R>(ahead);
 #pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) __builtin_prefetch(y + i * ldy, 1), __builtin_prefetch(y + i * ldy + V * kLanes<A> - 1, 1);
-  for (int64_t j = 0; j < n; ++j, w += b * b) {
-    const A* xc = x + cols[j] * block_stride;
-    const A* next = x + cols[j + (j + 1 < n)] * block_stride;
-#pragma GCC unroll 32
-    for (int i = 0; i < R * b; i += 64 / sizeof(A)) __builtin_prefetch(next + i);
-#pragma GCC unroll 1
+    for (int i = 0; i < R; ++i)
+      for (int k = 0; k < b; k += line) __builtin_prefetch(next + i * ldx + k);
+#pragma GCC unroll 4
     for (int k = 0; k < b; ++k) {
-      vec_a wv[V];
+      vec_t<A> wv[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        wv[v] = load_lanes(w + k * V * kLanes<A> + v * kLanes<A>);
-        __builtin_prefetch(w + b * b + (k * V + v) * kLanes<A>);
+        wv[v] = load_lanes(w + k * width + v * kLanes<A>);
+        __builtin_prefetch(w + page + k * width + v * kLanes<A>);
       }
 #pragma GCC unroll 32
       for (int i = 0; i < R; ++i) {
-        const A xi = xc[i * b + k];
+        const A xi = xc[i * ldx + k];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[i][v] += xi * wv[v];
       }
@@ -97,38 +102,38 @@ PYCSE_INLINE void product_tile(const A* x, int64_t block_stride, const int32_t* 
     }
 }
 
-// A block row for the n tokens of a panel. w: kept blocks as [part][k][V lanes], so that a tile reads them in order.
-template <int b, bool stream, class A, class T>
-PYCSE_NOINLINE void product_rows(const A* panel, int64_t tokens, int64_t n, const int32_t* cols, int64_t blocks, const A* w,
-                                 const T* bias, T* y, int64_t ldy) {
-  constexpr int V = std::min(kTileVecs, b / kLanes<A>), width = V * kLanes<A>;
-  constexpr int R = V == 1 ? 2 * kTileTokens : kTileTokens;
-  for (int part = 0; part < b / width; ++part) {
-    const A* wp = w + part * b * width;
-    const T* bp = bias ? bias + part * width : nullptr;
-    T* yp = y + part * width;
-    int64_t t = 0;
-    for (; t + R <= n; t += R) product_tile<b, R, V, stream>(panel + t * b, tokens * b, cols, blocks, wp, bp, yp + t * ldy, ldy);
-    for (; t + 4 <= n; t += 4) product_tile<b, 4, V, stream>(panel + t * b, tokens * b, cols, blocks, wp, bp, yp + t * ldy, ldy);
-    for (; t < n; ++t) product_tile<b, 1, V, stream>(panel + t * b, tokens * b, cols, blocks, wp, bp, yp + t * ldy, ldy);
-  }
+// R tokens of y for the block rows [r0, r1), whose weights start at w.
+template <int b, int R, int V, bool stream, class A, class T>
+PYCSE_NOINLINE void product_rows(const A* x, int64_t ldx, const int32_t* ptr, const int32_t* cols, int64_t r0, int64_t r1, const A* w,
+                                 const T* bias, T* y, int64_t ldy, Ahead<A> ahead) {
+  constexpr int width = V * kLanes<A>;
+  for (int64_t r = r0; r < r1; ++r)
+    for (int part = 0; part < b; part += width, w += (ptr[r + 1] - ptr[r]) * b * width)
+      product_tile<b, R, V, stream>(x, ldx, cols + ptr[r], ptr[r + 1] - ptr[r], w, bias ? bias + r * b + part : nullptr,
+                                    y + r * b + part, ldy, ahead);
 }
 
-// Kept blocks for y: packed[part][k][o] = W[r b + part width + o][c b + k].
-template <int b, class T, class A>
-PYCSE_NOINLINE void pack_transposed(const T* w, int64_t ld, A* packed) {
-  constexpr int width = std::min(kTileVecs * kLanes<A>, b);
-  for (int part = 0; part < b; part += width)
-    for (int k = 0; k < b; ++k)
-      for (int o = 0; o < width; ++o) *packed++ = load(w[(part + o) * ld + k]);
+// A kept block for y: packed[part][k][o] = W[r b + part + o][c b + k], parts `stride` apart.
+template <int b, int width, class T, class A>
+PYCSE_NOINLINE void pack_transposed(const T* w, int64_t ld, int64_t stride, A* packed) {
+  constexpr int W = kLanes<A>;
+  for (int part = 0; part < b; part += width, packed += stride)
+    for (int o = 0; o < width; o += W)
+      for (int k = 0; k < b; k += W) {
+        vec_t<A> m[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) m[i] = load_lanes(w + (part + o + i) * ld + k);
+        transpose<A>(m);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store_lanes(packed + (k + i) * width + o, m[i]);
+      }
 }
-// And for dx: packed[part][k][i] = W[r b + k][c b + part width + i].
-template <int b, class T, class A>
-PYCSE_NOINLINE void pack_straight(const T* w, int64_t ld, A* packed) {
-  constexpr int width = std::min(kTileVecs * kLanes<A>, b);
-  for (int part = 0; part < b; part += width)
-    for (int k = 0; k < b; ++k, packed += width)
-      for (int v = 0; v < width; v += kLanes<A>) store_lanes(packed + v, load_lanes(w + k * ld + part + v));
+// And for dx: packed[part][k][i] = W[r b + k][c b + part + i].
+template <int b, int width, class T, class A>
+PYCSE_NOINLINE void pack_straight(const T* w, int64_t ld, int64_t stride, A* packed) {
+  for (int part = 0; part < b; part += width, packed += stride)
+    for (int k = 0; k < b; ++k)
+      for (int v = 0; v < width; v += kLanes<A>) store_lanes(packed + k * width + v, load_lanes(w + k * ld + part + v));
 }
 
 // y = x W^T + bias, or with `transposed` dx = dy W: block rows are then the pattern's block columns.
@@ -136,34 +141,63 @@ template <int b, class T>
 void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
                    bool transposed, int threads) {
   using A = acc_t<T>;
+  constexpr bool direct = std::is_same_v<A, T>;  // 16-bit tokens are widened tile by tile
+  constexpr int V = std::min(kTileVecs, b / kLanes<A>), width = V * kLanes<A>, R = kTileTokens * kTileVecs / V;
   const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *cols = transposed ? p.t_rows : p.cols;
-  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out, rows = results / b;
+  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out, rows = results / b, kept = ptr[rows];
   if (n == 0 || rows == 0) return;
-  const int64_t tokens = panel_tokens<A>(features, n), panels = (n + tokens - 1) / tokens;
-  // Few panels: their block rows are shared out too.
-  const int64_t parts = std::min(rows, std::max<int64_t>(1, 4 * threads / panels)), tasks = panels * parts;
-  constexpr bool can_stream = std::is_same_v<A, T>;  // whole cache lines
-  const bool stream = can_stream && n * results * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
-  Scratch<A> packed(int64_t(ptr[rows]) * b * b), scratch(threads * tokens * features);
+  // A task is some block rows, as many as keep their weights in L2, times some tokens; a thread's tasks follow each other.
+  const int64_t span = kSpanTiles * R, spans = (n + span - 1) / span;
+  const int64_t parts = std::min(rows, std::max<int64_t>(kept * b * b * int64_t(sizeof(A)) / kPackedBytes + 1, 4 * threads / spans));
+  const auto bound = [&](int64_t part) {
+    return part == parts ? rows : std::lower_bound(ptr, ptr + rows, int32_t(kept * part / parts)) - ptr;
+  };
+  int64_t most = 0;
+  for (int64_t part = 0; part < parts; ++part) most = std::max<int64_t>(most, ptr[bound(part + 1)] - ptr[bound(part)]);
+  const bool stream = direct && n * results * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
+  const int64_t ld_tile = features + kLanes<A>;
+  Scratch<A> packed(threads * most * b * b), tiles(direct ? 0 : threads * R * ld_tile);
 #pragma omp parallel num_threads(threads)
   {
-    const int me = thread_index();
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = ptr[r]; j < ptr[r + 1]; ++j) {
-        if (transposed) pack_straight<b>(w + cols[j] * b * ldw + r * b, ldw, packed.get() + j * b * b);
-        else pack_transposed<b>(w + r * b * ldw + cols[j] * b, ldw, packed.get() + j * b * b);
-      }
-    A* panel = scratch.get() + me * tokens * features;
+    A *mine = packed.get() + thread_index() * most * b * b, *tile = tiles.get() + thread_index() * R * ld_tile;
     int64_t held = -1;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t t0 = task / parts * tokens, nt = std::min(tokens, n - t0), part = task % parts;
-      if (held != t0) copy_panel<b>(x + t0 * ldx, ldx, nt, 0, features / b, tokens, panel), held = t0;
-      for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
-        (stream ? product_rows<b, can_stream, A, T> : product_rows<b, false, A, T>)(
-            panel, tokens, nt, cols + ptr[r], ptr[r + 1] - ptr[r], packed.get() + int64_t(ptr[r]) * b * b,
-            bias ? bias + r * b : nullptr, y + t0 * results + r * b, results);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < parts * spans; ++task) {
+      const int64_t part = task / spans, r0 = bound(part), r1 = bound(part + 1), end = std::min(n, (task % spans + 1) * span);
+      if (held != part) {
+        A* to = mine;
+        for (int64_t r = r0; r < r1; ++r) {
+          const int64_t stride = (ptr[r + 1] - ptr[r]) * b * width;
+          for (int64_t j = ptr[r]; j < ptr[r + 1]; ++j, to += b * width) {
+            if (transposed) pack_straight<b, width>(w + cols[j] * b * ldw + r * b, ldw, stride, to);
+            else pack_transposed<b, width>(w + r * b * ldw + cols[j] * b, ldw, stride, to);
+          }
+          to += stride * (b / width - 1);
+        }
+        held = part;
+      }
+      for (int64_t t = task % spans * span; t < end;) {
+        const auto run = [&](auto tokens) {
+          constexpr int m = decltype(tokens)::value;
+          const int64_t blocks = std::max(1, ptr[r1] - ptr[r0]) * (b / width);
+          const A* xt = tile;
+          int64_t ld = ld_tile;
+          Ahead<A> ahead{tile, 0, 0, blocks};
+          if constexpr (direct) {
+            xt = x + t * ldx, ld = ldx;
+            ahead = {x + std::min(t + m, n - m) * ldx, ldx, features * int64_t(sizeof(A)) / 64, blocks};
+          } else {
+            for (int i = 0; i < m; ++i)
+              for (int64_t k = 0; k < features; k += kLanes<A>) store_lanes(tile + i * ld_tile + k, load_lanes(x + (t + i) * ldx + k));
+          }
+          (stream ? product_rows<b, m, V, direct, A, T> : product_rows<b, m, V, false, A, T>)(
+              xt, ld, ptr, cols, r0, r1, mine, bias, y + t * results, results, ahead);
+          t += m;
+        };
+        if (end - t >= R) run(std::integral_constant<int, R>());
+        else if (end - t >= 4) run(std::integral_constant<int, 4>());
+        else run(std::integral_constant<int, 1>());
+      }
     }
     stores_done();
   }

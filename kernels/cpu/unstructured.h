@@ -19,6 +19,7 @@ constexpr int kSparseVecs = 4, kDotVecs = 16;
 constexpr int kSparseVecs = 4, kDotVecs = 8;
 #endif
 constexpr int64_t kChunkBytes = 40 << 10;  // of L1: the chunk of x that a result's kept weights choose from
+constexpr int64_t kPanelBytes = 512 << 10;  // of L2: a panel of x, in dW
 template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
 
 // The kept weights in the order of their use: chunk by chunk, in each by how many a result has, then by result.
