@@ -2,10 +2,11 @@
 //
 //   y = x W^T + bias        dx = dy W        dW = dy^T x on the kept blocks, 0 elsewhere
 //
-// y and dx are one product: a panel of tokens is copied block column by block column, [c][t][b], so a tile of tokens reads
-// it at constant offsets; the kept blocks are copied once in the order that the product visits them, [k][b]. A tile of y
-// stays in registers over its whole block row. dW sums panels of tokens into the output (16-bit: into fp32 blocks, rounded
-// once). Scratch: kept weights, and a panel for each thread. Everything is summed in a fixed order.
+// y and dx are one product: some block rows' weights are packed in the order of their use, [block][k][results], as many as
+// stay in L2; tokens stream past them, a tile at a time, read in place while the next tile is on its way to L2. A tile of y
+// stays in registers over its whole block row. dW sums panels of tokens, copied block column by block column, into the output
+// (16-bit: into fp32 blocks, rounded once). Scratch: kept weights, and in dW the narrower of dy and x. Everything is summed in
+// a fixed order.
 #pragma once
 #include <algorithm>
 #include <memory>

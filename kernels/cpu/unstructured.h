@@ -18,7 +18,7 @@ constexpr int kSparseVecs = 4, kDotVecs = 16;
 #else
 constexpr int kSparseVecs = 4, kDotVecs = 8;
 #endif
-constexpr int64_t kChunkBytes = 40 << 10;  // of L1: the chunk of x that a result's kept weights choose from
+constexpr int64_t kChunkBytes = 32 << 10;  // of L1: the chunk of x that a result's kept weights choose from
 constexpr int64_t kPanelBytes = 512 << 10;  // of L2: a panel of x, in dW
 template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
 
@@ -85,20 +85,25 @@ struct Plan {
   }
 };
 
-// y[o] += sum_k w_k x[at_k] for the results of one chunk; x is [feature][V vectors], y [result][V vectors].
-template <int V, class A>
-PYCSE_NOINLINE void unstructured_chunk(const Plan<A>& plan, int64_t q, const A* x, A* y) {
-  constexpr int64_t width = V * kLanes<A>;
+// y[o] (+)= sum_k w_k x[at_k] for the results of one chunk; x is [feature][V vectors], y [result][V vectors]. The first chunk
+// starts from the bias.
+template <int V, bool first, class T, class A>
+PYCSE_NOINLINE void unstructured_chunk(const Plan<A>& plan, int64_t q, const A* x, const T* bias, A* y) {
+  constexpr int64_t width = V * kLanes<A>, ahead = 4;
   const int32_t *length = plan.lengths.get() + q * (plan.chunk + 1), *o = plan.order.get() + q * plan.results;
   const uint8_t* at = plan.ats.get() + plan.base.get()[q];
   const A* w = plan.ws.get() + plan.base.get()[q];
-  o += length[0];
-  for (int64_t n = 1; n <= plan.chunk; ++n)
+  const int32_t* last = o + plan.results - 1;
+  if constexpr (!first) o += length[0];
+  for (int64_t n = first ? 0 : 1; n <= plan.chunk; ++n)
     for (int32_t i = 0; i < length[n]; ++i, ++o, at += n, w += n) {
-      A* yo = y + *o * width;
+      A *yo = y + *o * width, *next = y + o[std::min<int64_t>(ahead, last - o)] * width;  // y is in L2
       vec_t<A> acc[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[v] = load_lanes(yo + v * kLanes<A>);
+      for (int v = 0; v < V; ++v) {
+        acc[v] = first ? vec_t<A>{} + (bias ? A(load(bias[*o])) : A(0)) : load_lanes(yo + v * kLanes<A>);
+        __builtin_prefetch(next + v * kLanes<A>, 1);
+      }
       auto add = [&](uint32_t c, A wk) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[v] += wk * load_lanes(x + c * width + v * kLanes<A>);
@@ -121,12 +126,8 @@ PYCSE_INLINE void unstructured_panel(const Plan<A>& plan, const T* x, int64_t ld
                                int64_t ldy, bool stream, A* xs, A* ys) {
   constexpr int64_t tokens = V * kLanes<A>;
   to_lanes(x, ldx, n, tokens, features, xs);
-  for (int64_t o = 0; o < plan.results; ++o) {
-    const vec_t<A> start = vec_t<A>{} + (bias ? A(load(bias[o])) : A(0));
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_lanes(ys + o * tokens + v * kLanes<A>, start);
-  }
-  for (int64_t q = 0; q < plan.chunks; ++q) unstructured_chunk<V>(plan, q, xs + q * plan.chunk * tokens, ys);
+  unstructured_chunk<V, true>(plan, 0, xs, bias, ys);
+  for (int64_t q = 1; q < plan.chunks; ++q) unstructured_chunk<V, false>(plan, q, xs + q * plan.chunk * tokens, bias, ys);
   (stream ? from_lanes<std::is_same_v<A, T>, T, A> : from_lanes<false, T, A>)(ys, tokens, n, plan.results, y, ldy);
 }
 
