@@ -5,8 +5,9 @@
 // Tokens are lanes: a panel of kTokens<A> tokens is stored [feature][token], and a kept weight is one broadcast times V vectors. The
 // features are taken in chunks that stay in L1; in each, the kept weights are first copied in the order of their use, result
 // by result, results with equally many together: the innermost loop then ends where the processor expects it (random lengths
-// cost as much in mispredicted branches as in arithmetic). dx is the same product by the transposed list. dW sums dots over
-// panels of tokens. Scratch: kept weights, and panels of x and y for each thread. Everything is summed in a fixed order.
+// cost as much in mispredicted branches as in arithmetic). One panel alone reads the weights where they are. dx is the same
+// product by the transposed list. dW sums dots over panels of tokens. Scratch: kept weights, and panels of x and y for each
+// thread. Everything is summed in a fixed order.
 #pragma once
 #include "block_sparse.h"
 #include "transpose.h"
@@ -131,12 +132,65 @@ PYCSE_INLINE void unstructured_panel(const Plan<A>& plan, const T* x, int64_t ld
   (stream ? from_lanes<std::is_same_v<A, T>, T, A> : from_lanes<false, T, A>)(ys, tokens, n, plan.results, y, ldy);
 }
 
+// y = start + sum_j w_j x[index_j] over a result's kept weights, read where they are, `step` apart; x is [feature][V vectors].
+template <int V, class T, class A>
+PYCSE_INLINE void unstructured_result(const A* x, const int32_t* index, int64_t n, const T* w, int64_t step, A start, A* y) {
+  constexpr int64_t width = V * kLanes<A>;
+  constexpr int U = kSparseVecs / V;  // chains of additions, to hide their latency
+  vec_t<A> acc[U][V] = {};
+  const auto add = [&](int u, int64_t j) __attribute__((always_inline)) {
+    const A wj = load(w[index[j] * step]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[u][v] += wj * load_lanes(x + index[j] * width + v * kLanes<A>);
+  };
+  int64_t j = 0;
+  for (; j + U <= n; j += U)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) add(u, j + u);
+  for (; j < n; ++j) add(0, j);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 8
+    for (int u = 1; u < U; ++u) acc[0][v] += acc[u][v];
+    store_lanes(y + v * kLanes<A>, acc[0][v] + start);
+  }
+}
+
+// At most one panel of tokens, for which copying the weights would cost more than the product: threads share out the results.
+template <int V, class T>
+void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
+                      bool transposed, int threads) {
+  using A = acc_t<T>;
+  constexpr int64_t tokens = V * kLanes<A>, group = 64 / sizeof(T);  // of results: a cache line of y
+  const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *index = transposed ? p.t_rows : p.cols;
+  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out;
+  Scratch<A> xs(tokens * features), scratch(threads * group * tokens);
+#pragma omp parallel num_threads(threads)
+  {
+    A* ys = scratch.get() + thread_index() * group * tokens;
+#pragma omp for schedule(static)
+    for (int64_t f = 0; f < features; f += group)
+      to_lanes(x + f, ldx, n, tokens, std::min(group, features - f), xs.get() + f * tokens);
+#pragma omp for schedule(dynamic)
+    for (int64_t o0 = 0; o0 < results; o0 += group) {
+      const int64_t o1 = std::min(o0 + group, results);
+      for (int64_t o = o0; o < o1; ++o)
+        unstructured_result<V>(xs.get(), index + ptr[o], ptr[o + 1] - ptr[o], transposed ? w + o : w + o * ldw, transposed ? ldw : 1,
+                               bias ? A(load(bias[o])) : A(0), ys + (o - o0) * tokens);
+      from_lanes<false>(ys, tokens, n, o1 - o0, y + o0, results);
+    }
+  }
+}
+
 // y = x W^T + bias, or with `transposed` dx = dy W.
 template <class T>
 void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
                     bool transposed, int threads) {
   using A = acc_t<T>;
   constexpr int64_t tokens = kTokens<A>;
+  if (n <= tokens / 4) return unstructured_few<kSparseVecs / 4>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
+  if (n <= tokens / 2) return unstructured_few<kSparseVecs / 2>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
+  if (n <= tokens) return unstructured_few<kSparseVecs>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
   const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out;
   const bool stream = std::is_same_v<A, T> && n * results * int64_t(sizeof(T)) >= kStreamBytes &&
                       results * sizeof(T) % 64 == 0 && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
