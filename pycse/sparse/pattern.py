@@ -126,8 +126,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     words = -(-in_ // 32)
     padded = torch.zeros(out, words * 32, dtype=torch.uint8, device=mask.device)
     padded[:, :in_] = mask
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(out, words * 4, 8) * weights).sum(2, dtype=torch.uint8).view(torch.int32)
+    eight = padded.view(torch.int64)  # byte i holds 0 or 1; the product, modulo 2^64, has it in bit 56 + i
+    return eight.mul_(0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8).view(torch.int32)
 
 
 def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
