@@ -373,14 +373,16 @@ def linear_mask(name: str, mask: Any, weight: Tensor, *, anywhere: bool = False)
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {mask.device}")
 
 
-def packed_mask(name: str, bits: Tensor, weight: Tensor) -> None:
-    """pack_mask's bits of a mask of the weight's shape, on its device."""
+def packed_mask(name: str, bits: Any, weight: Tensor, *, anywhere: bool = False) -> None:
+    """pack_mask's bits of a mask of the weight's shape, on its device unless ``anywhere``."""
     shape = (weight.shape[0], -(-weight.shape[1] // 32))
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor of shape {shape}, got {_what(bits)}")
     if bits.shape != shape:
         raise ValueError(
             f"{name} must be bits of shape {shape} (pack_mask) for a weight {tuple(weight.shape)}, got {tuple(bits.shape)}"
         )
-    if bits.device != weight.device:
+    if bits.device != weight.device and not anywhere:
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {bits.device}")
 
 

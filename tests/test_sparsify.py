@@ -174,6 +174,15 @@ def test_names_and_kinds_of_layers():
     assert "more than one place" in reasons["head"] and "scores are 0" in reasons["other"]
     assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"] and len(reasons) == 3
     assert report.removed == 10
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].bias = model[0].bias
+    called = model[2].register_forward_hook(lambda *_: None)
+    report = sparsify(model, random_scores(model), 0.5)
+    reasons = [layer.reason for layer in report.layers]
+    assert "weight or bias is used in more than one place" in reasons[0] and "more than one place" in reasons[1]
+    assert "hooks" in reasons[2] and isinstance(model[3], SparseLinear)
+    called.remove()
+    assert sparsify(model, random_scores(model), 0.6).removed == int(128 * 0.6 + 0.5)
     model = plain()
     report = sparsify(model, random_scores(model), 0.5, include=["1", "3"], exclude=["3"])
     assert report.removed == 120 and isinstance(model[1], SparseLinear) and type(model[3]) is nn.Linear
@@ -257,6 +266,39 @@ def test_cuts_follow_one_another(tmp_path):
     assert sum(isinstance(module, SparseLinear) for module in again.modules()) == 18
 
 
+@needs_extras
+def test_half_scores_do_not_overflow():
+    models = [transformer(), transformer()]
+    scores = {name: s * 6e4 for name, s in random_scores(models[0]).items()}
+    reports = [sparsify(models[0], scores, 0.5, "head")]
+    reports.append(sparsify(models[1], {name: s.half() for name, s in scores.items()}, 0.5, "head"))
+    for one, half in zip(*(report.layers for report in reports)):
+        assert half.kept == one.kept and half.low == pytest.approx(one.low, rel=1e-3)
+
+
+@needs_extras
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_of_the_caller(mode, cut):
+    model = transformer()
+    with mode():
+        sparsify(model, random_scores(model), **wanted(cut))
+    model(**BATCH).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+def hooked():
+    model = transformer()
+    model.encoder.layer[1].output.dense.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def shared():
+    model = transformer()
+    model.encoder.layer[2] = model.encoder.layer[0]
+    return model
+
+
 # ---- what masks survive
 
 
@@ -288,13 +330,18 @@ def test_masks_survive_state_dict_copies_and_casts():
     assert torch.equal(other[1].mask, model[1].mask) and not other[1].weight[~other[1].mask].any()
     assert other[1].weight.dtype == torch.bfloat16
     for key, value, words in (
-        ("7.mask", torch.ones(2, 2, dtype=torch.bool), "mask of no nn.Linear"),
-        ("1.mask", torch.ones(2, 2, dtype=torch.bool), r"\(2, 2\)"),
-        ("1.mask", torch.ones(20, 12), "float32"),
+        ("7.mask_bits", torch.ones(2, 1, dtype=torch.int32), "mask of no nn.Linear"),
+        (
+            "1.mask_bits",
+            torch.ones(2, 1, dtype=torch.int32),
+            r"1.mask_bits must be bits of shape \(20, 1\).* got \(2, 1\)",
+        ),
+        ("1.mask_bits", torch.ones(20, 12, dtype=torch.bool), "1.mask_bits must be an int32 tensor"),
+        ("mask_bits", torch.ones(20, 1, dtype=torch.int32), "a layer alone"),
     ):
         fresh = plain()
-        with pytest.raises(ValueError, match=words):
-            restore(fresh, {"3.mask": torch.ones(6, 20, dtype=torch.bool), key: value})
+        with pytest.raises((TypeError, ValueError), match=words):
+            restore(fresh, {"3.mask_bits": torch.ones(6, 1, dtype=torch.int32), key: value})
         assert type(fresh[3]) is nn.Linear
 
 
@@ -359,6 +406,24 @@ def test_saved_encoders_give_equal_embeddings_in_a_fresh_process(tiny_model, tmp
         torch.testing.assert_close(torch.tensor(embeddings), torch.tensor(saved[cut]), rtol=1e-5, atol=1e-6)
         masked = cut in ("weight", "n of m", "block", "tuned")
         assert (sparse > 0) == (masked and route == "load")
+
+
+@needs_extras
+@pytest.mark.parametrize("cut", CUTS)
+def test_encoders_inside_other_models(cut, tmp_path):
+    """A model with a head, and a wrapper that has no configuration to note the masks in."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SMALL)).eval()
+    wrapped = nn.DataParallel(model)
+    sparsify(wrapped, random_scores(wrapped), **wanted(cut))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(hidden(again), hidden(model.bert))
+    assert any(isinstance(module, SparseLinear) for module in again.modules()) == (cut not in ("head", "neuron"))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(hidden(load(tmp_path / "again")), hidden(again))
 
 
 @needs_extras
@@ -438,6 +503,8 @@ BAD = {
     "everything excluded": (plain, {"exclude": ["*"]}, "excluded"),
     "no module": (lambda: [1], {}, "torch.nn.Module"),
     "too many heads": (transformer, {"granularity": "head", "sparsity": 0.9}, "11 of 12 groups, but each of 3 layers"),
+    "one layer of an encoder twice": (shared, {"granularity": "neuron"}, "encoder.layer.0.intermediate.dense are used in more"),
+    "hooks": (hooked, {"granularity": "neuron"}, "encoder.layer.1.output.dense has hooks"),
     "include of heads": (transformer, {"granularity": "head", "include": ["*.1.*"]}, "all layers"),
 }  # fmt: skip
 
@@ -480,9 +547,10 @@ def test_scores_of_another_model(spoil, words):
 
 
 @needs_extras
-def test_the_report_is_a_table_a_picture_and_json(tmp_path):
+def test_the_report_is_a_table_a_picture_and_json(tmp_path, monkeypatch):
     from matplotlib.image import imread
 
+    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     for cut in CUTS:
         model = transformer()
         report = sparsify(model, random_scores(model), **wanted(cut))
@@ -490,6 +558,7 @@ def test_the_report_is_a_table_a_picture_and_json(tmp_path):
         assert report.summary() in text and f"{report.removed:,}" in text
         assert all(layer.reason for layer in report.layers)
         report.plot(tmp_path / "report.png")
+        assert "MPLCONFIGDIR" not in os.environ
         picture = imread(tmp_path / "report.png")
         assert min(picture.shape[:2]) > 150 and picture[..., :3].std() > 0.05
         values = json.loads(json.dumps(report.as_dict()))
