@@ -123,14 +123,9 @@ class Report:
         Raises:
             ImportError: matplotlib is missing; it comes with `pip install 'pycse-kernels[train]'`.
         """
-        # On import matplotlib writes a font cache to the home folder, unless told of another place.
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ.setdefault("MPLCONFIGDIR", cache)
-            from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps state
-
         layers = [layer for layer in self.layers if not layer.skipped]
         rows = range(len(layers))
-        figure = Figure(figsize=(11, 1.5 + 0.22 * len(layers)), layout="constrained")
+        figure = new_figure(figsize=(11, 1.5 + 0.22 * len(layers)), layout="constrained")
         counts, ranges = figure.subplots(1, 2, sharey=True)
         counts.barh(rows, [layer.kept for layer in layers], color="tab:blue", label="kept")
         counts.barh(
@@ -154,6 +149,22 @@ class Report:
             panel.grid(axis="x", alpha=0.3)
         figure.suptitle(f"{self.granularity}, {self.scope} quota: {self.share:.1%} of the {self.unit} removed")
         figure.savefig(path, dpi=120)
+
+
+def new_figure(**options: Any) -> Any:
+    """A matplotlib Figure: not of pyplot, which wants a display and keeps state.
+
+    On its first import matplotlib writes a font cache to the home folder, unless told of another place.
+    """
+    told = "MPLCONFIGDIR" in os.environ
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("MPLCONFIGDIR", cache)
+        try:
+            from matplotlib.figure import Figure
+        finally:
+            if not told:
+                del os.environ["MPLCONFIGDIR"]
+    return Figure(**options)
 
 
 def common_prefix(names: list[str]) -> str:
