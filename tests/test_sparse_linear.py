@@ -419,6 +419,30 @@ def test_momentum_of_what_is_removed_later(pattern):
         assert not loaded[:32].any() and loaded[32:].all()
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_merged_adapters(pattern):
+    _, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    sparse(x)
+    sparse.weight.data += 1
+    assert not copy.deepcopy(sparse).state_dict()["weight"][~sparse.mask].any()
+    sparse.eval()
+    torch.testing.assert_close(sparse(x), expected(sparse, sparse.mask, x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_activation_checkpointing(pattern, reentrant):
+    _, sparse = layer(pattern=pattern)
+    results = []
+    for call in (sparse, lambda x: torch.utils.checkpoint.checkpoint(sparse, x, use_reentrant=reentrant)):
+        x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
+        sparse.zero_grad()
+        call(x.sin()).square().sum().backward()
+        results.append((x.grad, sparse.weight.grad, sparse.bias.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.parametrize("pattern", ["auto", "unstructured", "block16", "dense"])
 def test_weights_of_others(pattern):
     """Tensors in the place of the weight are masked, and are not written to."""

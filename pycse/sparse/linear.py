@@ -60,8 +60,9 @@ class SparseLinear(nn.Linear):
     r"""nn.Linear under a mask: y = x (W ⊙ M)^T + b, computing only the kept weights where that is faster.
 
     ``weight`` is dense, of nn.Linear's name and shape. What lies outside ``mask`` (bool, a buffer) counts as 0 and is set to 0:
-    when the mask changes, when the layer is saved, and before dense products after the weight changed. Gradients there are
-    exactly 0 whatever the pattern, so optimizers leave the zeros alone. Products with removed weights are not computed:
+    when the mask changes, when the layer is saved, and before dense products after the weight changed (through
+    ``weight.data`` this shows at the next ``train()`` or ``eval()``). Gradients there are exactly 0 whatever the pattern, so
+    optimizers leave the zeros alone. Products with removed weights are not computed:
     0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
 
     state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for column
@@ -218,23 +219,25 @@ class SparseLinear(nn.Linear):
             if self.chosen in SIDES:
                 for name, t in zip(INDEX, Pattern.from_mask(mask, SIDES[self.chosen]).tensors):
                     self.register_buffer(name, t, persistent=False)
-        self._zero(only_if_needed=True)  # a write would break the backward pass of an earlier forward
+        self._zero()
         self._source = (mask, _version(mask), weight.dtype, weight.device, weight.shape)
 
-    def _zero(self, only_if_needed: bool = False) -> bool:
+    def _zero(self) -> bool:
         """Set the weight to 0 outside the mask where it changed; False for a weight that is not ours to write to.
 
-        Optimizers write there: what was removed after they took steps still has momentum.
+        Optimizers write there: what was removed after they took steps still has momentum. Merging of adapters does as well.
         """
-        weight = self.weight
+        weight, known = self.weight, self._zeroed
         if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
             return False
-        if self._zeroed is not None and self._zeroed[0] is weight and self._zeroed[1] == _version(weight):
+        if known is not None and known[0] is weight and known[1] == _version(weight):
             return True
         if weight.is_meta or (weight.is_inference() and not torch.is_inference_mode_enabled()):
             return False
         with torch.no_grad():
-            if not only_if_needed or weight.masked_fill(self.mask, 0).any():
+            # A write breaks the backward pass of an earlier forward, unless somebody wrote already.
+            written = known is not None and known[0] is weight
+            if written or weight.masked_fill(self.mask, 0).any():
                 weight.masked_fill_(~self.mask, 0)
         self._zeroed = weight, _version(weight)
         return True
@@ -255,7 +258,7 @@ class SparseLinear(nn.Linear):
         return self
 
     def train(self, mode: bool = True) -> SparseLinear:
-        self._semi = None
+        self._semi = self._zeroed = None  # writes to weight.data do not show
         return super().train(mode)
 
     def _load_from_state_dict(
@@ -287,6 +290,7 @@ class SparseLinear(nn.Linear):
         self._derive()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self._zeroed = None
         self._zero()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + BITS] = patterns.pack_mask(self.mask)
