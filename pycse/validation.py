@@ -22,6 +22,8 @@ def _what(value: object) -> str:
 def embeddings(name: str, z: Any) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {_what(z)}")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {z.layout}; use .to_dense()")
     if z.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
     if not z.dtype.is_floating_point or z.dtype.itemsize == 1:

@@ -380,12 +380,15 @@ def test_state_dict_that_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=words):
             sparse.load_state_dict({**before, "weight": torch.zeros(64, 96), "mask_bits": bits})
-    del before["mask_bits"]
-    with pytest.raises(RuntimeError, match='Missing key.*"mask_bits"'):
-        sparse.load_state_dict(before)
-    sparse.load_state_dict(before, strict=False)
-    before["mask_bits"] = pack_mask(sparse.mask)
+    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+        sparse.load_state_dict({"weight": before["weight"]})
     assert all(torch.equal(before[name], t) for name, t in sparse.state_dict().items())
+
+
+def test_state_dict_of_a_dense_layer():
+    dense, sparse = layer()
+    sparse.load_state_dict(dense.state_dict())  # the mask stays
+    assert torch.equal(sparse.weight, dense.weight * sparse.mask) and sparse.density < 0.5
 
 
 def test_a_mask_changed_in_place_is_seen():

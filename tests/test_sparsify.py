@@ -439,6 +439,62 @@ def test_the_class_of_the_architecture_does_not_make_up_weights(tmp_path):
         assert torch.equal(hidden(load(tmp_path / cut)), hidden(model))
 
 
+@needs_extras
+@pytest.mark.parametrize("cut", ["weight", "neuron", "head"])
+def test_trainers_load_their_checkpoints(tiny_model, tmp_path, cut):
+    """They read a checkpoint with a plain loader and load its state_dict."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    data = Dataset.from_dict({"a": ["red cat", "a ship", "the sun", "dog"], "b": ["cat", "ship", "sun", "a dog"]})
+
+    def train(steps, **more):
+        encoder = SentenceTransformer(tiny_model, device="cpu")
+        sparsify(encoder, random_scores(encoder), **wanted(cut))
+        arguments = Arguments(
+            str(tmp_path), max_steps=steps, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, learning_rate=0.1
+        )  # fmt: skip
+        loss = MultipleNegativesRankingLoss(encoder)
+        SentenceTransformerTrainer(encoder, arguments, train_dataset=data, loss=loss).train(**more)
+        return state(encoder)
+
+    whole, resumed = train(2), train(2, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value)
+
+
+@needs_extras
+def test_an_encoder_of_an_encoder_decoder(tmp_path):
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
+    sparsify(model, random_scores(model), 0.5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(load(tmp_path)), hidden(model))
+
+
+@needs_extras
+@pytest.mark.parametrize(
+    "change",
+    [{"shrunk_heads": [[0]]}, {"shrunk_heads": "all"}, {"shrunk_heads": [[0], [], [1]]}, {"shrunk_neurons": [3, 3, 0]}],
+    ids=str,
+)
+def test_configurations_that_somebody_changed(tmp_path, change):
+    model = transformer()
+    sparsify(model, random_scores(model), 0.5, "head")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(
+        ValueError, match=f"{next(iter(change))} in the configuration must be a list .* each of 3 layers"
+    ):
+        load(tmp_path)
+
+
 def test_load_says_what_it_cannot_load(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(FileNotFoundError, match="nowhere"):

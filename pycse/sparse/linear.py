@@ -66,7 +66,8 @@ class SparseLinear(nn.Linear):
     0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
 
     state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for column
-    32 k + j. The pattern's index is not saved: it is derived from the mask again when the mask, device or dtype changes
+    32 k + j. One without ``mask_bits``, as loaders that know no masks give it, is loaded under the layer's own mask. The
+    pattern's index is not saved: it is derived from the mask again when the mask, device or dtype changes
     (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps the mask that it was compiled with.
 
     Args:
@@ -266,10 +267,7 @@ class SparseLinear(nn.Linear):
     ) -> None:
         name = prefix + BITS
         bits, mask = state_dict.get(name), None
-        if bits is None:
-            if strict:
-                missing_keys.append(name)
-        else:
+        if bits is not None:
             try:
                 validation.packed_mask(name, bits, self.weight, anywhere=True)
                 mask = patterns.unpack_mask(bits, self.in_features)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pycse.sparse.linear import SparseLinear
+from pycse.sparse.storage import register
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -156,6 +157,7 @@ def shrink(stack: Stack, kept: list[Tensor], granularity: str) -> None:
         config.__class__ = config_class
         config.model_type = config_class.model_type
     config.shrunk_heads, config.shrunk_neurons = heads, neurons
+    register()
 
 
 def take(layer: nn.Module, name: str, index: Tensor, dim: int) -> None:

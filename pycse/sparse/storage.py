@@ -54,12 +54,18 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
 
             encoder: Any = SentenceTransformer(str(folder), device=None if device is None else str(device))
         else:
-            from transformers import AutoModel
-
-            encoder = AutoModel.from_pretrained(str(folder))
+            encoder = encoder_class(folder).from_pretrained(str(folder))
             encoder = encoder if device is None else encoder.to(device)
     restore_saved(encoder, folder)
     return encoder.eval()
+
+
+def encoder_class(folder: Path) -> Any:
+    """AutoModel, but for the encoders of encoder-decoders (T5EncoderModel and its like), to which it adds a decoder."""
+    import transformers
+
+    (saved,) = (transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""])[:1]
+    return getattr(transformers, saved if saved.endswith("EncoderModel") else "AutoModel", transformers.AutoModel)
 
 
 def restore_saved(encoder: nn.Module, folder: Path) -> int:
@@ -137,7 +143,7 @@ def note(model: nn.Module, pattern: str) -> None:
 
 
 def register() -> None:
-    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder."""
+    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder; in this process only."""
     from transformers import AutoConfig, AutoModel
 
     from pycse.sparse.shrunk_encoders import SHRUNK
