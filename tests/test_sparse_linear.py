@@ -541,6 +541,8 @@ def test_choice(block):
     choice = choose(torch.ones(640, 640, dtype=torch.bool), torch.float32, "cpu")
     assert choice.pattern == "dense" and "sparse pays below" in choice.reason
     assert choose(mask, torch.float32, "mps").pattern == "dense"
+    thin = choose(torch.ones(48, 48, dtype=torch.bool), torch.float32, "cpu")  # only blocks of 16 fit
+    assert thin.reason.endswith(f"below a density of {BREAK_EVEN['cpu'][torch.float32]['block16']:.0%}")
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -2,6 +2,7 @@
 """sparsify: exact shares, each granularity against a slow check, what survives fine-tuning and saving, bad input."""
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -605,6 +606,7 @@ def test_scores_of_another_model(spoil, words):
 @needs_extras
 def test_the_report_is_a_table_a_picture_and_json(tmp_path, monkeypatch):
     from matplotlib.image import imread
+    from rich.console import Console
 
     monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     for cut in CUTS:
@@ -612,6 +614,12 @@ def test_the_report_is_a_table_a_picture_and_json(tmp_path, monkeypatch):
         report = sparsify(model, random_scores(model), **wanted(cut))
         text = str(report)
         assert report.summary() in text and f"{report.removed:,}" in text
+        if cut == "weight":  # a reason that layers share stands there once
+            assert text.count("dense: for cpu float32 sparse pays below a density of") == 1
+            assert text.count("left as it is: all its scores are 0") == 1
+        narrow = io.StringIO()
+        Console(file=narrow, width=80).print(report)
+        assert "…" not in narrow.getvalue()
         assert all(layer.reason for layer in report.layers)
         report.plot(tmp_path / "report.png")
         assert "MPLCONFIGDIR" not in os.environ

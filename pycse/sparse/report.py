@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class LayerReport:
     Fields:
         low, high: the lowest and the highest score of its groups.
         kernel: the pattern that its product uses afterwards; `reason` says why, or why the layer was left out.
+        shrunk: a smaller dense layer took its place; `reason` says how wide.
     """
 
     name: str
@@ -33,6 +35,12 @@ class LayerReport:
     kernel: str = ""
     reason: str = ""
     skipped: bool = False
+    shrunk: bool = False
+
+    @property
+    def why(self) -> str:
+        """The reason without the layer's own numbers, so that layers share it."""
+        return re.sub(r"^density [\d.]+%[,;] ", "", self.reason.split(" (")[0])
 
 
 @dataclass
@@ -82,15 +90,15 @@ class Report:
         )
 
     def table(self) -> Table:
-        """For a rich Console."""
+        """For a rich Console: a row a layer, and below them why layers are dense or were left alone."""
         from rich.table import Table
 
         prefix = common_prefix([layer.name for layer in self.layers])
-        caption = f"layers are named below {prefix[:-1]}" if prefix else None
-        table = Table(title=self.summary(), title_justify="left", caption=caption, caption_justify="left")
-        table.add_column("layer")
+        notes = [f"layers are named below {prefix[:-1]}"] if prefix else []
+        table = Table(title=self.summary(), title_justify="left", caption_justify="left")
+        table.add_column("layer", overflow="fold")
         for heading in ("shape", "kept", "removed", "share", "scores"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("kernel")
         for layer in self.layers:
             numbers = ["", "", "", ""]
@@ -100,11 +108,16 @@ class Report:
                     f"{layer.kept:,}",
                     f"{layer.removed:,}",
                     f"{share:.1%}",
-                    f"{layer.low:.2g} to {layer.high:.2g}",
+                    f"{layer.low:.1e} to {layer.high:.1e}",
                 ]
-            shape = " x ".join(map(str, layer.shape))
-            kernel = f"{'left as it is' if layer.skipped else layer.kernel}: {layer.reason.split(' (')[0]}"
+            shape = "x".join(map(str, layer.shape))
+            kernel = "left as it is" if layer.skipped else layer.kernel
+            if layer.shrunk:
+                kernel = layer.reason
+            else:
+                notes.append(f"{kernel}: {layer.why}")
             table.add_row(layer.name[len(prefix) :], shape, *numbers, kernel, style="dim" if layer.skipped else None)
+        table.caption = "\n".join(dict.fromkeys(notes)) or None
         return table
 
     def __rich__(self) -> Table:

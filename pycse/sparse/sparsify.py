@@ -316,11 +316,9 @@ def plan_shrinking(encoder: nn.Module, scores: Mapping[str, Tensor], report: Rep
     device = next(stack.model.parameters()).device
     groups = group_scores(stack, {name: single(s, device) for name, s in scores.items()}, report.granularity)
     kept = keep_above(groups, report.sparsity, report.scope, least=1)
-    reasons = []
     for (below, layer), g, keep in zip(stack.layers, groups, kept):
         linear: Any = layer.get_submodule(stack.linears(report.granularity)[0])
         count = int(keep.sum())
-        reasons.append(f"{linear.out_features} -> {count * linear.out_features // len(keep)} wide")
         report.layers.append(
             LayerReport(
                 f"{stack.prefix}{below}",
@@ -330,7 +328,8 @@ def plan_shrinking(encoder: nn.Module, scores: Mapping[str, Tensor], report: Rep
                 g.min().item(),
                 g.max().item(),
                 "dense",
-                reasons[-1],
+                f"{linear.out_features} -> {count * linear.out_features // len(keep)} wide",
+                shrunk=True,
             )
         )
 

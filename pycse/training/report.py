@@ -110,6 +110,8 @@ def run_table(run: Run, out: Path) -> Table:
         ("time", f"{training}{run.seconds['total']:.0f} s in all"),
         ("written to", f"{out}: {', '.join(written(run))}"),
     ]
+    if run.pruned:
+        rows.append(("to load", f"pycse.sparse.load({str(out / 'model')!r}), or as a model for pycse eval and train"))
     for name, value in rows:
         table.add_row(name, value)
     return table
