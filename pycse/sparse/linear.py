@@ -40,6 +40,8 @@ def masked_linear(
     Returns:
         (..., out) in x's dtype; under autocast as F.linear.
 
+    Nothing of the mask is kept between calls: it may change. Packing it takes as long as reading W; pack it once to save that.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named, before any work.
         RuntimeError: the backend named cannot run here.

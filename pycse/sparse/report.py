@@ -45,10 +45,13 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What was removed from an encoder.
+    """What was removed from an encoder. It prints as a table; `plot` makes a picture, `as_dict` JSON.
 
     Fields:
-        sparsity: the share asked for, of the units in the layers that are not skipped.
+        granularity, scope: as `sparsify` was called, with its defaults.
+        sparsity: the share asked for, of the units in the layers that are not skipped; `share` is what it came to.
+        layers: a LayerReport each.
+        parameters_before, parameters_after: of the whole encoder.
         nonzero_before, nonzero_after: parameters of the whole encoder that are not 0.
     """
 
@@ -133,7 +136,11 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Write a picture: kept and removed units of every layer, and the range of their scores.
 
+        Args:
+            path: a file; its ending says the format (png, svg, pdf).
+
         Raises:
+            FileNotFoundError, ValueError: no such folder, or a format that matplotlib does not write.
             ImportError: matplotlib is missing; it comes with `pip install 'pycse-kernels[train]'`.
         """
         layers = [layer for layer in self.layers if not layer.skipped]

@@ -34,7 +34,12 @@ def score(
     seed: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Score of every entry of every parameter: what alignment and uniformity would change by without it, to first order.
+    r"""Score of every entry of every parameter: what alignment and uniformity would change by without it, to first order.
+
+    .. code-block:: text
+
+        a = sum over batches |theta * d l_align / d theta|,    u likewise of l_uniform
+        score = balance * a / mean(a) + (1 - balance) * u / mean(u)
 
     Positives: a batch alone is embedded twice, under two dropout masks, in training mode; a pair of batches (x, x+) is
     embedded in evaluation mode. Modes, buffers, requires_grad, gradients and the state of the random generators are
@@ -60,6 +65,8 @@ def score(
         TypeError: encoder, pooling or batches of another kind.
 
     Scores are not checked: an encoder with NaN or Inf has such scores, and `sparsify` refuses them.
+
+    Source: An, Zhang & Song 2023 (SparseCSE, arXiv 2311.03881), after its abstract.
     """
     validation.number("balance", balance)
     if not 0 <= balance <= 1:

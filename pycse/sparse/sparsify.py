@@ -54,7 +54,8 @@ def sparsify(
 
     Args:
         encoder: a SentenceTransformer, a transformers model, or any module with nn.Linear inside.
-        scores: of `score`, or any {parameter name: tensor} for this encoder; lower goes first.
+        scores: of `score`, or any {parameter name: tensor} for this encoder, of the parameters' shapes, any float dtype and
+            device, finite; lower goes first, of equal ones the earlier.
         sparsity: share that goes, in [0, 1); n:m says it already.
         granularity: "weight", "n:m", "block", "head" or "neuron".
         scope: "global" compares all layers, "layer" takes the same share of each. Default: layer for neurons, so that the
@@ -68,7 +69,10 @@ def sparsify(
         A Report: print it, or call its plot(path).
 
     Raises:
-        ValueError, TypeError: the encoder is then as it was.
+        ValueError, TypeError: an argument out of its range or of the wrong kind, scores of another encoder, an encoder with
+            no layer that can lose anything. The encoder is then as it was.
+
+    Source: An, Zhang & Song 2023 (SparseCSE, arXiv 2311.03881); blocks, heads and neurons are additions.
     """
     scope = check_arguments(encoder, sparsity, granularity, scope, n, m, block, pattern)
     check_scores(encoder, scores)
