@@ -212,6 +212,7 @@ BAD = {
     "a batch alone": (lambda: (encoder(), {"input_ids": batches()[0]}), {}, TypeError, "put one batch in a list"),
     "a tensor alone": (lambda: (encoder(), batches()[0]), {}, TypeError, "got a Tensor; put one batch in a list"),
     "nothing to read": (lambda: (encoder(), 3), {}, TypeError, "batches must be an iterable of batches, got a int"),
+    "seed": (lambda: (encoder(), batches()), {"seed": 2**64}, ValueError, "seed must fit 64 bits"),
     "no module": (lambda: (3, batches()), {}, TypeError, "torch.nn.Module"),
     "no parameters": (lambda: (nn.Identity(), batches()), {}, ValueError, "floating-point parameters"),
 }  # fmt: skip

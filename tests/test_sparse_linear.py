@@ -557,13 +557,13 @@ def test_patterns_are_lists_by_rows_and_by_columns(block):
     assert torch.equal(rows[p.t_at.long()].int(), p.t_rows)
 
 
-@pytest.mark.parametrize("in_", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("in_", [0, 1, 31, 32, 33, 64, 100])
 def test_packed_masks(in_):
-    mask = random_mask(5, in_, 1, 0.5)
+    mask = random_mask(5, in_, 1, 0.5 if in_ else 1)
     bits = pack_mask(mask)
     assert bits.dtype == torch.int32 and bits.shape == (5, -(-in_ // 32))
     assert torch.equal(unpack_mask(bits, in_), mask)
-    for row, column in ((0, 0), (4, in_ - 1)):
+    for row, column in ((0, 0), (4, in_ - 1)) if in_ else ():
         assert bool(bits[row, column // 32].item() >> column % 32 & 1) == mask[row, column]
     wide = torch.zeros(5, in_ + 3, dtype=torch.bool)  # rows that begin anywhere
     wide[:, 3:] = mask
@@ -608,6 +608,7 @@ BAD = [
     (lambda: masked_linear(x96, w96, m96, torch.randn(63)), ValueError, r"bias must have shape \(64,\), got \(63,\)"),
     (lambda: masked_linear(x96, w96, m96, torch.randn(64).double()), TypeError, r"bias must have x's dtype"),
     (lambda: masked_linear(x96.long(), w96, m96), TypeError, r"x must be float32.* got torch.int64"),
+    (lambda: masked_linear(x96.to_sparse(), w96, m96), TypeError, r"x must be a dense tensor, got torch.sparse_coo"),
     (lambda: masked_linear(x96, w96[0], m96[0]), ValueError, r"weight must have 2 dimensions"),
     (lambda: masked_linear(x96, w96, m96, backend="mkl"), ValueError, r"backend must be one of .* got 'mkl'"),
     (lambda: masked_linear(x96, w96, m96, backend="cuda"), RuntimeError, r"backend='cuda' cannot run here"),

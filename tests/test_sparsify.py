@@ -496,6 +496,15 @@ def test_configurations_that_somebody_changed(tmp_path, change):
         load(tmp_path)
 
 
+@needs_extras
+def test_load_runs_no_code_of_the_folder(tmp_path):
+    model = transformer()
+    sparsify(model, random_scores(model), 0.5, "head")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "shrunk_encoders.py").write_text("raise RuntimeError('ran')")
+    assert torch.equal(hidden(load(tmp_path)), hidden(model))
+
+
 def test_load_says_what_it_cannot_load(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -562,6 +571,9 @@ BAD = {
     "too many heads": (transformer, {"granularity": "head", "sparsity": 0.9}, "11 of 12 groups, but each of 3 layers"),
     "one layer of an encoder twice": (shared, {"granularity": "neuron"}, "encoder.layer.0.intermediate.dense are used in more"),
     "hooks": (hooked, {"granularity": "neuron"}, "encoder.layer.1.output.dense has hooks"),
+    "share in words": (plain, {"sparsity": "half"}, "sparsity must be a number, got 'half'"),
+    "share in a tensor": (plain, {"sparsity": torch.tensor(0.5)}, "sparsity must be a number, got a torch.float32"),
+    "names that are none": (plain, {"include": 3}, "include must be patterns of layer names"),
     "include of heads": (transformer, {"granularity": "head", "include": ["*.1.*"]}, "all layers"),
 }  # fmt: skip
 
@@ -587,6 +599,7 @@ def test_bad_input_leaves_the_model_as_it_was(case):
         (lambda s: s | {"1.weight": torch.ones(12, 20)}, r"shape \(20, 12\), its score \(12, 20\)"),
         (lambda s: s | {"1.weight": s["1.weight"] * torch.nan}, "finite"),
         (lambda s: s | {"1.weight": torch.ones(20, 12, dtype=torch.long)}, "float tensors"),
+        (lambda s: s | {"1.weight": torch.ones(20, 12, device="meta")}, "1.weight is on device meta"),
         (lambda s: {"1.weight": s["1.weight"]}, "3.weight is missing"),
         (lambda s: {}, "there are none"),
         (lambda s: list(s), "mapping"),

@@ -124,6 +124,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask (out, in) as bits: int32 (out, ceil(in / 32)), bit j of word k is column 32 k + j; the rest is 0."""
     out, in_ = mask.shape
     words = -(-in_ // 32)
+    if words == 0:
+        return torch.zeros(out, 0, dtype=torch.int32, device=mask.device)
     padded = torch.zeros(out, words * 32, dtype=torch.uint8, device=mask.device)
     padded[:, :in_] = mask
     eight = padded.view(torch.int64)  # byte i holds 0 or 1; the product, modulo 2^64, has it in bit 56 + i

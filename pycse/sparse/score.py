@@ -75,6 +75,7 @@ def score(
     validation.flag("progress", progress)
     if seed is not None:
         validation.whole("seed", seed)
+        validation.fits_64_bits("seed", seed)
     if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be an iterable of batches, got a {type(batches).__name__}; put one batch in a list"

@@ -148,12 +148,14 @@ def check_scores(encoder: nn.Module, scores: Any) -> None:
                 f"scores must be of this encoder's parameters: {name} has shape {tuple(parameters[name].shape)}, its "
                 f"score {tuple(value.shape)}"
             )
+        if value.is_meta or parameters[name].is_meta:
+            raise ValueError(f"scores and parameters must hold values; {name} is on device meta")
         if not value.isfinite().all():
             raise ValueError(f"scores must be finite; those of {name} are not")
 
 
 def patterns(name: str, given: Any) -> tuple[str, ...]:
-    given = (given,) if isinstance(given, str) else tuple(given)
+    given = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(one, str) for one in given):
         raise TypeError(f"{name} must be patterns of layer names, got {given!r}")
     return given
