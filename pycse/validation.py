@@ -22,6 +22,8 @@ def _what(value: object) -> str:
 def embeddings(name: str, z: Any) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {_what(z)}")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {z.layout}; use .to_dense()")
     if z.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
     if not z.dtype.is_floating_point or z.dtype.itemsize == 1:
@@ -44,14 +46,18 @@ def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{other_name} must have {name}'s dtype {z.dtype}, got {other.dtype}")
 
 
+def _is_number(value: Any) -> bool:
+    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always
+    return not isinstance(value, bool) and (isinstance(value, Real) or hasattr(value, "__float__"))
+
+
 def real(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite Python number, or a 0-d float tensor (whose value check_values looks at)."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
         return
-    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always
-    if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__float__")):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
     allowed = "a finite number > 0" if positive else "a finite number"
     # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols.
@@ -241,7 +247,7 @@ def distillation_options(
 
 
 def number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or not _is_number(value):
         raise TypeError(f"{name} must be a number, got {_what(value)}")
     real(name, value)
 
@@ -309,8 +315,12 @@ def seed(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {_what(value)}")
+    fits_64_bits("seed", value)
+
+
+def fits_64_bits(name: str, value: Any) -> None:
     if not -(2**63) <= int(value) < 2**64:
-        raise ValueError(f"seed must fit 64 bits, got {value!r}")
+        raise ValueError(f"{name} must fit 64 bits, got {value!r}")
 
 
 def distillation(
@@ -373,14 +383,16 @@ def linear_mask(name: str, mask: Any, weight: Tensor, *, anywhere: bool = False)
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {mask.device}")
 
 
-def packed_mask(name: str, bits: Tensor, weight: Tensor) -> None:
-    """pack_mask's bits of a mask of the weight's shape, on its device."""
+def packed_mask(name: str, bits: Any, weight: Tensor, *, anywhere: bool = False) -> None:
+    """pack_mask's bits of a mask of the weight's shape, on its device unless ``anywhere``."""
     shape = (weight.shape[0], -(-weight.shape[1] // 32))
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor of shape {shape}, got {_what(bits)}")
     if bits.shape != shape:
         raise ValueError(
             f"{name} must be bits of shape {shape} (pack_mask) for a weight {tuple(weight.shape)}, got {tuple(bits.shape)}"
         )
-    if bits.device != weight.device:
+    if bits.device != weight.device and not anywhere:
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {bits.device}")
 
 
@@ -391,6 +403,8 @@ def linear(x: Any, weight: Any, bias: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {_what(t)}")
         if not t.dtype.is_floating_point or t.dtype.itemsize == 1:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {t.layout}; use .to_dense()")
     if weight.dim() != 2:
         raise ValueError(f"weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -18,11 +18,13 @@ class Tiny(nn.Module):
         self.up = nn.Linear(6, 8)
         self.norm = nn.LayerNorm(8)
         self.count = nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros(1))
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(8, 4)
         self.unused = nn.Linear(4, 4)
 
     def forward(self, ids):
+        self.calls = self.calls + 1
         return self.down(self.dropout(self.count(self.norm(torch.tanh(self.up(self.table(ids).mean(1)))))))
 
 
@@ -151,6 +153,41 @@ def test_batches_are_read_one_after_the_other():
     assert seen == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
+def test_modes_of_the_caller():
+    data = batches()
+    wanted = score(encoder(), data, pooling=pooled, seed=1, progress=False)
+    model = encoder()
+    with torch.inference_mode():
+        data = [batch.clone() for batch in data]
+        found = score(model, data, pooling=pooled, seed=1, progress=False)
+        with pytest.raises(ValueError, match="outside torch.inference_mode"):
+            score(encoder(), data, pooling=pooled)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = score(encoder().float(), data, pooling=pooled, seed=1, progress=False)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value) and not found[name].is_inference()
+        assert low[name].dtype == torch.float32 and low[name].isfinite().all()
+
+
+def test_gradient_checkpointing():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.BertModel(config)
+    wanted = score(model, batches(), seed=1, progress=False)
+    model.gradient_checkpointing_enable()
+    found = score(model, batches(), seed=1, progress=False)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_parameters_that_are_no_floats():
+    model = encoder()
+    model.steps = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    found = score(model, batches(), pooling=pooled, seed=1, progress=False)
+    assert "steps" not in found and found.keys() == score(encoder(), batches(), pooling=pooled, progress=False).keys()
+
+
 def test_half_precision_accumulates_in_single():
     model = encoder().bfloat16()
     found = score(model, batches(), pooling=pooled, seed=1, progress=False)
@@ -172,6 +209,10 @@ BAD = {
         lambda: (encoder(), batches()), {"pooling": lambda o, b: o.sum()}, TypeError, r"embeddings \(B, D\)",
     ),
     "text": (lambda: (encoder(), [["a", "b"]]), {}, TypeError, "tokenized"),
+    "a batch alone": (lambda: (encoder(), {"input_ids": batches()[0]}), {}, TypeError, "put one batch in a list"),
+    "a tensor alone": (lambda: (encoder(), batches()[0]), {}, TypeError, "got a Tensor; put one batch in a list"),
+    "nothing to read": (lambda: (encoder(), 3), {}, TypeError, "batches must be an iterable of batches, got a int"),
+    "seed": (lambda: (encoder(), batches()), {"seed": 2**64}, ValueError, "seed must fit 64 bits"),
     "no module": (lambda: (3, batches()), {}, TypeError, "torch.nn.Module"),
     "no parameters": (lambda: (nn.Identity(), batches()), {}, ValueError, "floating-point parameters"),
 }  # fmt: skip

@@ -345,7 +345,7 @@ def test_from_dense_copies():
     sparse = SparseLinear.from_dense(dense, random_mask(64, 96, 16, 0.5))
     assert not sparse.training and not sparse.weight.requires_grad and sparse.bias.requires_grad
     assert sparse.weight.dtype == torch.float64 and sparse.weight.data_ptr() != dense.weight.data_ptr()
-    assert isinstance(sparse, torch.nn.Linear) and list(sparse.state_dict()) == ["weight", "bias", "mask"]
+    assert isinstance(sparse, torch.nn.Linear) and list(sparse.state_dict()) == ["weight", "bias", "mask_bits"]
     back = sparse.densify()
     assert not back.weight.requires_grad and torch.equal(back.weight, dense.weight * sparse.mask)
 
@@ -374,12 +374,22 @@ def test_state_dict_with_another_mask(pattern):
 def test_state_dict_that_does_not_fit():
     _, sparse = layer(pattern="block16")
     before = {name: t.clone() for name, t in sparse.state_dict().items()}
-    state = {**before, "weight": torch.zeros(64, 96), "mask": random_mask(64, 96, 1, 0.5)}
-    with pytest.raises(RuntimeError, match="whole 16 x 16 blocks"):
-        sparse.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="mask must be a bool tensor"):
-        sparse.load_state_dict({**before, "mask": torch.ones(64, 96)})
+    for bits, words in (
+        (pack_mask(random_mask(64, 96, 1, 0.5)), "whole 16 x 16 blocks"),
+        (torch.ones(64, 96), r"mask_bits must be an int32 tensor of shape \(64, 3\), got a torch.float32"),
+        (pack_mask(random_mask(64, 128, 16, 0.5)), r"mask_bits must be bits of shape \(64, 3\) .* got \(64, 4\)"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            sparse.load_state_dict({**before, "weight": torch.zeros(64, 96), "mask_bits": bits})
+    with pytest.raises(RuntimeError, match='Missing key.*"bias"'):
+        sparse.load_state_dict({"weight": before["weight"]})
     assert all(torch.equal(before[name], t) for name, t in sparse.state_dict().items())
+
+
+def test_state_dict_of_a_dense_layer():
+    dense, sparse = layer()
+    sparse.load_state_dict(dense.state_dict())  # the mask stays
+    assert torch.equal(sparse.weight, dense.weight * sparse.mask) and sparse.density < 0.5
 
 
 def test_a_mask_changed_in_place_is_seen():
@@ -394,6 +404,89 @@ def test_a_mask_changed_in_place_is_seen():
     sparse.mask = torch.ones(64, 96)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         sparse(x)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_momentum_of_what_is_removed_later(pattern):
+    """The optimizer goes on moving a weight that had momentum before its mask fell."""
+    _, sparse = layer(pattern=pattern, density=1)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.1)
+    x = torch.randn(5, 96)
+    for step in range(3):
+        sparse(x).square().sum().backward()
+        optimizer.step()
+        if step == 0:
+            sparse.mask[:32] = False
+    assert sparse.weight[:32].any()
+    torch.testing.assert_close(sparse(x), expected(sparse, sparse.mask, x))
+    for loaded in (sparse.state_dict()["weight"], sparse.densify().weight):
+        assert not loaded[:32].any() and loaded[32:].all()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_merged_adapters(pattern):
+    _, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    sparse(x)
+    sparse.weight.data += 1
+    assert not copy.deepcopy(sparse).state_dict()["weight"][~sparse.mask].any()
+    sparse.eval()
+    torch.testing.assert_close(sparse(x), expected(sparse, sparse.mask, x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
+def test_activation_checkpointing(pattern, reentrant):
+    _, sparse = layer(pattern=pattern)
+    results = []
+    for call in (sparse, lambda x: torch.utils.checkpoint.checkpoint(sparse, x, use_reentrant=reentrant)):
+        x = torch.linspace(-1, 1, 5 * 96).view(5, 96).requires_grad_()
+        sparse.zero_grad()
+        call(x.sin()).square().sum().backward()
+        results.append((x.grad, sparse.weight.grad, sparse.bias.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("pattern", ["auto", "unstructured", "block16", "dense"])
+def test_weights_of_others(pattern):
+    """Tensors in the place of the weight are masked, and are not written to."""
+    _, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    given = {name: torch.randn_like(p, requires_grad=True) for name, p in sparse.named_parameters()}
+    before = {name: t.detach().clone() for name, t in given.items()}
+    y = torch.func.functional_call(sparse, given, (x,))
+    torch.testing.assert_close(y, F.linear(x, before["weight"] * sparse.mask, before["bias"]))
+    y.square().sum().backward()
+    assert all(torch.equal(before[name], t) for name, t in given.items())
+    assert not given["weight"].grad[~sparse.mask].any() and given["weight"].grad[sparse.mask].any()
+    if sparse.chosen == "dense":
+        loss = lambda w: torch.func.functional_call(sparse, w, (x,)).square().sum()  # noqa: E731
+        torch.testing.assert_close(torch.func.grad(loss)(before)["weight"], given["weight"].grad)
+        each = torch.func.vmap(torch.func.grad(lambda x: sparse(x).square().sum()))(x)
+        x.requires_grad_()
+        torch.testing.assert_close(each, torch.autograd.grad(sparse(x).square().sum(), x)[0])
+
+
+def test_two_forwards_before_a_backward():
+    _, sparse = layer(pattern="dense")
+    x = torch.randn(5, 96)
+    first = sparse(x.requires_grad_())
+    sparse.mask = sparse.mask.clone()
+    (first.sum() + sparse(x).sum()).backward()
+    assert not sparse.weight.grad[~sparse.mask].any()
+
+
+@pytest.mark.parametrize("pattern", ["auto", "unstructured", "block16", "dense"])
+def test_casts_and_empty_storage(pattern):
+    dense, sparse = layer(pattern=pattern)
+    x = torch.randn(5, 96)
+    wide = copy.deepcopy(sparse).type(torch.float64)  # casts buffers as well
+    torch.testing.assert_close(wide(x.double()).float(), expected(dense, sparse.mask, x))
+    with torch.device("meta"):
+        hollow = SparseLinear(96, 64, pattern=pattern)
+    hollow.to_empty(device="cpu").load_state_dict(sparse.state_dict())
+    torch.testing.assert_close(hollow(x), sparse(x))
+    assert hollow.chosen == sparse.chosen
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block16", "dense"])
@@ -449,6 +542,8 @@ def test_choice(block):
     choice = choose(torch.ones(640, 640, dtype=torch.bool), torch.float32, "cpu")
     assert choice.pattern == "dense" and "sparse pays below" in choice.reason
     assert choose(mask, torch.float32, "mps").pattern == "dense"
+    thin = choose(torch.ones(48, 48, dtype=torch.bool), torch.float32, "cpu")  # only blocks of 16 fit
+    assert thin.reason.endswith(f"below a density of {BREAK_EVEN['cpu'][torch.float32]['block16']:.0%}")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -463,14 +558,43 @@ def test_patterns_are_lists_by_rows_and_by_columns(block):
     assert torch.equal(rows[p.t_at.long()].int(), p.t_rows)
 
 
-@pytest.mark.parametrize("in_", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("in_", [0, 1, 31, 32, 33, 64, 100])
 def test_packed_masks(in_):
-    mask = random_mask(5, in_, 1, 0.5)
+    mask = random_mask(5, in_, 1, 0.5 if in_ else 1)
     bits = pack_mask(mask)
     assert bits.dtype == torch.int32 and bits.shape == (5, -(-in_ // 32))
     assert torch.equal(unpack_mask(bits, in_), mask)
-    for row, column in ((0, 0), (4, in_ - 1)):
+    for row, column in ((0, 0), (4, in_ - 1)) if in_ else ():
         assert bool(bits[row, column // 32].item() >> column % 32 & 1) == mask[row, column]
+    wide = torch.zeros(5, in_ + 3, dtype=torch.bool)  # rows that begin anywhere
+    wide[:, 3:] = mask
+    assert torch.equal(pack_mask(wide[:, 3:]), bits)
+
+
+def test_a_changed_mask_is_another_mask():
+    """Nothing of a mask is kept between calls, so that no way of writing to it goes unnoticed."""
+    x, weight = torch.randn(4, 40), torch.randn(16, 40)
+    mask = torch.ones(16, 40, dtype=torch.bool)
+
+    def check():
+        torch.testing.assert_close(masked_linear(x, weight, mask), F.linear(x, weight * mask))
+
+    check()
+    mask[3] = False
+    check()
+    mask.data[5:9, ::2] = False
+    check()
+    mask.numpy()[:, 1] = False
+    check()
+    with torch.inference_mode():
+        mask[10] = False
+        check()
+
+
+def test_a_mask_takes_a_bit_a_weight():
+    _, sparse = layer(256, 96)
+    state = sparse.state_dict()
+    assert state["mask_bits"].nbytes * 8 == 256 * 96 and torch.equal(unpack_mask(state["mask_bits"], 96), sparse.mask)
 
 
 x96, w96, m96 = torch.randn(4, 96), torch.randn(64, 96), torch.ones(64, 96, dtype=torch.bool)
@@ -485,6 +609,7 @@ BAD = [
     (lambda: masked_linear(x96, w96, m96, torch.randn(63)), ValueError, r"bias must have shape \(64,\), got \(63,\)"),
     (lambda: masked_linear(x96, w96, m96, torch.randn(64).double()), TypeError, r"bias must have x's dtype"),
     (lambda: masked_linear(x96.long(), w96, m96), TypeError, r"x must be float32.* got torch.int64"),
+    (lambda: masked_linear(x96.to_sparse(), w96, m96), TypeError, r"x must be a dense tensor, got torch.sparse_coo"),
     (lambda: masked_linear(x96, w96[0], m96[0]), ValueError, r"weight must have 2 dimensions"),
     (lambda: masked_linear(x96, w96, m96, backend="mkl"), ValueError, r"backend must be one of .* got 'mkl'"),
     (lambda: masked_linear(x96, w96, m96, backend="cuda"), RuntimeError, r"backend='cuda' cannot run here"),

@@ -2,6 +2,7 @@
 """sparsify: exact shares, each granularity against a slow check, what survives fine-tuning and saving, bad input."""
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -174,6 +175,15 @@ def test_names_and_kinds_of_layers():
     assert "more than one place" in reasons["head"] and "scores are 0" in reasons["other"]
     assert "NonDynamicallyQuantizableLinear" in reasons["attention.out_proj"] and len(reasons) == 3
     assert report.removed == 10
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].bias = model[0].bias
+    called = model[2].register_forward_hook(lambda *_: None)
+    report = sparsify(model, random_scores(model), 0.5)
+    reasons = [layer.reason for layer in report.layers]
+    assert "weight or bias is used in more than one place" in reasons[0] and "more than one place" in reasons[1]
+    assert "hooks" in reasons[2] and isinstance(model[3], SparseLinear)
+    called.remove()
+    assert sparsify(model, random_scores(model), 0.6).removed == int(128 * 0.6 + 0.5)
     model = plain()
     report = sparsify(model, random_scores(model), 0.5, include=["1", "3"], exclude=["3"])
     assert report.removed == 120 and isinstance(model[1], SparseLinear) and type(model[3]) is nn.Linear
@@ -257,6 +267,39 @@ def test_cuts_follow_one_another(tmp_path):
     assert sum(isinstance(module, SparseLinear) for module in again.modules()) == 18
 
 
+@needs_extras
+def test_half_scores_do_not_overflow():
+    models = [transformer(), transformer()]
+    scores = {name: s * 6e4 for name, s in random_scores(models[0]).items()}
+    reports = [sparsify(models[0], scores, 0.5, "head")]
+    reports.append(sparsify(models[1], {name: s.half() for name, s in scores.items()}, 0.5, "head"))
+    for one, half in zip(*(report.layers for report in reports)):
+        assert half.kept == one.kept and half.low == pytest.approx(one.low, rel=1e-3)
+
+
+@needs_extras
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_of_the_caller(mode, cut):
+    model = transformer()
+    with mode():
+        sparsify(model, random_scores(model), **wanted(cut))
+    model(**BATCH).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+def hooked():
+    model = transformer()
+    model.encoder.layer[1].output.dense.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def shared():
+    model = transformer()
+    model.encoder.layer[2] = model.encoder.layer[0]
+    return model
+
+
 # ---- what masks survive
 
 
@@ -288,13 +331,18 @@ def test_masks_survive_state_dict_copies_and_casts():
     assert torch.equal(other[1].mask, model[1].mask) and not other[1].weight[~other[1].mask].any()
     assert other[1].weight.dtype == torch.bfloat16
     for key, value, words in (
-        ("7.mask", torch.ones(2, 2, dtype=torch.bool), "mask of no nn.Linear"),
-        ("1.mask", torch.ones(2, 2, dtype=torch.bool), r"\(2, 2\)"),
-        ("1.mask", torch.ones(20, 12), "float32"),
+        ("7.mask_bits", torch.ones(2, 1, dtype=torch.int32), "mask of no nn.Linear"),
+        (
+            "1.mask_bits",
+            torch.ones(2, 1, dtype=torch.int32),
+            r"1.mask_bits must be bits of shape \(20, 1\).* got \(2, 1\)",
+        ),
+        ("1.mask_bits", torch.ones(20, 12, dtype=torch.bool), "1.mask_bits must be an int32 tensor"),
+        ("mask_bits", torch.ones(20, 1, dtype=torch.int32), "a layer alone"),
     ):
         fresh = plain()
-        with pytest.raises(ValueError, match=words):
-            restore(fresh, {"3.mask": torch.ones(6, 20, dtype=torch.bool), key: value})
+        with pytest.raises((TypeError, ValueError), match=words):
+            restore(fresh, {"3.mask_bits": torch.ones(6, 1, dtype=torch.int32), key: value})
         assert type(fresh[3]) is nn.Linear
 
 
@@ -362,6 +410,24 @@ def test_saved_encoders_give_equal_embeddings_in_a_fresh_process(tiny_model, tmp
 
 
 @needs_extras
+@pytest.mark.parametrize("cut", CUTS)
+def test_encoders_inside_other_models(cut, tmp_path):
+    """A model with a head, and a wrapper that has no configuration to note the masks in."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SMALL)).eval()
+    wrapped = nn.DataParallel(model)
+    sparsify(wrapped, random_scores(wrapped), **wanted(cut))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(hidden(again), hidden(model.bert))
+    assert any(isinstance(module, SparseLinear) for module in again.modules()) == (cut not in ("head", "neuron"))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(hidden(load(tmp_path / "again")), hidden(again))
+
+
+@needs_extras
 def test_the_class_of_the_architecture_does_not_make_up_weights(tmp_path):
     from transformers import BertModel
 
@@ -372,6 +438,71 @@ def test_the_class_of_the_architecture_does_not_make_up_weights(tmp_path):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             BertModel.from_pretrained(tmp_path / cut)
         assert torch.equal(hidden(load(tmp_path / cut)), hidden(model))
+
+
+@needs_extras
+@pytest.mark.parametrize("cut", ["weight", "neuron", "head"])
+def test_trainers_load_their_checkpoints(tiny_model, tmp_path, cut):
+    """They read a checkpoint with a plain loader and load its state_dict."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    data = Dataset.from_dict({"a": ["red cat", "a ship", "the sun", "dog"], "b": ["cat", "ship", "sun", "a dog"]})
+
+    def train(steps, **more):
+        encoder = SentenceTransformer(tiny_model, device="cpu")
+        sparsify(encoder, random_scores(encoder), **wanted(cut))
+        arguments = Arguments(
+            str(tmp_path), max_steps=steps, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, learning_rate=0.1
+        )  # fmt: skip
+        loss = MultipleNegativesRankingLoss(encoder)
+        SentenceTransformerTrainer(encoder, arguments, train_dataset=data, loss=loss).train(**more)
+        return state(encoder)
+
+    whole, resumed = train(2), train(2, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value)
+
+
+@needs_extras
+def test_an_encoder_of_an_encoder_decoder(tmp_path):
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
+    sparsify(model, random_scores(model), 0.5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(load(tmp_path)), hidden(model))
+
+
+@needs_extras
+@pytest.mark.parametrize(
+    "change",
+    [{"shrunk_heads": [[0]]}, {"shrunk_heads": "all"}, {"shrunk_heads": [[0], [], [1]]}, {"shrunk_neurons": [3, 3, 0]}],
+    ids=str,
+)
+def test_configurations_that_somebody_changed(tmp_path, change):
+    model = transformer()
+    sparsify(model, random_scores(model), 0.5, "head")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(
+        ValueError, match=f"{next(iter(change))} in the configuration must be a list .* each of 3 layers"
+    ):
+        load(tmp_path)
+
+
+@needs_extras
+def test_load_runs_no_code_of_the_folder(tmp_path):
+    model = transformer()
+    sparsify(model, random_scores(model), 0.5, "head")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "shrunk_encoders.py").write_text("raise RuntimeError('ran')")
+    assert torch.equal(hidden(load(tmp_path)), hidden(model))
 
 
 def test_load_says_what_it_cannot_load(tmp_path):
@@ -438,6 +569,11 @@ BAD = {
     "everything excluded": (plain, {"exclude": ["*"]}, "excluded"),
     "no module": (lambda: [1], {}, "torch.nn.Module"),
     "too many heads": (transformer, {"granularity": "head", "sparsity": 0.9}, "11 of 12 groups, but each of 3 layers"),
+    "one layer of an encoder twice": (shared, {"granularity": "neuron"}, "encoder.layer.0.intermediate.dense are used in more"),
+    "hooks": (hooked, {"granularity": "neuron"}, "encoder.layer.1.output.dense has hooks"),
+    "share in words": (plain, {"sparsity": "half"}, "sparsity must be a number, got 'half'"),
+    "share in a tensor": (plain, {"sparsity": torch.tensor(0.5)}, "sparsity must be a number, got a torch.float32"),
+    "names that are none": (plain, {"include": 3}, "include must be patterns of layer names"),
     "include of heads": (transformer, {"granularity": "head", "include": ["*.1.*"]}, "all layers"),
 }  # fmt: skip
 
@@ -463,6 +599,7 @@ def test_bad_input_leaves_the_model_as_it_was(case):
         (lambda s: s | {"1.weight": torch.ones(12, 20)}, r"shape \(20, 12\), its score \(12, 20\)"),
         (lambda s: s | {"1.weight": s["1.weight"] * torch.nan}, "finite"),
         (lambda s: s | {"1.weight": torch.ones(20, 12, dtype=torch.long)}, "float tensors"),
+        (lambda s: s | {"1.weight": torch.ones(20, 12, device="meta")}, "1.weight is on device meta"),
         (lambda s: {"1.weight": s["1.weight"]}, "3.weight is missing"),
         (lambda s: {}, "there are none"),
         (lambda s: list(s), "mapping"),
@@ -480,16 +617,25 @@ def test_scores_of_another_model(spoil, words):
 
 
 @needs_extras
-def test_the_report_is_a_table_a_picture_and_json(tmp_path):
+def test_the_report_is_a_table_a_picture_and_json(tmp_path, monkeypatch):
     from matplotlib.image import imread
+    from rich.console import Console
 
+    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     for cut in CUTS:
         model = transformer()
         report = sparsify(model, random_scores(model), **wanted(cut))
         text = str(report)
         assert report.summary() in text and f"{report.removed:,}" in text
+        if cut == "weight":  # a reason that layers share stands there once
+            assert text.count("dense: for cpu float32 sparse pays below a density of") == 1
+            assert text.count("left as it is: all its scores are 0") == 1
+        narrow = io.StringIO()
+        Console(file=narrow, width=80).print(report)
+        assert "…" not in narrow.getvalue()
         assert all(layer.reason for layer in report.layers)
         report.plot(tmp_path / "report.png")
+        assert "MPLCONFIGDIR" not in os.environ
         picture = imread(tmp_path / "report.png")
         assert min(picture.shape[:2]) > 150 and picture[..., :3].std() > 0.05
         values = json.loads(json.dumps(report.as_dict()))

@@ -247,6 +247,7 @@ BAD = [
     (lambda: uniformity(X[0]), ValueError, "x must have 2 dimensions"),
     (lambda: uniformity([1.0]), TypeError, "x must be a torch.Tensor"),
     (lambda: uniformity(X.long()), TypeError, "x must be float32.*int64"),
+    (lambda: uniformity(X.to_sparse()), TypeError, "x must be a dense tensor, got torch.sparse_coo"),
     (lambda: uniformity(X, 0.0), ValueError, "t must be a finite number > 0, got 0.0"),
     (lambda: uniformity(X, math.nan), ValueError, "t must be a finite number > 0"),
     (lambda: uniformity(X, torch.tensor(2.0)), TypeError, "t must be a number"),

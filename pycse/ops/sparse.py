@@ -102,8 +102,7 @@ class _Products:
         return self.forward(x, weight, bias, *which) if plain else self.op(x, weight, bias, *which)
 
     def _of_y(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors[:2]
-        which = ctx.saved_tensors[2:] + ctx.options
+        x, weight, *which = _saved(ctx)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         return (
             self.dx(dy, weight, *which) if need_x else None,
@@ -113,8 +112,7 @@ class _Products:
         )
 
     def _of_dx(self, ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dy, weight = ctx.saved_tensors[:2]
-        which = ctx.saved_tensors[2:] + ctx.options
+        dy, weight, *which = _saved(ctx)
         need_dy, need_w = ctx.needs_input_grad[:2]
         return (
             self.op(g, weight, None, *which) if need_dy else None,
@@ -123,8 +121,7 @@ class _Products:
         )
 
     def _of_dw(self, ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x = ctx.saved_tensors[:2]
-        which = ctx.saved_tensors[2:] + ctx.options
+        dy, x, *which = _saved(ctx)
         need_dy, need_x = ctx.needs_input_grad[:2]
         return (
             self.op(x, g, None, *which) if need_dy else None,
@@ -148,6 +145,10 @@ class _Products:
 def _save(ctx: Any, a: Tensor, b: Tensor, which: tuple[Any, ...]) -> None:
     ctx.save_for_backward(a, b, *(t for t in which if isinstance(t, Tensor)))
     ctx.options = tuple(t for t in which if not isinstance(t, Tensor))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    return ctx.saved_tensors + ctx.options  # once: activation checkpointing unpacks them a single time
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

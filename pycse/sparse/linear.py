@@ -15,6 +15,7 @@ from pycse.sparse import pattern as patterns
 from pycse.sparse.pattern import PATTERNS, SIDES, Pattern
 
 INDEX = ("ptr", "cols", "t_ptr", "t_rows", "t_at")  # buffers that are not saved; None where the pattern has no index
+BITS = "mask_bits"  # what the mask is called in a state_dict, packed
 
 
 def masked_linear(
@@ -39,6 +40,8 @@ def masked_linear(
     Returns:
         (..., out) in x's dtype; under autocast as F.linear.
 
+    Nothing of the mask is kept between calls: it may change. Packing it takes as long as reading W; pack it once to save that.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named, before any work.
         RuntimeError: the backend named cannot run here.
@@ -58,28 +61,38 @@ def masked_linear(
 class SparseLinear(nn.Linear):
     r"""nn.Linear under a mask: y = x (W ⊙ M)^T + b, computing only the kept weights where that is faster.
 
-    ``weight`` is dense, of nn.Linear's name and shape, and 0 outside ``mask`` (a bool buffer, in state_dict). Gradients
-    outside the mask are exactly 0 whatever the pattern, so optimizers leave the zeros alone. Products with removed weights
-    are not computed: 0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
+    ``weight`` is dense, of nn.Linear's name and shape. What lies outside ``mask`` (bool, a buffer) counts as 0 and is set to 0:
+    when the mask changes, when the layer is saved, and before dense products after the weight changed (through
+    ``weight.data`` this shows at the next ``train()`` or ``eval()``). Gradients there are exactly 0 whatever the pattern, so
+    optimizers leave the zeros alone. Products with removed weights are not computed:
+    0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
 
-    The pattern's index is derived from the mask when the mask, device or dtype changes (state_dict, ``to``, ``mask`` itself)
-    and is not saved.
+    state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for column
+    32 k + j. One without ``mask_bits``, as loaders that know no masks give it, is loaded under the layer's own mask. The
+    pattern's index is not saved: it is derived from the mask again when the mask, device or dtype changes
+    (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps the mask that it was compiled with.
 
     Args:
         mask: bool (out, in), True where a weight is kept; default: every weight.
         pattern: "auto" (the fastest, or "dense" where sparse does not pay: ``repr`` says why), "unstructured", "block16",
             "block32", "block64" (masks made of whole square blocks), "2:4" (NVIDIA GPUs) or "dense".
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
-        in_features, out_features, bias, device, dtype: as nn.Linear.
+        in_features, out_features, bias, device, dtype: as nn.Linear; float32, float64, bfloat16 or float16.
+
+    Forward takes x (..., in) of the weight's dtype (any under autocast) and gives (..., out).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value, or a mask that the pattern named cannot hold.
+        RuntimeError, in forward: the backend named cannot run here.
     """
 
     mask: Tensor
     chosen: str  # the pattern in use, and why
     reason: str
-    _source: tuple[Tensor, int, Tensor, torch.dtype] | None
+    _source: (
+        tuple[Tensor, int, torch.dtype, torch.device, torch.Size] | None
+    )  # what pattern and index were derived from
+    _zeroed: tuple[Tensor, int] | None  # the weight that is 0 outside the mask
     _semi: tuple[int, Tensor] | None = None
 
     def __init__(
@@ -101,7 +114,7 @@ class SparseLinear(nn.Linear):
         if mask is None:
             mask = torch.ones_like(self.weight, dtype=torch.bool)
         validation.linear_mask("mask", mask, self.weight)
-        self.register_buffer("mask", mask.detach().clone())
+        self.register_buffer("mask", mask.detach().clone(), persistent=False)
         self._derive()
 
     @classmethod
@@ -109,8 +122,11 @@ class SparseLinear(nn.Linear):
         """A sparse copy of ``linear``, which stays as it is.
 
         Args:
-            linear: the nn.Linear to copy: weights, bias, dtype, device, training mode and requires_grad.
+            linear: the nn.Linear to copy: weights, bias, dtype, device, training mode and requires_grad; no hooks.
             mask, pattern, backend: as :class:`SparseLinear`.
+
+        Raises:
+            TypeError, ValueError: as :class:`SparseLinear`.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
@@ -154,7 +170,9 @@ class SparseLinear(nn.Linear):
             )
             return y.view(*input.shape[:-1], self.out_features)
         weight = self.weight
-        if torch.is_grad_enabled() and weight.requires_grad:
+        if not self._zero() and not torch.compiler.is_compiling():
+            weight = weight.masked_fill(~self.mask, 0)
+        elif torch.is_grad_enabled() and weight.requires_grad:
             weight = _KeptGradient.apply(weight, self.mask)
         elif self.chosen == "2:4":
             weight = self._semi_structured()
@@ -181,19 +199,19 @@ class SparseLinear(nn.Linear):
     def _stale(self) -> bool:
         if self._source is None:
             return True
-        mask, version, weight, dtype = self._source
+        mask, version, *rest = self._source
+        weight = self.weight
         return (
             mask is not self.mask
             or version != _version(self.mask)
-            or weight is not self.weight
-            or dtype != weight.dtype
+            or rest != [weight.dtype, weight.device, weight.shape]
         )
 
     def _derive(self) -> None:
         """Pattern and index from the mask; the weight is set to 0 outside it."""
         mask, weight = self.mask, self.weight
         validation.linear_mask("mask", mask, weight)
-        self._semi = None
+        self._semi = self._zeroed = None
         for name in INDEX:
             self.register_buffer(name, None, persistent=False)
         self.chosen, self.reason, self._source = "dense", "", None
@@ -204,10 +222,28 @@ class SparseLinear(nn.Linear):
             if self.chosen in SIDES:
                 for name, t in zip(INDEX, Pattern.from_mask(mask, SIDES[self.chosen]).tensors):
                     self.register_buffer(name, t, persistent=False)
+        self._zero()
+        self._source = (mask, _version(mask), weight.dtype, weight.device, weight.shape)
+
+    def _zero(self) -> bool:
+        """Set the weight to 0 outside the mask where it changed; False for a weight that is not ours to write to.
+
+        Optimizers write there: what was removed after they took steps still has momentum. Merging of adapters does as well.
+        """
+        weight, known = self.weight, self._zeroed
+        if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
+            return False
+        if known is not None and known[0] is weight and known[1] == _version(weight):
+            return True
+        if weight.is_meta or (weight.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
         with torch.no_grad():
-            if weight.masked_fill(mask, 0).any():
-                weight.masked_fill_(~mask, 0)
-        self._source = (mask, _version(mask), weight, weight.dtype)
+            # A write breaks the backward pass of an earlier forward, unless somebody wrote already.
+            written = known is not None and known[0] is weight
+            if written or weight.masked_fill(self.mask, 0).any():
+                weight.masked_fill_(~self.mask, 0)
+        self._zeroed = weight, _version(weight)
+        return True
 
     def _semi_structured(self) -> Tensor:
         """PyTorch's compressed 2:4 weight; made again when the weight changes (a write to ``weight.data`` does not show)."""
@@ -217,20 +253,26 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
-        self._derive()
+        self._buffers["mask"] = self.mask.bool()  # type() casts everything
+        try:
+            self._derive()
+        except ValueError:  # a pattern that does not run there, or no values yet (to_empty): forward says so, if asked
+            self._source = None
         return self
 
     def train(self, mode: bool = True) -> SparseLinear:
-        self._semi = None
+        self._semi = self._zeroed = None  # writes to weight.data do not show
         return super().train(mode)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        mask = state_dict.get(f"{prefix}mask")
-        if mask is not None:
+        name = prefix + BITS
+        bits, mask = state_dict.get(name), None
+        if bits is not None:
             try:
-                validation.linear_mask(f"{prefix}mask", mask, self.weight, anywhere=True)
+                validation.packed_mask(name, bits, self.weight, anywhere=True)
+                mask = patterns.unpack_mask(bits, self.in_features)
                 _chosen(self.pattern, mask, self.weight)
             except (TypeError, ValueError) as error:  # before anything is changed
                 error_msgs.append(str(error))
@@ -238,11 +280,24 @@ class SparseLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
+        if name in unexpected_keys:
+            unexpected_keys.remove(name)
+        if mask is not None:
+            if local_metadata.get("assign_to_params_buffers"):
+                self.mask = mask
+            elif not self.mask.is_meta:
+                self.mask.copy_(mask)
         self._derive()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self._zeroed = None
+        self._zero()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + BITS] = patterns.pack_mask(self.mask)
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: None if name in INDEX else t for name, t in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_source": None, "_semi": None}
+        return {**self.__dict__, "_buffers": buffers, "_source": None, "_zeroed": None, "_semi": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -252,10 +307,15 @@ class SparseLinear(nn.Linear):
 class _KeptGradient(torch.autograd.Function):
     """The weight itself, with a gradient of exactly 0 outside the mask."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

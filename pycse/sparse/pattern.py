@@ -124,10 +124,12 @@ def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask (out, in) as bits: int32 (out, ceil(in / 32)), bit j of word k is column 32 k + j; the rest is 0."""
     out, in_ = mask.shape
     words = -(-in_ // 32)
+    if words == 0:
+        return torch.zeros(out, 0, dtype=torch.int32, device=mask.device)
     padded = torch.zeros(out, words * 32, dtype=torch.uint8, device=mask.device)
     padded[:, :in_] = mask
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(out, words * 4, 8) * weights).sum(2, dtype=torch.uint8).view(torch.int32)
+    eight = padded.view(torch.int64)  # byte i holds 0 or 1; the product, modulo 2^64, has it in bit 56 + i
+    return eight.mul_(0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8).view(torch.int32)
 
 
 def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
@@ -151,27 +153,27 @@ def choose(mask: Tensor, dtype: torch.dtype, device: torch.device | str) -> Choi
     device = torch.device(device)
     density = mask.count_nonzero().item() / mask.numel() if mask.numel() else 1.0
     limits = BREAK_EVEN.get(device.type, {}).get(torch.float32 if dtype == torch.float16 else dtype, {})
-    refused = []
+    refused = {}
     for name in ("block64", "block32", "block16"):
         try:
             whole_blocks(mask, SIDES[name])
         except ValueError as error:
-            refused.append(str(error))
+            refused[name] = str(error)
             continue
         if name in limits and density < limits[name]:
-            return Choice(name, f"density {density:.1%}, faster than dense below {limits[name]:.0%}")
+            return Choice(name, f"density {density:.1%}, faster than dense below a density of {limits[name]:.0%}")
     if "unstructured" in limits and density < limits["unstructured"]:
-        return Choice("unstructured", f"density {density:.1%}, faster than dense below {limits['unstructured']:.0%}")
+        return Choice(
+            "unstructured", f"density {density:.1%}, faster than dense below a density of {limits['unstructured']:.0%}"
+        )
     if device.type == "cuda" and semi_structured_problem(mask, dtype, device) is None:
         return Choice("2:4", f"density {density:.1%}, two of four kept at most")
     where = f"{device.type} {str(dtype).removeprefix('torch.')}"
     if not limits:
         return Choice("dense", f"no sparse kernel is measured faster than dense for {where}")
-    best = max(limits[name] for name in limits if name == "unstructured" or not refused)
-    return Choice(
-        "dense",
-        f"density {density:.1%}; for {where} sparse pays below {best:.0%}" + (f" ({refused[-1]})" if refused else ""),
-    )
+    best = max(limits[name] for name in limits if name not in refused)
+    why = f" ({refused['block16']})" if "block16" in refused else ""
+    return Choice("dense", f"density {density:.1%}; for {where} sparse pays below a density of {best:.0%}{why}")
 
 
 def semi_structured_problem(mask: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class LayerReport:
     Fields:
         low, high: the lowest and the highest score of its groups.
         kernel: the pattern that its product uses afterwards; `reason` says why, or why the layer was left out.
+        shrunk: a smaller dense layer took its place; `reason` says how wide.
     """
 
     name: str
@@ -33,14 +35,23 @@ class LayerReport:
     kernel: str = ""
     reason: str = ""
     skipped: bool = False
+    shrunk: bool = False
+
+    @property
+    def why(self) -> str:
+        """The reason without the layer's own numbers, so that layers share it."""
+        return re.sub(r"^density [\d.]+%[,;] ", "", self.reason.split(" (")[0])
 
 
 @dataclass
 class Report:
-    """What was removed from an encoder.
+    """What was removed from an encoder. It prints as a table; `plot` makes a picture, `as_dict` JSON.
 
     Fields:
-        sparsity: the share asked for, of the units in the layers that are not skipped.
+        granularity, scope: as `sparsify` was called, with its defaults.
+        sparsity: the share asked for, of the units in the layers that are not skipped; `share` is what it came to.
+        layers: a LayerReport each.
+        parameters_before, parameters_after: of the whole encoder.
         nonzero_before, nonzero_after: parameters of the whole encoder that are not 0.
     """
 
@@ -82,15 +93,15 @@ class Report:
         )
 
     def table(self) -> Table:
-        """For a rich Console."""
+        """For a rich Console: a row a layer, and below them why layers are dense or were left alone."""
         from rich.table import Table
 
         prefix = common_prefix([layer.name for layer in self.layers])
-        caption = f"layers are named below {prefix[:-1]}" if prefix else None
-        table = Table(title=self.summary(), title_justify="left", caption=caption, caption_justify="left")
-        table.add_column("layer")
+        notes = [f"layers are named below {prefix[:-1]}"] if prefix else []
+        table = Table(title=self.summary(), title_justify="left", caption_justify="left")
+        table.add_column("layer", overflow="fold")
         for heading in ("shape", "kept", "removed", "share", "scores"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("kernel")
         for layer in self.layers:
             numbers = ["", "", "", ""]
@@ -100,11 +111,16 @@ class Report:
                     f"{layer.kept:,}",
                     f"{layer.removed:,}",
                     f"{share:.1%}",
-                    f"{layer.low:.2g} to {layer.high:.2g}",
+                    f"{layer.low:.1e} to {layer.high:.1e}",
                 ]
-            shape = " x ".join(map(str, layer.shape))
-            kernel = f"{'left as it is' if layer.skipped else layer.kernel}: {layer.reason.split(' (')[0]}"
+            shape = "x".join(map(str, layer.shape))
+            kernel = "left as it is" if layer.skipped else layer.kernel
+            if layer.shrunk:
+                kernel = layer.reason
+            else:
+                notes.append(f"{kernel}: {layer.why}")
             table.add_row(layer.name[len(prefix) :], shape, *numbers, kernel, style="dim" if layer.skipped else None)
+        table.caption = "\n".join(dict.fromkeys(notes)) or None
         return table
 
     def __rich__(self) -> Table:
@@ -120,17 +136,16 @@ class Report:
     def plot(self, path: str | Path) -> None:
         """Write a picture: kept and removed units of every layer, and the range of their scores.
 
+        Args:
+            path: a file; its ending says the format (png, svg, pdf).
+
         Raises:
+            FileNotFoundError, ValueError: no such folder, or a format that matplotlib does not write.
             ImportError: matplotlib is missing; it comes with `pip install 'pycse-kernels[train]'`.
         """
-        # On import matplotlib writes a font cache to the home folder, unless told of another place.
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ.setdefault("MPLCONFIGDIR", cache)
-            from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps state
-
         layers = [layer for layer in self.layers if not layer.skipped]
         rows = range(len(layers))
-        figure = Figure(figsize=(11, 1.5 + 0.22 * len(layers)), layout="constrained")
+        figure = new_figure(figsize=(11, 1.5 + 0.22 * len(layers)), layout="constrained")
         counts, ranges = figure.subplots(1, 2, sharey=True)
         counts.barh(rows, [layer.kept for layer in layers], color="tab:blue", label="kept")
         counts.barh(
@@ -154,6 +169,22 @@ class Report:
             panel.grid(axis="x", alpha=0.3)
         figure.suptitle(f"{self.granularity}, {self.scope} quota: {self.share:.1%} of the {self.unit} removed")
         figure.savefig(path, dpi=120)
+
+
+def new_figure(**options: Any) -> Any:
+    """A matplotlib Figure: not of pyplot, which wants a display and keeps state.
+
+    On its first import matplotlib writes a font cache to the home folder, unless told of another place.
+    """
+    told = "MPLCONFIGDIR" in os.environ
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("MPLCONFIGDIR", cache)
+        try:
+            from matplotlib.figure import Figure
+        finally:
+            if not told:
+                del os.environ["MPLCONFIGDIR"]
+    return Figure(**options)
 
 
 def common_prefix(names: list[str]) -> str:

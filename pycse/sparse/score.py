@@ -11,7 +11,7 @@ arXiv 2311.03881); `combine` is the one place that the formula of the last line 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,12 @@ def score(
     seed: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Score of every entry of every parameter: what alignment and uniformity would change by without it, to first order.
+    r"""Score of every entry of every parameter: what alignment and uniformity would change by without it, to first order.
+
+    .. code-block:: text
+
+        a = sum over batches |theta * d l_align / d theta|,    u likewise of l_uniform
+        score = balance * a / mean(a) + (1 - balance) * u / mean(u)
 
     Positives: a batch alone is embedded twice, under two dropout masks, in training mode; a pair of batches (x, x+) is
     embedded in evaluation mode. Modes, buffers, requires_grad, gradients and the state of the random generators are
@@ -55,9 +60,13 @@ def score(
         embedding does not depend on score 0.
 
     Raises:
-        ValueError: balance or means out of range; no batch; a batch of one row; equal views, for want of dropout; a loss
-            that no parameter changes.
+        ValueError: balance or means out of range; no batch; a batch of one row; pairs of unlike lengths; equal views, for
+            want of dropout; a loss that no parameter changes; an encoder without floating-point parameters.
         TypeError: encoder, pooling or batches of another kind.
+
+    Scores are not checked: an encoder with NaN or Inf has such scores, and `sparsify` refuses them.
+
+    Source: An, Zhang & Song 2023 (SparseCSE, arXiv 2311.03881), after its abstract.
     """
     validation.number("balance", balance)
     if not 0 <= balance <= 1:
@@ -66,17 +75,24 @@ def score(
     validation.flag("progress", progress)
     if seed is not None:
         validation.whole("seed", seed)
+        validation.fits_64_bits("seed", seed)
+    if isinstance(batches, (str, Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be an iterable of batches, got a {type(batches).__name__}; put one batch in a list"
+        )
     embed = embedder(encoder, pooling)
     parameters = {name: p for name, p in encoder.named_parameters() if p.is_floating_point()}
     if not parameters:
         raise ValueError(f"encoder must have floating-point parameters; a {type(encoder).__name__} has none")
 
-    a, u = (
-        {name: torch.zeros_like(p, dtype=wide(p), requires_grad=False) for name, p in parameters.items()}
-        for _ in range(2)
-    )
+    if any(p.is_inference() for p in parameters.values()):
+        raise ValueError("encoder must be made outside torch.inference_mode(): what is made inside has no gradients")
     count = 0
-    with unchanged(encoder, parameters.values(), seed), torch.enable_grad():
+    with torch.inference_mode(False), unchanged(encoder, parameters.values(), seed), torch.enable_grad():
+        a, u = (
+            {name: torch.zeros_like(p, dtype=wide(p), requires_grad=False) for name, p in parameters.items()}
+            for _ in range(2)
+        )
         for batch in shown(batches, progress):
             for total, gradients in zip((a, u), taylor(encoder, embed, batch, list(parameters.values()))):
                 for (name, p), gradient in zip(parameters.items(), gradients):
@@ -141,7 +157,11 @@ def unchanged(encoder: nn.Module, parameters: Iterable[nn.Parameter], seed: int 
     parameters = list(parameters)
     modes = [(module, module.training) for module in encoder.modules()]
     wanted = [(p, p.requires_grad) for p in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in encoder.buffers()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in encoder.modules()
+        for name, buffer in module._buffers.items()
+    ]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         if seed is not None:
@@ -156,8 +176,10 @@ def unchanged(encoder: nn.Module, parameters: Iterable[nn.Parameter], seed: int 
             for p, requires_grad in wanted:
                 p.requires_grad_(requires_grad)
             with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer  # forward may have put another in its place
+                    if buffer is not None and before is not None and not torch.equal(buffer, before):
+                        buffer.copy_(before)
 
 
 def shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:

@@ -14,6 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pycse.sparse.linear import SparseLinear
+from pycse.sparse.storage import register
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -59,6 +62,7 @@ def find_stack(encoder: nn.Module, granularity: str) -> Stack:
     stack: Any = model.get_submodule(parts.stack)
     layers = [(f"{parts.stack}.{i}", layer) for i, layer in enumerate(stack)]
     result = Stack(model, f"{name}." if name else "", parts, layers)
+    owners = count_owners(encoder)
     for below, layer in layers:
         for linear in result.linears(granularity):
             module = layer.get_submodule(linear)
@@ -72,7 +76,30 @@ def find_stack(encoder: nn.Module, granularity: str) -> Stack:
                     f"granularity {granularity!r} cuts plain nn.Linear, and {result.prefix}{below}.{linear} is a "
                     f"{type(module).__name__}"
                 )
+            if any(owners[id(p)] > 1 for p in module.parameters()):
+                raise ValueError(
+                    f"granularity {granularity!r} cuts each layer by itself, and parameters of {result.prefix}{below}.{linear} "
+                    f"are used in more than one place"
+                )
+            if has_hooks(module):
+                raise ValueError(
+                    f"granularity {granularity!r} replaces layers, and {result.prefix}{below}.{linear} has hooks, which would "
+                    f"be lost: remove them first"
+                )
     return result
+
+
+def count_owners(encoder: nn.Module) -> dict[int, int]:
+    """id of a parameter -> in how many places of the encoder it is."""
+    owners: dict[int, int] = {}
+    for _, module in encoder.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    return owners
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def group_scores(stack: Stack, scores: dict[str, Tensor], granularity: str) -> list[Tensor]:
@@ -130,6 +157,7 @@ def shrink(stack: Stack, kept: list[Tensor], granularity: str) -> None:
         config.__class__ = config_class
         config.model_type = config_class.model_type
     config.shrunk_heads, config.shrunk_neurons = heads, neurons
+    register()
 
 
 def take(layer: nn.Module, name: str, index: Tensor, dim: int) -> None:

@@ -165,6 +165,12 @@ def resize(model: nn.Module, parts: Architecture) -> None:
     """Give every layer new Linear modules of the sizes that the configuration asks for."""
     config: Any = model.config
     layers: Any = model.get_submodule(parts.stack)
+    for name in ("shrunk_heads", "shrunk_neurons"):
+        given = getattr(config, name)
+        if given is not None and not (isinstance(given, (list, tuple)) and len(given) == len(layers) and all(given)):
+            raise ValueError(
+                f"{name} in the configuration must be a list of what is left of each of {len(layers)} layers, got {given!r}"
+            )
     for i, layer in enumerate(layers):
         attention = layer.get_submodule(parts.attention)
         size = attention.attention_head_size

@@ -21,7 +21,7 @@ from pycse.sparse.linear import SparseLinear
 from pycse.sparse.pattern import PATTERNS
 from pycse.sparse.quota import SCOPES, keep_above
 from pycse.sparse.report import UNITS, LayerReport, Report
-from pycse.sparse.shrink import find_stack, group_scores, shrink
+from pycse.sparse.shrink import count_owners, find_stack, group_scores, has_hooks, shrink
 from pycse.sparse.storage import note, place
 from pycse.sparse.views import is_sentence_transformer
 
@@ -54,7 +54,8 @@ def sparsify(
 
     Args:
         encoder: a SentenceTransformer, a transformers model, or any module with nn.Linear inside.
-        scores: of `score`, or any {parameter name: tensor} for this encoder; lower goes first.
+        scores: of `score`, or any {parameter name: tensor} for this encoder, of the parameters' shapes, any float dtype and
+            device, finite; lower goes first, of equal ones the earlier.
         sparsity: share that goes, in [0, 1); n:m says it already.
         granularity: "weight", "n:m", "block", "head" or "neuron".
         scope: "global" compares all layers, "layer" takes the same share of each. Default: layer for neurons, so that the
@@ -68,22 +69,25 @@ def sparsify(
         A Report: print it, or call its plot(path).
 
     Raises:
-        ValueError, TypeError: the encoder is then as it was.
+        ValueError, TypeError: an argument out of its range or of the wrong kind, scores of another encoder, an encoder with
+            no layer that can lose anything. The encoder is then as it was.
+
+    Source: An, Zhang & Song 2023 (SparseCSE, arXiv 2311.03881); blocks, heads and neurons are additions.
     """
     scope = check_arguments(encoder, sparsity, granularity, scope, n, m, block, pattern)
     check_scores(encoder, scores)
     include, exclude = patterns("include", include), patterns("exclude", exclude)
     report = Report(granularity, scope, 1 - n / m if granularity == "n:m" and n and m else float(sparsity or 0.0))
-    if granularity in ("head", "neuron"):
-        if include != ("*",) or exclude:
-            raise ValueError(
-                f"include and exclude are for weights and blocks; granularity {granularity!r} takes all layers"
-            )
-        change = plan_shrinking(encoder, scores, report)
-    else:
-        change = plan_masks(encoder, scores, report, include, exclude, (n, m), block, pattern)
-    report.parameters_before, report.nonzero_before = count_parameters(encoder)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # whatever the caller is in, new parameters can be trained
+        if granularity in ("head", "neuron"):
+            if include != ("*",) or exclude:
+                raise ValueError(
+                    f"include and exclude are for weights and blocks; granularity {granularity!r} takes all layers"
+                )
+            change = plan_shrinking(encoder, scores, report)
+        else:
+            change = plan_masks(encoder, scores, report, include, exclude, (n, m), block, pattern)
+        report.parameters_before, report.nonzero_before = count_parameters(encoder)
         change()
     report.parameters_after, report.nonzero_after = count_parameters(encoder)
     return report
@@ -144,12 +148,14 @@ def check_scores(encoder: nn.Module, scores: Any) -> None:
                 f"scores must be of this encoder's parameters: {name} has shape {tuple(parameters[name].shape)}, its "
                 f"score {tuple(value.shape)}"
             )
+        if value.is_meta or parameters[name].is_meta:
+            raise ValueError(f"scores and parameters must hold values; {name} is on device meta")
         if not value.isfinite().all():
             raise ValueError(f"scores must be finite; those of {name} are not")
 
 
 def patterns(name: str, given: Any) -> tuple[str, ...]:
-    given = (given,) if isinstance(given, str) else tuple(given)
+    given = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(one, str) for one in given):
         raise TypeError(f"{name} must be patterns of layer names, got {given!r}")
     return given
@@ -178,11 +184,7 @@ def plan_masks(
     pattern: str,
 ) -> Any:
     """Fill in the report's layers; a function that replaces them."""
-    prefix = searched(encoder)
-    owners: dict[int, int] = {}
-    for _, module in encoder.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
+    prefix, owners = searched(encoder), count_owners(encoder)
     chosen: list[tuple[str, nn.Linear, LayerReport]] = []
     linears = [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
@@ -194,8 +196,8 @@ def plan_masks(
         layer.reason = refusal(name, module, scores, include, exclude, report.granularity, nm[1], block) or ""
         if not name.startswith(prefix):
             layer.reason = "outside the transformer"
-        if owners.get(id(module.weight), 1) > 1:
-            layer.reason = "its weight is used in more than one place"
+        if any(owners.get(id(p), 1) > 1 for p in module.parameters()):
+            layer.reason = "its weight or bias is used in more than one place"
         if not name:
             layer.reason = "it is the whole encoder, which cannot be replaced in place"
         layer.skipped = bool(layer.reason)
@@ -240,6 +242,8 @@ def refusal(
         return "excluded"
     if type(module) not in (nn.Linear, SparseLinear):
         return f"a {type(module).__name__}, not a plain nn.Linear"
+    if has_hooks(module):
+        return "it has hooks, which its replacement would lose"
     score = scores.get(f"{name}.weight")
     if score is not None and not score.any():
         return "all its scores are 0: the embedding does not depend on it"
@@ -258,7 +262,7 @@ def choose(
     block: int,
 ) -> list[Tensor]:
     """The mask of every layer, on its device; fills in the counts and the score ranges."""
-    values = [scores[f"{name}.weight"].detach().to(module.weight.device) for name, module, _ in chosen]
+    values = [single(scores[f"{name}.weight"], module.weight.device) for name, module, _ in chosen]
     # What an earlier call removed goes first.
     gone = [~module.mask if isinstance(module, SparseLinear) else None for _, module, _ in chosen]
     if report.granularity == "n:m":
@@ -290,6 +294,11 @@ def choose(
     return masks
 
 
+def single(score: Tensor, device: torch.device) -> Tensor:
+    """In float32 at least, where sums over groups do not overflow."""
+    return score.detach().to(device, torch.promote_types(score.dtype, torch.float32))
+
+
 def tiles(score: Tensor, side: int) -> Tensor:
     """Mean of every square block."""
     if side == 1:
@@ -311,13 +320,11 @@ def plan_shrinking(encoder: nn.Module, scores: Mapping[str, Tensor], report: Rep
     if missing:
         raise ValueError(f"scores must have one for every layer that is cut: {missing[0]} is missing")
     device = next(stack.model.parameters()).device
-    groups = group_scores(stack, {name: s.detach().to(device) for name, s in scores.items()}, report.granularity)
+    groups = group_scores(stack, {name: single(s, device) for name, s in scores.items()}, report.granularity)
     kept = keep_above(groups, report.sparsity, report.scope, least=1)
-    reasons = []
     for (below, layer), g, keep in zip(stack.layers, groups, kept):
         linear: Any = layer.get_submodule(stack.linears(report.granularity)[0])
         count = int(keep.sum())
-        reasons.append(f"{linear.out_features} -> {count * linear.out_features // len(keep)} wide")
         report.layers.append(
             LayerReport(
                 f"{stack.prefix}{below}",
@@ -327,7 +334,8 @@ def plan_shrinking(encoder: nn.Module, scores: Mapping[str, Tensor], report: Rep
                 g.min().item(),
                 g.max().item(),
                 "dense",
-                reasons[-1],
+                f"{linear.out_features} -> {count * linear.out_features // len(keep)} wide",
+                shrunk=True,
             )
         )
 

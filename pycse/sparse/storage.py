@@ -1,7 +1,7 @@
 """Sparse encoders on disk: masks lie beside the weights they belong to, and `load` puts them to work again.
 
     weights of a layer    NAME.weight, with zeros where the mask has them
-    its mask              NAME.mask, bool
+    its mask              NAME.mask_bits, a bit a weight (pack_mask)
     configuration         pycse_sparse: {"pattern": ...} for masks; shrunk_heads and shrunk_neurons (shrunk_encoders.py)
 
 save_pretrained of a transformers model or a SentenceTransformer writes all of that. A loader that knows no masks reads the
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
-from pycse.sparse.linear import SparseLinear
-from pycse.sparse.pattern import PATTERNS
+from pycse.sparse.linear import BITS, SparseLinear
+from pycse.sparse.pattern import PATTERNS, unpack_mask
 from pycse.sparse.views import is_sentence_transformer
 
 KEY = "pycse_sparse"
@@ -39,7 +39,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder holds no model, or masks that do not fit its weights.
+        TypeError, ValueError: the folder holds no model, or masks that do not fit its weights.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -54,23 +54,36 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
 
             encoder: Any = SentenceTransformer(str(folder), device=None if device is None else str(device))
         else:
-            from transformers import AutoModel
-
-            encoder = AutoModel.from_pretrained(str(folder))
+            encoder = encoder_class(folder).from_pretrained(str(folder))
             encoder = encoder if device is None else encoder.to(device)
     restore_saved(encoder, folder)
     return encoder.eval()
 
 
+def encoder_class(folder: Path) -> Any:
+    """AutoModel, but for the encoders of encoder-decoders (T5EncoderModel and its like), to which it adds a decoder."""
+    import transformers
+
+    (saved,) = (transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""])[:1]
+    return getattr(transformers, saved if saved.endswith("EncoderModel") else "AutoModel", transformers.AutoModel)
+
+
 def restore_saved(encoder: nn.Module, folder: Path) -> int:
     """Give a freshly loaded encoder the masks that lie in its folder; how many there were."""
-    model: Any = encoder[0].auto_model if is_sentence_transformer(encoder) else encoder  # type: ignore[index]
-    settings = getattr(model.config, KEY, None)
-    if settings is None:
-        return 0
+    model: Any = encoder
+    if is_sentence_transformer(encoder):
+        model = getattr(encoder[0], "auto_model", None)  # type: ignore[index]
+        if model is None:  # static embeddings and the like
+            return 0
     masks = saved_masks(transformer_folder(folder))
+    # A model with a head has its encoder's names below a prefix, and AutoModel leaves the head out.
+    prefix = f"{model.base_model_prefix}."
+    if any(key.startswith(prefix) for key in masks):
+        masks = {key.removeprefix(prefix): mask for key, mask in masks.items() if key.startswith(prefix)}
+    settings = getattr(model.config, KEY, None) or {}
+    restore(model, masks, settings.get("pattern", "auto"))
     if masks:
-        restore(model, masks, settings.get("pattern", "auto"))
+        note(model, settings.get("pattern", "auto"))
     return len(masks)
 
 
@@ -81,30 +94,36 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], pattern: str = 
 
     Args:
         module: as it was before `sparsify`.
-        state_dict: of the sparse module, or its masks alone.
+        state_dict: of the sparse module, or its masks alone: NAME.mask_bits, int32 (out, ceil(in / 32)).
         pattern: of the kernels, as in SparseLinear.from_dense.
 
+    Returns:
+        The module.
+
     Raises:
-        ValueError: a mask has no layer in the module, or another shape; the module is then as it was.
+        TypeError, ValueError: a mask has no layer in the module, or another shape or dtype; an unknown pattern. The module
+            is then as it was.
     """
     validation.choice("pattern", pattern, PATTERNS)
     made = []
-    for key, mask in state_dict.items():
+    for key, bits in state_dict.items():
         name, _, last = key.rpartition(".")
-        if last != "mask":
+        if last != BITS:
             continue
+        if not name:
+            raise ValueError(
+                f"module must hold the layers of state_dict, whose {key} is that of a layer alone: make a SparseLinear and "
+                f"load it"
+            )
         try:
             linear = module.get_submodule(name)
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"state_dict must be of this module: {key} is the mask of no nn.Linear in it")
-        if mask.shape != linear.weight.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"state_dict must be of this module: {key} is {mask.dtype} {tuple(mask.shape)}, and the weight "
-                f"{tuple(linear.weight.shape)}"
-            )
-        made.append((name, SparseLinear.from_dense(linear, mask.to(linear.weight.device), pattern)))
+        validation.packed_mask(key, bits, linear.weight, anywhere=True)
+        mask = unpack_mask(bits.to(linear.weight.device), linear.in_features)
+        made.append((name, SparseLinear.from_dense(linear, mask, pattern)))
     for name, sparse in made:
         place(module, name, sparse)
     return module
@@ -124,7 +143,7 @@ def note(model: nn.Module, pattern: str) -> None:
 
 
 def register() -> None:
-    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder."""
+    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder; in this process only."""
     from transformers import AutoConfig, AutoModel
 
     from pycse.sparse.shrunk_encoders import SHRUNK
@@ -152,7 +171,7 @@ def saved_masks(folder: Path) -> dict[str, Tensor]:
     masks = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            masks.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(".mask")})  # noqa: SIM118
+            masks.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(f".{BITS}")})  # noqa: SIM118
     return masks
 
 
@@ -162,7 +181,7 @@ def masks_expected():
     from transformers import PreTrainedModel
 
     before = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), r"\.mask$"]
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{BITS}$"]
     try:
         yield
     finally:

@@ -69,7 +69,10 @@ def embedder(encoder: nn.Module, pooling: Pooling | None) -> Callable[[Any], Ten
     def moved(batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return {name: moved(value) for name, value in batch.items()}
-        return batch.to(device) if isinstance(batch, Tensor) else batch
+        if not isinstance(batch, Tensor):
+            return batch
+        batch = batch.to(device)
+        return batch.clone() if batch.is_inference() else batch  # autograd cannot save those
 
     def embed(batch: Any) -> Tensor:
         if is_text(batch):
@@ -80,11 +83,17 @@ def embedder(encoder: nn.Module, pooling: Pooling | None) -> Callable[[Any], Ten
                 )
             batch = encoder.preprocess(list(batch))  # type: ignore[operator]
         batch = moved(batch)
+        if whole and not isinstance(batch, Mapping):
+            raise TypeError(
+                f"batches must hold lists of sentences or mappings of tensors for a SentenceTransformer, got a "
+                f"{type(batch).__name__}"
+            )
+        if is_pretrained(encoder) and not isinstance(batch, (Mapping, Tensor)):
+            raise TypeError(
+                f"batches must hold tensors, mappings of tensors, or pairs of them for a {type(encoder).__name__}, got a "
+                f"{type(batch).__name__}"
+            )
         if whole:
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    f"batches must be lists of sentences or mappings of tensors, got {type(batch).__name__}"
-                )
             output = encoder(dict(batch))  # the encoder adds its outputs to the mapping that it is given
             z = output["sentence_embedding"] if pooling is None else pooling(output, batch)
         else:

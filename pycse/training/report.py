@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pycse.sparse.report import new_figure
 from pycse.training.evaluate import MEASURES, Scores
 
 if TYPE_CHECKING:
@@ -111,6 +110,8 @@ def run_table(run: Run, out: Path) -> Table:
         ("time", f"{training}{run.seconds['total']:.0f} s in all"),
         ("written to", f"{out}: {', '.join(written(run))}"),
     ]
+    if run.pruned:
+        rows.append(("to load", f"pycse.sparse.load({str(out / 'model')!r}), or as a model for pycse eval and train"))
     for name, value in rows:
         table.add_row(name, value)
     return table
@@ -199,12 +200,7 @@ def wide(losses) -> bool:
 
 def plot(run: Run, path: Path) -> None:
     """Write a PNG: the loss, and the Spearman, alignment and uniformity of every set, over the steps."""
-    # On import matplotlib writes a font cache to the home folder, unless told of another place.
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ.setdefault("MPLCONFIGDIR", cache)
-        from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps state
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = new_figure(figsize=(10, 7), layout="constrained")
     panels = dict(zip(("loss", *MEASURES), figure.subplots(2, 2).flat, strict=True))
     steps, losses = zip(*run.loss, strict=True)
     panels["loss"].plot(steps, losses, linewidth=1, label="loss")
