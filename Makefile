@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test train lint bench wheel clean
+.PHONY: test train lint bench bench-check bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -20,11 +20,17 @@ train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--
 lint: $(VENV)/test
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
-bench: $(VENV)/test  ## the tables of docs/performance.md
-	$(RUN) -m benchmarks.contrastive
-	$(RUN) -m benchmarks.distill
-	$(RUN) -m benchmarks.uniformity
-	$(RUN) -m benchmarks.sparse
+bench: $(VENV)/bench  ## every table, beside the peers; ARGS="--full", or "--workload 'focal-*'"
+	$(RUN) -m benchmarks run $(ARGS)
+
+bench-check: $(VENV)/test  ## fail where a ratio is worse than benchmarks/baseline.json; under 3 minutes
+	$(RUN) -m benchmarks check
+
+bench-update: $(VENV)/test  ## rewrite the baseline
+	$(RUN) -m benchmarks update
+
+bench-docs: $(VENV)/test  ## the tables of README.md and docs/performance.md from the newest results
+	$(RUN) -m benchmarks docs
 
 wheel: $(VENV)/test
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -42,6 +48,12 @@ $(VENV)/train: $(VENV)/torch $(SOURCES)
 $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[train,test,lint]"
 	touch $(VENV)/train $@
+
+# open_clip without what it depends on: torchvision from PyPI does not load beside every torch, and the losses do not use it.
+$(VENV)/bench: $(VENV)/test
+	$(PIP) -e ".[bench]"
+	$(PIP) --no-deps "open_clip_torch==3.3.0"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so

@@ -5,26 +5,30 @@ The speed of a shared machine drifts by a factor of two, so absolute times are n
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+BATCH = 0.01  # seconds; short calls are timed in batches of about that
+LONG = 0.2  # seconds; calls as long need no second warm-up
+RAISED = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 
 
 @dataclass
 class Timing:
+    """Seconds of one call, round by round."""
+
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -41,33 +45,81 @@ class Timing:
         return self.median / self.best - 1
 
 
-def interleaved(calls: dict[str, Callable[[], object]], budget: float = 10.0, least: int = 5) -> dict[str, Timing]:
-    """Each call in turn, round after round, for about ``budget`` seconds and at least ``least`` rounds."""
-    timings = {name: Timing() for name in calls}
-    inner = {}
-    for name, call in calls.items():  # warm up; short calls are timed in batches of about 10 ms
-        call()
+class Turns:
+    """Calls that take turns, round after round; each is warm, and short ones come in batches.
+
+    Args:
+        calls: by name; a round goes through all of them, the first one last.
+        seen: seconds of calls that have run before; long ones need no warm-up then.
+    """
+
+    def __init__(self, calls: dict[str, Callable[[], object]], seen: dict[str, float] | None = None) -> None:
+        self.first, *self.others = calls
+        self.calls = calls
+        self.timings = {name: Timing() for name in calls}
+        self.batch = dict.fromkeys(calls, 1)
+        self.turn_seconds: dict[str, float] = {}
+        self.left: dict[str, int] = {}  # rounds that a slow call still takes part in
+        for name in calls:
+            seconds = (seen or {}).get(name, 0.0)
+            if seconds < LONG:
+                seconds = min(self._time(name) for _ in range(2))
+            self.batch[name] = max(1, int(BATCH / seconds))
+            self.turn_seconds[name] = seconds * self.batch[name]
+
+    def plan(self, budget: float) -> int:
+        """How many rounds fit in ``budget`` seconds, at least three. Calls of a third of it take part in two only."""
+        quick = 0.0
+        for name, seconds in self.turn_seconds.items():
+            if seconds > budget / 3 and name != self.first:
+                self.left[name] = 2
+            else:
+                quick += seconds
+        return max(3, int((budget - 2 * sum(self.turn_seconds[name] for name in self.left)) / quick))
+
+    def run(self, name: str) -> None:
+        call = self.calls[name]
+        for _ in range(self.batch[name]):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def time_others(self) -> None:
+        for name in self.others:
+            if self.left.get(name, 1):
+                self.timings[name].seconds.append(self._time(name))
+            if name in self.left:
+                self.left[name] = max(0, self.left[name] - 1)
+
+    def time_first(self) -> None:
+        self.timings[self.first].seconds.append(self._time(self.first))
+
+    def _time(self, name: str) -> float:
         start = time.perf_counter()
-        call()
-        inner[name] = max(1, int(0.01 / (time.perf_counter() - start)))
-    end = time.perf_counter() + budget
-    rounds = 0
-    while rounds < least or time.perf_counter() < end:
-        for name, call in calls.items():
-            n = inner[name]
-            start = time.perf_counter()
-            for _ in range(n):
-                call()
-            timings[name].seconds.append((time.perf_counter() - start) / n)
-        rounds += 1
-    return timings
+        self.run(name)
+        return (time.perf_counter() - start) / self.batch[name]
+
+
+def interleaved(calls: dict[str, Callable[[], object]], budget: float = 10.0) -> dict[str, Timing]:
+    """Each call in turn, round after round, for about ``budget`` seconds."""
+    turns = Turns(calls)
+    for _ in range(turns.plan(budget)):
+        turns.time_others()
+        turns.time_first()
+    return turns.timings
 
 
 def peak_memory(call: Callable[[], object]) -> int:
     """Bytes by which the process's resident memory rose above its level before the call, at the highest.
 
     Linux: the kernel's high-water mark, reset before the call; elsewhere a sampling thread is not precise enough.
+    On a GPU the allocator's own mark.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
 
     def status(name: str) -> int:
         with open("/proc/self/status") as file:
@@ -85,42 +137,55 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 def in_new_process(call: Callable[..., T], *args: Any) -> T:
     """The result of a module's function, where no allocator remembers earlier work."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        multiprocessing.set_forkserver_preload(["benchmarks.peers"])  # imported once, not for each process
+    with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(call, *args).result()
 
 
-def arguments(doc: str | None, short: str) -> argparse.Namespace:
-    """--short and --json of a benchmark, after which it says what it runs on."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help=short)
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE")
-    chosen = parser.parse_args()
-    print(f"{date.today()}  {machine()}\nGLIBC_TUNABLES: {tunables()}\n")
-    return chosen
+def available_memory() -> int:
+    """Bytes that can be had without swapping; a large number where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
 
 
-def save(path: str | None, **numbers: Any) -> None:
-    """The numbers as JSON, with when and where they were measured."""
-    if path:
-        with open(path, "w") as file:
-            json.dump(
-                {"date": str(date.today()), "machine": machine(), "tunables": tunables()} | numbers, file, indent=1
-            )
+def import_seconds() -> float:
+    """Of pycse, beyond importing torch."""
+    code = "import torch, time; t = time.perf_counter(); import pycse; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    return min(float(run.stdout) for run in runs)
 
 
-def tunables() -> str:
-    """What GLIBC_TUNABLES says about the allocator: eager's time at large N depends on it."""
-    return os.environ.get("GLIBC_TUNABLES", "(unset: every large temporary is mapped and faulted in anew)")
-
-
-RAISED = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine() -> str:
     name = "unknown processor"
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {threading.active_count()} Python threads"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        try:
+            with open("/proc/cpuinfo") as file:
+                name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """Of the checkout, with a + where files differ from it."""
+    root = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    head = git("rev-parse", "--short", "HEAD") or "unknown"
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def tunables() -> str:
+    return os.environ.get("GLIBC_TUNABLES", "")

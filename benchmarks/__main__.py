@@ -1,0 +1,231 @@
+"""python -m benchmarks: the tables, the check against the baseline, the documents that are made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import baseline, docs, measure
+from benchmarks.peers import NAMES, PEERS, too_large
+from benchmarks.workloads import Workload, select
+from pycse.training.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+ATTEMPTS = 3  # at a workload before the check believes it
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Glob = Annotated[str, typer.Option("--workload", metavar="GLOB", help="Only workloads whose names match.")]
+File = Annotated[Path, typer.Option("--baseline", metavar="FILE", help="The baseline.")]
+
+
+@app.command()
+def run(
+    full: Annotated[bool, typer.Option("--full", help="Every workload and peer; hours.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="The workloads of the check only.")] = False,
+    workload: Glob = "*",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Only this peer beside pycse and its limits; repeatable.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the numbers go.")] = None,
+) -> None:
+    """Time everything beside its peers; print one table, write JSON and pictures. About 15 minutes on 2 cores."""
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    peers = known(peer or [])
+    chosen = select("full" if full else "short" if short else "default", workload)
+    chosen, skipped = fitting(chosen)
+    console.print(f"{date.today()}  {measure.machine()}  commit {measure.commit()}\n")
+    options = ["--peers", ",".join(peers)] + (["--set", "full"] if full else [])
+    rows, failed = session(chosen, options)
+    raised, failed_raised = session([w for w in chosen if w.allocators], [*options, "--times-only"], measure.RAISED)
+    results = {
+        "schema": SCHEMA,
+        **where(),
+        "rows": rows,
+        "raised": raised,
+        "skipped": skipped,
+        "missing": {p.name: reason for p in PEERS if (reason := p.missing())},
+        "import seconds": measure.import_seconds(),
+    }
+    everything = workload == "*" and not peers and not short
+    if everything and measure.device() == "cpu":
+        from benchmarks.profile import profile
+
+        results["profile"] = profile()
+    console.print(table(results))
+    for name, reason in {**skipped, **results["missing"]}.items():
+        console.print(f"left out: {name}: {reason}", highlight=False)
+    path = json_file or (RESULTS / f"{measure.device()}-{date.today()}.json" if everything else None)
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(f"wrote {path}", highlight=False)
+        if everything:
+            from benchmarks.growth import pictures
+
+            for picture in pictures(results, path.with_suffix("")):
+                console.print(f"wrote {picture}", highlight=False)
+    if failed or failed_raised:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
+    """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes."""
+    chosen = select("short", workload)
+    known_ratios = baseline.load(file, [w.name for w in chosen])
+    if (here := measure.machine()) != known_ratios["machine"]:
+        print(f"the baseline is of another machine ({known_ratios['machine']}; this is {here}): its ratios may differ")
+    best: dict[str, list[dict[str, float]]] = {}
+    suspects = chosen
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            print(f"once more, before it is believed: {', '.join(w.name for w in suspects)}", flush=True)
+        rows, failed = checked(suspects)
+        if failed:
+            raise typer.Exit(1)
+        for name, row in rows.items():
+            best.setdefault(name, []).append(row["best"])
+        measured = {name: baseline.ratios(attempts) for name, attempts in best.items()}
+        worse = baseline.regressions(measured, known_ratios["ratios"])
+        suspects = [w for w in chosen if any(r.workload == w.name for r in worse)]
+        if not suspects:
+            print(
+                f"{len(measured)} workloads within {baseline.TOLERANCE:.0%} of {file} (commit {known_ratios['commit']})"
+            )
+            return
+    for regression in worse:
+        print(f"slower: {regression}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+@app.command()
+def update(workload: Glob = "*", file: File = baseline.FILE) -> None:
+    """Measure the short set and make it the baseline, with date, machine and commit."""
+    chosen = select("short", workload)
+    best: dict[str, list[dict[str, float]]] = {}
+    for _ in range(ATTEMPTS):
+        rows, failed = checked(chosen)
+        if failed:
+            raise typer.Exit(1)
+        for name, row in rows.items():
+            best.setdefault(name, []).append(row["best"])
+    baseline.save(file, where(), {name: baseline.ratios(attempts) for name, attempts in best.items()})
+    print(f"wrote {file}")
+
+
+@app.command(name="docs")
+def write_docs(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Default: the newest results.")
+    ] = None,
+) -> None:
+    """Make the marked tables of README.md and docs/performance.md anew from the JSON."""
+    for path in docs.write(json_file or docs.newest(RESULTS)):
+        print(f"wrote {path}")
+
+
+@app.command(name="profile")
+def show_profile() -> None:
+    """Where the time of one call goes, at B = 64 and N = 8192."""
+    from benchmarks.profile import profile
+
+    for N, stages in profile().items():
+        print(docs.profile_table({"profile": {N: stages}}, N) + "\n")
+
+
+def known(peers: list[str]) -> list[str]:
+    for name in peers:
+        if name not in NAMES:
+            raise UserError(f"no peer is called {name!r}; there are {', '.join(NAMES[1:])}")
+    return peers
+
+
+def fitting(chosen: list[Workload]) -> tuple[list[Workload], dict[str, str]]:
+    """The workloads that fit into memory, and why others do not run."""
+    skipped = {w.name: reason for w in chosen if (reason := too_large(w))}
+    if measure.device() == "cpu":
+        skipped |= {w.name: "the pattern needs an NVIDIA GPU" for w in chosen if w.pattern == "2:4"}
+    else:
+        skipped |= {w.name: "a CPU kernel" for w in chosen if w.op.endswith("-rows")}
+    return [w for w in chosen if w.name not in skipped], skipped
+
+
+def where() -> dict[str, str]:
+    return {"date": str(date.today()), "machine": measure.machine(), "commit": measure.commit()}
+
+
+def checked(chosen: list[Workload]) -> tuple[dict[str, Any], bool]:
+    """On one thread: minima then need a single quiet core."""
+    return session(chosen, ["--peers", "eager", "--one-thread", "--times-only", "--seconds", "2"])
+
+
+def session(chosen: list[Workload], options: list[str], tunables: str = "") -> tuple[dict[str, Any], bool]:
+    """pytest-benchmark on these workloads in a process of its own: their rows by name, and whether anything failed."""
+    if not chosen:
+        return {}, False
+    environment = dict(os.environ) | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        arguments = ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet", f"--benchmark-json={file}"]
+        arguments += [f"-pno:{plugin}" for plugin in ("cacheprovider", "warnings", "logging")]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "pytest", *arguments, "benchmarks/test_workloads.py"]
+            + ["--only", ",".join(w.name for w in chosen), *options],
+            cwd=ROOT,
+            env=environment,
+        )
+        rows = {}
+        if file.exists() and file.stat().st_size:
+            rows = {b["extra_info"]["name"]: b["extra_info"] for b in json.loads(file.read_text())["benchmarks"]}
+        return rows, done.returncode != 0
+
+
+def table(results: dict[str, Any]) -> Table:
+    """One row a workload; a * marks a peer that computes another loss."""
+    out = Table(title="pycse beside its peers", show_lines=False)
+    for column in ("workload", "parity", "median ms", "spread", "share of limit", "peak MB", "times as fast as"):
+        out.add_column(column, justify="left" if column in ("workload", "times as fast as") else "right")
+    for rows, suffix in ((results["rows"], ""), (results["raised"], " raised")):
+        for name, row in rows.items():
+            memory = row.get("memory", {}).get("pycse")
+            peak = "" if memory is None else f"{memory / 1e6:.0f}"
+            if "seconds" not in row:
+                out.add_row(name, "", "", "", "", peak, "")
+                continue
+            share = row["share"]
+            beside = [f"{peer}{'*' * (peer in row['differs'])} {ratio:.2f}" for peer, ratio in row["ratios"].items()]
+            beside += [f"{peer} -" for peer in row["left out"]]
+            out.add_row(
+                name + suffix,
+                f"{row['parity']['pycse']:.0e}" if "pycse" in row["parity"] else "",
+                f"{row['seconds']['pycse'] * 1e3:.3f}",
+                f"{row['spread']:.0%}",
+                "" if share is None else f"{share:.3f}",
+                peak,
+                ", ".join(beside),
+            )
+    out.caption = "* another loss, or another gradient; - left out: not installed, needs a GPU or more memory"
+    return out
+
+
+def main() -> None:
+    try:
+        app(prog_name="python -m benchmarks")
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,687 @@
+"""What every workload is timed beside: pycse itself, eager PyTorch, other packages, and the floor of its own GEMMs.
+
+A peer says which workloads it covers and builds its computation from their inputs. What is not installed, needs a GPU that is
+not there, or would not fit into memory is left out with its reason. ``parity`` holds everything that computes the same loss
+against the formula in float32; what computes another loss says how it differs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pycse
+from benchmarks.measure import available_memory
+from benchmarks.workloads import CONTRASTIVE, ROWS, SIDES, Inputs, Workload
+from pycse.sparse import SparseLinear
+
+TAU, M = 0.05, 0.3
+STUDENT, TEACHER, P = 0.025, 0.0125, 0.1
+CHUNK = 1024  # rows of the reference at a time
+OVERHEAD = 256 << 20  # of a process beyond its tensors
+COEFFICIENT = 1e-6  # of distillation rows timed alone: small, so that G is small as the next S
+LIMIT = {"fp32": 1e-4, "bf16": 0.1}  # of parity: relative, of norms
+
+
+@dataclass
+class Alternative:
+    """``output`` as a function of ``leaves``, which gradients are taken of. Without leaves nothing is compared: a floor."""
+
+    output: Callable[[], Any]
+    leaves: list[Tensor]
+    upstream: Tensor | None = None
+    own_backward: bool = False  # output() makes the gradients too
+    values: Callable[[], list[Tensor]] | None = None  # where output() cannot be called for its value
+
+    def step(self, backward: bool) -> Callable[[], Any]:
+        """What is timed."""
+        if not self.leaves or self.values is not None:
+            return self.output
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return self.output()
+
+        def both() -> Any:
+            for leaf in self.leaves:
+                leaf.grad = None
+            y = self.output()
+            if not self.own_backward:
+                y.backward(self.upstream)
+            return y
+
+        return both if backward else forward
+
+    def compared(self, backward: bool) -> list[Tensor]:
+        """The output, and with ``backward`` the gradients."""
+        if self.values is not None:
+            return self.values()
+        y = self.step(backward)().detach().clone()
+        gradients = [leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None] if backward else []
+        for leaf in self.leaves:
+            leaf.grad = None
+        return [y, *gradients]
+
+
+# --- pycse
+
+
+def _pycse(w: Workload, x: Inputs, shuffle: str = "") -> Alternative:
+    if w.op == "distillcse":
+        z1, z2 = x.leaves
+        shuffle = shuffle or w.shuffle
+        return Alternative(lambda: pycse.fused_distillcse(z1, z2, x.teachers, shuffle=shuffle, seed=1).loss, x.leaves)
+    if w.op == "sparse":
+        weight, mask = x.leaves[1], x.mask
+        assert mask is not None
+        dense = torch.nn.Linear(w.D, w.out, dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            dense.bias.copy_(x.leaves[2])
+        layer = SparseLinear.from_dense(dense, mask, w.pattern)
+        return Alternative(lambda: layer(x.leaves[0]), [x.leaves[0], layer.weight, layer.bias], x.upstream)
+    if w.op == "contrastive-rows":
+        return _contrastive_rows(w, x)
+    if w.op == "distill-rows":
+        return _distill_rows(w, x)
+    loss = {
+        "infonce": lambda: pycse.fused_infonce(*x.leaves),
+        "focal": lambda: pycse.fused_focal_infonce(*x.leaves),
+        "symmetric": lambda: pycse.fused_infonce(*x.leaves, symmetric=True),
+        "uniformity": lambda: pycse.uniformity(*x.leaves),
+    }
+    return Alternative(loss[w.op], x.leaves)
+
+
+def _rows(S: Tensor, run: Callable[[Tensor], Tensor | None], losses: Tensor) -> Alternative:
+    """A row kernel writes over its panel. Timed on its own output again and again: its loops do not depend on values, and
+    G is small and stays so (a copy in between would take as long as the kernel)."""
+    first, panel = S.detach(), S.detach().clone()
+
+    def values() -> list[Tensor]:
+        panel.copy_(first)
+        f = run(panel)
+        return [losses.sum(), panel if f is None else panel * f[:, None]]
+
+    return Alternative(lambda: run(panel), [S], values=values)
+
+
+def _contrastive_rows(w: Workload, x: Inputs) -> Alternative:
+    from pycse.backends.cpu.contrastive import Kernels
+    from pycse.panels.contrastive import State
+    from pycse.problem import Contrastive, Needs
+
+    S = x.leaves[0]
+    c, N = S.shape
+    z1, z2 = torch.empty(c, 1, dtype=S.dtype), torch.empty(N, 1, dtype=S.dtype)
+    state = State(r2=torch.ones(N), coef=1.0, loss=torch.empty(c))
+    if w.dtype == "bf16":
+        state.s_pos = S.detach().diagonal().float().contiguous()
+    kernels = Kernels(Contrastive(z1, z2, TAU, M, True, reduction="sum", needs=Needs(True, True)), state)
+    return _rows(S, lambda panel: kernels.rows(panel, 0, True), state.loss)
+
+
+def _distill_rows(w: Workload, x: Inputs, shuffle: str = "") -> Alternative:
+    from pycse.backends.cpu.distill import Kernels
+    from pycse.panels.distill import State
+    from pycse.problem import Distillation
+
+    S, T = x.leaves[0], x.teachers[0]
+    state = State(COEFFICIENT, torch.empty(w.N))
+    problem = Distillation(
+        torch.empty(w.N, 1), [], [], T, shuffle=shuffle or w.shuffle, seed=1, need=True, reduction="sum"
+    )
+    kernels = Kernels(problem, state)
+
+    def run(panel: Tensor) -> None:
+        kernels.rows(panel, T, 0, True)
+
+    return _rows(S, run, state.loss[: len(S)])
+
+
+# --- the formulas in plain PyTorch
+
+
+def _target(s: Tensor, first: int) -> Tensor:
+    return torch.arange(first, first + len(s), device=s.device)
+
+
+def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
+    """Mean loss of rows whose positives are the keys from ``first`` on: what people write."""
+    s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t()
+    return contrastive_of_similarities(op, s, first)
+
+
+def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: str = "mean") -> Tensor:
+    target = _target(s, first)
+    if op == "focal":
+        positive = s.diagonal(first) ** 2 / TAU
+        return F.cross_entropy((s * (s + M) / TAU).diagonal_scatter(positive, first), target, reduction=reduction)
+    loss = F.cross_entropy(s / TAU, target, reduction=reduction)
+    return (loss + F.cross_entropy(s.t() / TAU, target)) / 2 if op == "symmetric" else loss
+
+
+def distillation_of_similarities(s: Tensor, t: Tensor, shuffle: str) -> Tensor:
+    """Sum over rows; s and t have their diagonals. Vectorised: sort, cumsum, argsort of group + noise, gather, log_softmax."""
+    B = len(s)
+    with torch.no_grad():
+        t, order = t.clone().fill_diagonal_(-torch.inf).sort(dim=1, descending=True)
+        q = (t / TEACHER).softmax(1)
+        if shuffle != "none":
+            groups = math.ceil(1 / P)
+            group = (t.softmax(1).cumsum(1) / P).floor_().clamp_(max=groups - 1)
+            if shuffle == "sample":
+                order = order.gather(1, (group + torch.rand_like(t)).argsort(1))
+            else:
+                group = group.long()
+                total = torch.zeros(B, groups, device=t.device).scatter_add_(1, group, q)
+                count = torch.zeros(B, groups, device=t.device).scatter_add_(1, group, torch.ones_like(q))
+                q = (total / count.clamp(min=1)).gather(1, group)
+                q[:, -1] = 0  # the removed diagonal sorts last
+    log_p = (s / STUDENT).diagonal_scatter(s.new_full((min(s.shape),), -1e4)).log_softmax(1)
+    return -(q * log_p.gather(1, order)).sum()
+
+
+def distillcse(z1: Tensor, z2: Tensor, teachers: list[Tensor], shuffle: str) -> Tensor:
+    a, b = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    with torch.no_grad():
+        units = [F.normalize(e, dim=1) for e in teachers]
+        t = sum(e @ e.t() for e in units) / len(units)
+    return contrastive_of_similarities("infonce", a @ b.t()) + distillation_of_similarities(
+        a @ a.t(), t, shuffle
+    ) / len(a)
+
+
+def uniformity(z: Tensor) -> Tensor:
+    """On the Gram matrix, exp(4 (s - 1)) with the diagonal out: ten times faster than torch.pdist."""
+    z = F.normalize(z, dim=1)
+    e = (4 * (z @ z.t() - 1)).exp()
+    return (e.sum() - e.diagonal().sum()).log() - math.log(len(z) * (len(z) - 1))
+
+
+def formula(w: Workload, x: Inputs, shuffle: str = "") -> Callable[..., Tensor]:
+    """The workload's output as a function of its leaves."""
+    shuffle = shuffle or w.shuffle
+    if w.op == "distillcse":
+        return lambda z1, z2: distillcse(z1, z2, x.teachers, shuffle)
+    if w.op == "uniformity":
+        return uniformity
+    if w.op == "sparse":
+        return F.linear
+    if w.op == "contrastive-rows":
+        return lambda S: contrastive_of_similarities("focal", S, reduction="sum")
+    if w.op == "distill-rows":
+        return lambda S: distillation_of_similarities(S, x.teachers[0], shuffle)
+    return lambda z1, z2: contrastive(w.op, z1, z2)
+
+
+def _eager(w: Workload, x: Inputs) -> Alternative:
+    f = formula(w, x)
+    return Alternative(lambda: f(*x.leaves), x.leaves, x.upstream)
+
+
+def _compile(w: Workload, x: Inputs) -> Alternative:
+    torch._dynamo.reset()  # a workload's shapes are its own: no dynamic ones
+    f = torch.compile(formula(w, x))
+    return Alternative(lambda: f(*x.leaves), x.leaves, x.upstream)
+
+
+# --- other packages; their fused path where they have one, embeddings normalised as they expect
+
+
+def _linear_cross_entropy(w: Workload, x: Inputs) -> Alternative:
+    z1, z2 = x.leaves
+    target, options = _target(z1, 0), torch.nn.LinearCrossEntropyOptions()
+    return Alternative(
+        lambda: F.linear_cross_entropy(F.normalize(z1, dim=1) / TAU, F.normalize(z2, dim=1), target, options=options),
+        x.leaves,
+    )
+
+
+def _directions(w: Workload) -> dict[str, Any]:
+    if w.op == "infonce":
+        return {}
+    return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+def _encoder() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Identity())  # the losses take embeddings here
+
+
+def _mnrl(w: Workload, x: Inputs) -> Alternative:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    loss: Any = MultipleNegativesRankingLoss(_encoder(), scale=1 / TAU, **_directions(w))
+    return Alternative(lambda: loss.compute_loss_from_embeddings(x.leaves, None), x.leaves)
+
+
+def _cached_mnrl(w: Workload, x: Inputs) -> Alternative:
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    loss: Any = CachedMultipleNegativesRankingLoss(_encoder(), scale=1 / TAU, mini_batch_size=512, **_directions(w))
+    z1, z2 = x.leaves
+    return Alternative(
+        lambda: loss.calculate_loss([[z1], [z2]], with_backward=torch.is_grad_enabled()), x.leaves, own_backward=True
+    )
+
+
+def _ntxent(w: Workload, x: Inputs) -> Alternative:
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss, (z1, z2) = NTXentLoss(TAU), x.leaves
+    target = _target(z1, 0)
+    other = target.clone()  # the same tensor would say: one set of embeddings, no pairs on the diagonal
+    return Alternative(lambda: loss(z1, target, ref_emb=z2, ref_labels=other), x.leaves)
+
+
+def _open_clip() -> ModuleType:
+    """open_clip/loss.py alone: the package imports torchvision, which its losses do not use."""
+    found = importlib.util.find_spec("open_clip")
+    assert found is not None and found.origin is not None
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(found.origin).parent / "loss.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _clip(w: Workload, x: Inputs) -> Alternative:
+    loss = _open_clip().ClipLoss(cache_labels=True)
+    return Alternative(lambda: loss(*(F.normalize(z, dim=1) for z in x.leaves), 1 / TAU), x.leaves)
+
+
+def _distill_clip(w: Workload, x: Inputs) -> Alternative:
+    loss, (z1, z2) = _open_clip().DistillClipLoss(cache_labels=True), x.leaves
+    teacher = F.normalize(x.teachers[0], dim=1)
+
+    def output() -> Tensor:
+        a, b = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+        return sum(loss(a, b, 1 / TAU, teacher, teacher, 1 / TEACHER))  # type: ignore[return-value]
+
+    return Alternative(output, x.leaves)
+
+
+def _torch_sparse(layout: str) -> Callable[[Workload, Inputs], Alternative]:
+    def build(w: Workload, x: Inputs) -> Alternative:
+        weight, bias, b = x.leaves[1].detach(), x.leaves[2].detach(), SIDES[w.pattern]
+        kept: Tensor = weight.to_sparse_csr() if layout == "csr" else weight.to_sparse_bsr((b, b))
+        return Alternative(lambda: (kept @ x.leaves[0].t()).t() + bias, x.leaves)
+
+    return build
+
+
+# --- on a GPU
+
+
+def _memeff(w: Workload, x: Inputs) -> Alternative:
+    import memeff
+
+    if w.op == "symmetric":
+        loss = memeff.MemoryEfficientCLIPLoss(TAU, stable=False)  # stable=True scales the gradient by another factor
+    else:
+        loss = memeff.MemoryEfficientQwen3Loss(
+            temperature=TAU, margin=2.0, stable=False, use_qq_negatives=False, use_dd_negatives=False
+        )
+    return Alternative(lambda: loss(*x.leaves), x.leaves)
+
+
+def _siglip(w: Workload, x: Inputs) -> Alternative:
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale, bias = (torch.tensor(v, device=x.leaves[0].device) for v in (-math.log(TAU), -10.0))
+    return Alternative(lambda: fused_siglip_loss(*(F.normalize(z, dim=1) for z in x.leaves), log_scale, bias), x.leaves)
+
+
+def _inf_cl(w: Workload, x: Inputs) -> Alternative:
+    from inf_cl import cal_flash_loss
+
+    z1, z2 = x.leaves
+    target = _target(z1, 0)
+    return Alternative(
+        lambda: cal_flash_loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1), target, 1 / TAU).mean(), x.leaves
+    )
+
+
+def _cce(filter_eps: str | None) -> Callable[[Workload, Inputs], Alternative]:
+    def build(w: Workload, x: Inputs) -> Alternative:
+        from cut_cross_entropy import linear_cross_entropy
+
+        z1, z2 = x.leaves
+        target = _target(z1, 0)
+        return Alternative(
+            lambda: linear_cross_entropy(
+                F.normalize(z1, dim=1) / TAU, F.normalize(z2, dim=1), target, filter_eps=filter_eps
+            ),
+            x.leaves,
+        )
+
+    return build
+
+
+def _liger(w: Workload, x: Inputs) -> Alternative:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    z1, z2 = x.leaves
+    target, fused = _target(z1, 0), LigerFusedLinearScaledCrossEntropyFunction
+    return Alternative(
+        lambda: fused.apply(F.normalize(z1, dim=1), F.normalize(z2, dim=1), target, TAU).mean(), x.leaves
+    )
+
+
+def _stk(w: Workload, x: Inputs) -> Alternative:
+    import stk
+
+    kept = stk.ops.to_sparse(x.leaves[1].detach().t().contiguous(), SIDES[w.pattern])
+    bias = x.leaves[2].detach()
+    return Alternative(lambda: stk.ops.dds(x.leaves[0], kept) + bias, x.leaves)
+
+
+def _semi_structured(w: Workload, x: Inputs) -> Alternative:
+    kept, bias = torch.sparse.to_sparse_semi_structured(x.leaves[1].detach()), x.leaves[2].detach()
+    return Alternative(lambda: F.linear(x.leaves[0], kept, bias), x.leaves)
+
+
+# --- limits
+
+
+def _floor(c: int) -> Callable[[Workload, Inputs], Alternative]:
+    """The workload's own products in panels of c rows with torch.mm into preallocated memory, and nothing between them."""
+
+    def build(w: Workload, x: Inputs) -> Alternative:
+        return Alternative(_products(w, x, min(c, w.N)), [])
+
+    return build
+
+
+def _products(w: Workload, x: Inputs, c: int) -> Callable[[], None]:
+    z = [leaf.detach() for leaf in x.leaves]
+    N, D = z[0].shape
+    new = lambda *shape, dtype=z[0].dtype: torch.empty(*shape, dtype=dtype, device=z[0].device)  # noqa: E731
+    S, rows, total = new(c * N), new(c, D), torch.zeros(N, D, device=z[0].device)
+    product = new(N, D) if w.dtype == "bf16" else None
+
+    def accumulate(G: Tensor, panel: Tensor, into: Tensor) -> None:
+        if product is None:
+            into.addmm_(G.t(), panel)
+        else:  # a 16-bit accumulator would lose the sum
+            into.add_(torch.mm(G.t(), panel, out=product[: len(into)]))
+
+    def contrastive() -> None:
+        z1, z2 = z
+        for sweep in range(2 if w.op == "symmetric" and w.backward else 1):
+            for i in range(0, N, c):
+                panel = z1[i : i + c]
+                s = torch.mm(panel, z2.t(), out=S.view(c, N)[: len(panel)])
+                if w.backward and (w.op != "symmetric" or sweep):
+                    torch.mm(s, z2, out=rows[: len(panel)])
+                    accumulate(s, panel, total)
+
+    def distillcse() -> None:
+        z1, z2 = z
+        for i in range(0, N, c):
+            panel = z1[i : i + c]
+            s, t = (m.view(c, N)[: len(panel)] for m in (S, T))
+            torch.mm(panel, z2.t(), out=s)
+            torch.mm(s, z2, out=rows[: len(panel)])
+            accumulate(s, panel, total)
+            torch.mm(e[i : i + c], e.t(), out=t)
+            torch.mm(panel, z1.t(), out=s)
+            torch.mm(s, z1, out=rows[: len(panel)])
+            accumulate(s, panel, total)
+
+    def uniformity() -> None:  # the 3 N^2 D operations of triangular panels
+        (x,) = z
+        for i in range(0, N, c):
+            panel, keys = x[i : i + c], x[i:]
+            s = S[: len(panel) * len(keys)].view(len(panel), len(keys))
+            torch.mm(panel, keys.t(), out=s)
+            torch.mm(s, keys, out=rows[: len(panel)])
+            if len(keys) > c:
+                accumulate(s[:, c:], panel, total[i + c :])
+
+    if w.op == "distillcse":
+        e = torch.cat(x.teachers, 1)
+        T = torch.empty(c * N, device=e.device)
+        return distillcse
+    return uniformity if w.op == "uniformity" else contrastive
+
+
+def _yardstick(w: Workload, x: Inputs) -> Alternative:
+    """Copies the row kernel's panel and takes exp of it."""
+    S = x.leaves[0].detach()
+    out = torch.empty_like(S)
+    return Alternative(lambda: out.copy_(S).exp_(), [])
+
+
+# --- the list
+
+
+def _among(*ops: str) -> Callable[[Workload], bool]:
+    return lambda w: w.op in ops
+
+
+def _matrices(count: float) -> Callable[[Workload], float]:
+    """Bytes of ``count`` matrices of N x N in float32."""
+    return lambda w: 0 if w.op in (*ROWS, "sparse") else 4 * count * w.N**2
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    covers: Callable[[Workload], bool]
+    build: Callable[[Workload, Inputs], Alternative]
+    module: str = "torch"
+    requirement: str = ""  # what to pip install
+    differs: str = ""  # how its loss or gradient differs from the workload's; "" where it is the same
+    gpu: bool = False
+    memory: Callable[[Workload], float] = lambda w: 0.0  # bytes beyond inputs and gradients
+
+    @property
+    def limit(self) -> bool:
+        """Not an alternative but a bound."""
+        return self.name.startswith("floor") or self.name == "yardstick"
+
+    def missing(self) -> str:
+        """Why it cannot run here, "" where it can."""
+        if self.gpu and not torch.cuda.is_available():
+            return "needs an NVIDIA GPU"
+        if importlib.util.find_spec(self.module) is None:
+            return f"not installed: pip install {self.requirement}"
+        if self.name == "linear-ce" and not hasattr(F, "linear_cross_entropy"):
+            return "needs torch >= 2.13"
+        return ""
+
+
+def _covers_floor(c: int) -> Callable[[Workload], bool]:
+    def covers(w: Workload) -> bool:
+        if w.op not in (*CONTRASTIVE, "distillcse", "uniformity"):
+            return False
+        if w.N > 8192:
+            return c == 1024
+        return c <= w.N and (c < 2048 or w.op in CONTRASTIVE) or c == 512
+
+    return covers
+
+
+_ONE_WAY, _BOTH_WAYS = _among("infonce"), _among("symmetric")
+_CLIP = _among("infonce", "symmetric")
+_DENSE = _among(*CONTRASTIVE, "distillcse", "uniformity", "sparse")
+_SAMPLE = lambda w: w.op == "distillcse" and w.shuffle == "sample"  # noqa: E731
+
+PYCSE = Peer("pycse", lambda w: True, _pycse)
+PEERS = [
+    PYCSE,
+    Peer("eager", _DENSE, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
+    Peer("compile", _among(*CONTRASTIVE, "distillcse", "uniformity"), _compile, memory=_matrices(8)),
+    Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
+    Peer("mnrl", _CLIP, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
+    Peer("cached-mnrl", _CLIP, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
+    Peer(
+        "ntxent",
+        _ONE_WAY,
+        _ntxent,
+        "pytorch_metric_learning",
+        "pytorch-metric-learning==2.9.0",
+        memory=lambda w: 24 * w.N**3,
+    ),
+    Peer("clip", _BOTH_WAYS, _clip, "open_clip", "--no-deps open_clip_torch==3.3.0", memory=_matrices(8)),
+    Peer(
+        "distill-clip",
+        lambda w: w.op == "distillcse" and w.teachers == 1,
+        _distill_clip,
+        "open_clip",
+        "--no-deps open_clip_torch==3.3.0",
+        "two views, both directions, diagonal kept, no shuffle",
+        memory=_matrices(16),
+    ),
+    Peer("pycse-none", _SAMPLE, lambda w, x: _pycse(w, x, "none"), differs="no shuffle"),
+    Peer("pycse-expected", _SAMPLE, lambda w, x: _pycse(w, x, "expected"), differs="each group's mean, nothing drawn"),
+    Peer(
+        "csr",
+        lambda w: w.op == "sparse" and w.pattern == "unstructured" and not w.backward and w.dtype == "fp32",
+        _torch_sparse("csr"),
+    ),
+    Peer(
+        "bsr",
+        lambda w: w.op == "sparse" and w.pattern.startswith("block") and not w.backward and w.dtype == "fp32",
+        _torch_sparse("bsr"),
+    ),
+    Peer("memeff", _CLIP, _memeff, "memeff", "memeff==0.3.1", gpu=True),
+    Peer(
+        "siglip-kernel",
+        _BOTH_WAYS,
+        _siglip,
+        "siglip_kernel",
+        "siglip-kernel==0.1.2",
+        "sigmoid of every pair, no softmax",
+        gpu=True,
+    ),
+    Peer("inf-cl", lambda w: w.op == "infonce" and w.D % 256 == 0, _inf_cl, "inf_cl", "inf-cl==1.2.1", gpu=True),
+    Peer(
+        "cce-exact",
+        lambda w: w.op == "infonce" and w.dtype == "bf16",
+        _cce(None),
+        "cut_cross_entropy",
+        "cut-cross-entropy==25.1.1",
+        gpu=True,
+    ),
+    Peer(
+        "cce",
+        lambda w: w.op == "infonce" and w.dtype == "bf16",
+        _cce("high"),
+        "cut_cross_entropy",
+        "cut-cross-entropy==25.1.1",
+        "its default filter drops small gradients",
+        gpu=True,
+    ),
+    Peer("liger", _ONE_WAY, _liger, "liger_kernel", "liger-kernel==0.8.5", gpu=True),
+    Peer(
+        "stk",
+        lambda w: w.op == "sparse" and w.pattern.startswith("block") and not w.backward and w.dtype == "bf16",
+        _stk,
+        "stk",
+        "stanford-stk==0.7.1",
+        gpu=True,
+    ),
+    Peer("semi-structured", lambda w: w.pattern == "2:4", _semi_structured, gpu=True),
+    *(Peer(f"floor-{c}", _covers_floor(c), _floor(c)) for c in (512, 1024, 2048)),
+    Peer("yardstick", _among(*ROWS), _yardstick),
+]
+NAMES = [peer.name for peer in PEERS]
+
+
+def beside(w: Workload, names: list[str], everything: bool) -> tuple[list[Peer], dict[str, str]]:
+    """The peers to time beside a workload, pycse first, and why others that cover it are left out.
+
+    ``names`` limits them (none: all); torch.compile takes seconds to compile, so only marked workloads have it by default.
+    """
+    chosen, left_out = [PYCSE], {}
+    for peer in PEERS[1:]:
+        if not peer.covers(w) or (names and peer.name not in names and not peer.limit):
+            continue
+        if peer.name == "compile" and not (w.compiled or everything or names):
+            continue
+        if (reason := peer.missing()) or (reason := too_large(w, peer)):
+            left_out[peer.name] = reason
+        else:
+            chosen.append(peer)
+    return chosen, left_out
+
+
+def too_large(w: Workload, peer: Peer = PYCSE) -> str:
+    """What to say where its memory would not fit, "" where it does."""
+    need, have = w.input_bytes + peer.memory(w) + OVERHEAD, available_memory()
+    return f"needs about {need / 1e9:.1f} GB, {have / 1e9:.1f} GB are free" if need > have else ""
+
+
+# --- parity
+
+
+def reference(w: Workload, x: Inputs) -> list[Tensor]:
+    """Output and gradients by the formula in float32; one-directional losses in chunks of rows.
+
+    What draws at random is compared without its draw. Of huge inputs only the gradient of the first rows is compared.
+    """
+    leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
+    if w.op in ("infonce", "focal") and w.N > CHUNK:
+        total = torch.zeros((), device=leaves[0].device)
+        for i in range(0, CHUNK if w.huge else w.N, CHUNK):
+            rows = leaves[0][i : i + CHUNK]
+            loss = contrastive(w.op, rows, leaves[1], i) * (len(rows) / w.N)
+            if w.backward:
+                loss.backward()
+            total += loss.detach()
+        if w.huge:
+            return [leaf.grad[:CHUNK] for leaf in leaves[:1] if leaf.grad is not None]
+    else:
+        total = formula(w, x, undrawn(w))(*leaves)
+        if w.backward:
+            total.backward(None if x.upstream is None else x.upstream.float())
+    return [total.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def undrawn(w: Workload) -> str:
+    return "none" if w.shuffle == "sample" else w.shuffle
+
+
+def parity(w: Workload, x: Inputs, peer: Peer, alternative: Alternative, expected: list[Tensor]) -> float | None:
+    """The largest relative difference, of norms, of output and gradients; raises where it is more than rounding. None where
+    there is nothing to compare: a floor, or a peer that draws otherwise."""
+    if not alternative.leaves or peer.name == "pycse-expected":
+        return None
+    if w.shuffle == "sample" and peer.name in ("pycse", "eager"):
+        alternative = build_undrawn(w, x, peer.name)
+    return compared(w, x, peer, alternative.compared(w.backward), expected)
+
+
+def build_undrawn(w: Workload, x: Inputs, name: str) -> Alternative:
+    if name == "eager":
+        f = formula(w, x, "none")
+        return Alternative(lambda: f(*x.leaves), x.leaves)
+    return _distill_rows(w, x, "none") if w.op == "distill-rows" else _pycse(w, x, "none")
+
+
+def compared(w: Workload, x: Inputs, peer: Peer, results: list[Tensor], expected: list[Tensor]) -> float:
+    worst = 0.0
+    for k, (a, b) in enumerate(zip(results, expected, strict=True)):
+        a, b = a.float(), b.float()
+        if x.mask is not None and k == 2:  # the weight's gradient, where the weight is kept
+            a, b = a * x.mask, b * x.mask
+        if w.op == "distill-rows" and k == 1:
+            a = a / COEFFICIENT
+        worst = max(worst, ((a - b).norm() / b.norm()).item())
+    allowed = 1e-2 if w.op == "sparse" and w.dtype == "bf16" else LIMIT[w.dtype]
+    if not peer.differs and not worst <= allowed:
+        raise AssertionError(
+            f"{w.name}: {peer.name} is off by {worst:.1e} from the formula in float32, not {allowed:.0e}"
+        )
+    return worst

@@ -1,0 +1,103 @@
+"""Where the time of one call goes: Focal-InfoNCE, forward + backward, at B = 64 and N = 8192, stage by stage.
+
+Every function that does the work is wrapped in a clock while the call runs: native kernels, matrix products, validation. What
+no clock saw is the rest: Python, autograd, allocation and its page faults. Inside the one native call of a small batch, parts
+are told apart by leaving gradients out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pycse
+from benchmarks.workloads import Inputs, Workload, inputs
+from pycse import validation
+from pycse.kernels import native
+
+Stages = dict[str, float]
+NATIVE = {"small": "one native call", "rows": "row kernel", "normalize": "norms", "project": "projection"}
+
+
+@contextmanager
+def clocks(stages: Stages, N: int) -> Iterator[None]:
+    """Adds the seconds of every wrapped call to its stage."""
+
+    def product(left: Tensor, right: Tensor) -> str:
+        if right.shape[1] == N:
+            return "S = z1hat z2^T"
+        return "G z2" if left.shape[1] == N else "G^T z1hat"
+
+    def wrap(f: Callable[..., Any], stage: Callable[..., str]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return f(*args, **kwargs)
+            finally:
+                name = stage(*args)
+                stages[name] = stages.get(name, 0.0) + time.perf_counter() - start
+
+        return timed
+
+    def stage_of(name: str) -> Callable[..., str]:
+        return lambda *args: name
+
+    places: list[tuple[Any, str, Callable[..., str]]] = [
+        *((native(), name, stage_of(label)) for name, label in NATIVE.items()),
+        (torch, "mm", product),
+        (torch.Tensor, "addmm_", lambda total, left, right: product(left, right)),
+        (torch.Tensor, "backward", stage_of("backward()")),
+        (validation, "contrastive", stage_of("validation")),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, stage in places:
+            setattr(owner, name, wrap(getattr(owner, name), stage))
+        yield
+    finally:
+        for owner, name, f in before:
+            setattr(owner, name, f)
+
+
+def stages_of(x: Inputs, N: int, rounds: int, batch: int) -> Stages:
+    """Seconds of a call by stage, with "rest" and "total", of the fastest of some rounds."""
+    best: Stages = {"total": float("inf")}
+    for _ in range(rounds):
+        stages: Stages = {}
+        with clocks(stages, N):
+            start = time.perf_counter()
+            for _ in range(batch):
+                for leaf in x.leaves:
+                    leaf.grad = None
+                loss = pycse.fused_focal_infonce(*x.leaves)
+                if loss.requires_grad:
+                    loss.backward()
+            total = time.perf_counter() - start
+        stages |= {"rest": total - sum(stages.values()), "total": total}
+        if total < best["total"] * batch:
+            best = {name: seconds / batch for name, seconds in stages.items()}
+    return best
+
+
+def profile(rounds: int = 20) -> dict[str, Stages]:
+    small, large = inputs(Workload("focal", 64)), inputs(Workload("focal", 8192))
+    stages = stages_of(small, 64, rounds, 50)
+    z1, z2 = small.leaves
+    parts = [
+        stages_of(Inputs([a, b]), 64, rounds, 50).get("one native call", 0.0)
+        for a, b in ((z1.detach(), z2.detach()), (z1, z2.detach()))
+    ]
+    if "one native call" in stages:
+        whole = stages.pop("one native call")
+        split = {
+            "native: norms, S, row kernel, loss": parts[0],
+            "native: G, G z2, projection": parts[1] - parts[0],
+            "native: G^T z1hat, projection": whole - parts[1],
+        }
+        stages = split | stages
+    return {"64": stages, "8192": stages_of(large, 8192, max(3, rounds // 5), 1)}
