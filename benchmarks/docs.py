@@ -350,6 +350,10 @@ def tolerance(results: Results) -> str:
 # --- README.md
 
 
+def readme_measured(results: Results) -> str:
+    return f"{results['date']}, {results['machine']}:"
+
+
 def readme_speed(results: Results) -> str:
     rows = []
     for N, D, dtype in (
@@ -411,6 +415,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "rows": row_kernels,
     "profile": profiles,
     "tolerance": tolerance,
+    "readme-measured": readme_measured,
     "readme-speed": readme_speed,
     "readme-other": readme_other,
     "readme-memory": readme_memory,

@@ -506,25 +506,33 @@ def _covers_floor(c: int) -> Callable[[Workload], bool]:
         if w.op not in (*CONTRASTIVE, "distillcse", "uniformity"):
             return False
         if w.N > 8192:
-            return c == 1024
+            return c == (2048 if w.dtype == "bf16" or torch.cuda.is_available() else 1024)
         return c <= w.N and (c < 2048 or w.op in CONTRASTIVE) or c == 512
 
     return covers
 
 
-_ONE_WAY, _BOTH_WAYS = _among("infonce"), _among("symmetric")
-_CLIP = _among("infonce", "symmetric")
-_DENSE = _among(*CONTRASTIVE, "distillcse", "uniformity", "sparse")
+_ONE_WAY, _BOTH_WAYS, _EITHER = _among("infonce"), _among("symmetric"), _among("infonce", "symmetric")
 _SAMPLE = lambda w: w.op == "distillcse" and w.shuffle == "sample"  # noqa: E731
 
-PYCSE = Peer("pycse", lambda w: True, _pycse)
+
+def _of_reference(w: Workload) -> float:
+    """Bytes that parity takes: of the formula, in chunks of rows where it can be cut."""
+    if not w.timed:
+        return 0
+    if w.by_rows:
+        return 4 * 6 * min(CHUNK, w.N) * w.N
+    return _matrices(16 if w.op == "distillcse" else 6)(w)
+
+
+PYCSE = Peer("pycse", lambda w: True, _pycse, memory=_of_reference)
 PEERS = [
     PYCSE,
-    Peer("eager", _DENSE, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
+    Peer("eager", lambda w: w.op not in ROWS, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
     Peer("compile", _among(*CONTRASTIVE, "distillcse", "uniformity"), _compile, memory=_matrices(8)),
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
-    Peer("mnrl", _CLIP, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
-    Peer("cached-mnrl", _CLIP, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
+    Peer("mnrl", _EITHER, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
+    Peer("cached-mnrl", _EITHER, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
     Peer(
         "ntxent",
         _ONE_WAY,
@@ -555,7 +563,7 @@ PEERS = [
         lambda w: w.op == "sparse" and w.pattern.startswith("block") and not w.backward and w.dtype == "fp32",
         _torch_sparse("bsr"),
     ),
-    Peer("memeff", _CLIP, _memeff, "memeff", "memeff==0.3.1", gpu=True),
+    Peer("memeff", _EITHER, _memeff, "memeff", "memeff==0.3.1", gpu=True),
     Peer(
         "siglip-kernel",
         _BOTH_WAYS,
@@ -632,21 +640,26 @@ def reference(w: Workload, x: Inputs) -> list[Tensor]:
     What draws at random is compared without its draw. Of huge inputs only the gradient of the first rows is compared.
     """
     leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
-    if w.op in ("infonce", "focal") and w.N > CHUNK:
+    if w.by_rows and w.N > CHUNK:
         total = torch.zeros((), device=leaves[0].device)
-        for i in range(0, CHUNK if w.huge else w.N, CHUNK):
+        for i in range(0, CHUNK if in_part(w) else w.N, CHUNK):
             rows = leaves[0][i : i + CHUNK]
             loss = contrastive(w.op, rows, leaves[1], i) * (len(rows) / w.N)
             if w.backward:
                 loss.backward()
             total += loss.detach()
-        if w.huge:
+        if in_part(w):
             return [leaf.grad[:CHUNK] for leaf in leaves[:1] if leaf.grad is not None]
     else:
         total = formula(w, x, undrawn(w))(*leaves)
         if w.backward:
             total.backward(None if x.upstream is None else x.upstream.float())
     return [total.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def in_part(w: Workload) -> bool:
+    """Only the gradient of the first rows is compared."""
+    return w.huge and w.by_rows and w.backward
 
 
 def undrawn(w: Workload) -> str:

@@ -1,8 +1,7 @@
 """Where the time of one call goes: Focal-InfoNCE, forward + backward, at B = 64 and N = 8192, stage by stage.
 
-Every function that does the work is wrapped in a clock while the call runs: native kernels, matrix products, validation. What
-no clock saw is the rest: Python, autograd, allocation and its page faults. Inside the one native call of a small batch, parts
-are told apart by leaving gradients out.
+Every function on the way is wrapped in a clock while the call runs; a stage's time is its own, without the stages that it calls.
+Inside the one native call of a small batch, parts are told apart by leaving gradients out.
 """
 
 from __future__ import annotations
@@ -13,46 +12,62 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pycse.kernels import native
 from torch import Tensor
 
 import pycse
 from benchmarks.workloads import Inputs, Workload, inputs
 from pycse import validation
-from pycse.kernels import native
+from pycse.backends.cpu import contrastive as backend
+from pycse.ops import contrastive as ops
+from pycse.ops import fused
 
 Stages = dict[str, float]
 NATIVE = {"small": "one native call", "rows": "row kernel", "normalize": "norms", "project": "projection"}
 
 
-@contextmanager
-def clocks(stages: Stages, N: int) -> Iterator[None]:
-    """Adds the seconds of every wrapped call to its stage."""
+def product(N: int) -> Callable[..., str]:
+    """Which of the three a matrix product is, by its operands' shapes."""
 
-    def product(left: Tensor, right: Tensor) -> str:
+    def stage(left: Tensor, right: Tensor) -> str:
         if right.shape[1] == N:
             return "S = z1hat z2^T"
         return "G z2" if left.shape[1] == N else "G^T z1hat"
 
+    return stage
+
+
+@contextmanager
+def clocks(stages: Stages, N: int) -> Iterator[None]:
+    """Adds the seconds of every wrapped call to its stage."""
+    inside = [0.0]  # seconds of the stages called, level by level
+
     def wrap(f: Callable[..., Any], stage: Callable[..., str]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            inside.append(0.0)
             start = time.perf_counter()
             try:
                 return f(*args, **kwargs)
             finally:
+                seconds = time.perf_counter() - start
                 name = stage(*args)
-                stages[name] = stages.get(name, 0.0) + time.perf_counter() - start
+                stages[name] = stages.get(name, 0.0) + seconds - inside.pop()
+                inside[-1] += seconds
 
         return timed
 
-    def stage_of(name: str) -> Callable[..., str]:
+    def called(name: str) -> Callable[..., str]:
         return lambda *args: name
 
     places: list[tuple[Any, str, Callable[..., str]]] = [
-        *((native(), name, stage_of(label)) for name, label in NATIVE.items()),
-        (torch, "mm", product),
-        (torch.Tensor, "addmm_", lambda total, left, right: product(left, right)),
-        (torch.Tensor, "backward", stage_of("backward()")),
-        (validation, "contrastive", stage_of("validation")),
+        *((native(), name, called(label)) for name, label in NATIVE.items()),
+        (torch, "mm", product(N)),
+        (torch.Tensor, "addmm_", lambda total, left, right: product(N)(left, right)),
+        (torch.Tensor, "backward", called("backward()")),
+        (validation, "contrastive", called("validation")),
+        (fused.Fused, "__call__", called("operator, autograd.Function")),
+        (ops, "compute", called("the problem's description")),
+        (backend, "contrastive", called("backend: allocation, page faults, panels")),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     try:

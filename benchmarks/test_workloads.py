@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.measure import Timing, Turns, in_new_process, peak_memory
-from benchmarks.peers import PEERS, Peer, beside, compared, parity, reference
+from benchmarks.peers import PEERS, Peer, beside, compared, in_part, parity, reference
 from benchmarks.workloads import ROWS, WORKLOADS, Workload, inputs, small
 
 
@@ -66,7 +66,7 @@ def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None
             off[peer.name] = difference
     del expected
     print(f"{w.name}: parity {', '.join(f'{name} {value:.0e}' for name, value in off.items())}", end="", flush=True)
-    turns = Turns(calls, seen)
+    turns = Turns(calls, seen, benchmark._timer)
     rounds = turns.plan(seconds if w.N < 8192 or w.op in ROWS else 2 * seconds)
     benchmark.pedantic(lambda: turns.run("pycse"), setup=turns.time_others, rounds=rounds)
     turns.timings["pycse"] = Timing([s / turns.batch["pycse"] for s in benchmark.stats.stats.data])
@@ -79,7 +79,7 @@ def _alone(benchmark, w: Workload, peers: list[Peer]) -> None:
     for peer in peers[1:]:
         results[peer.name] = in_new_process(alone, w.name, peer.name)
     benchmark.pedantic(lambda: results.__setitem__("pycse", in_new_process(alone, w.name, "pycse")), rounds=1)
-    off = {name: parity for name, (_, _, parity) in results.items() if parity is not None}
+    off = {name: difference for name, (_, _, difference) in results.items() if difference is not None}
     print(f"{w.name}: parity {', '.join(f'{name} {value:.0e}' for name, value in off.items())}", end="", flush=True)
     timings = {name: Timing([seconds]) for name, (seconds, _, _) in results.items()}
     limits = {p.name for p in peers if p.limit}
@@ -125,10 +125,11 @@ def alone(name: str, peer_name: str) -> tuple[float, int, float | None]:
     """Seconds, peak bytes above inputs and gradients, and parity of one call."""
     w, peer, x, call = _prepared(name, peer_name)
     seconds: list[float] = []
+    outputs: list[torch.Tensor] = []
 
     def timed() -> None:
         start = time.perf_counter()
-        call()
+        outputs.append(call())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -136,11 +137,8 @@ def alone(name: str, peer_name: str) -> tuple[float, int, float | None]:
     peak = peak_memory(timed)
     if peer.limit:
         return seconds[0], 0, None
-    peak -= sum(leaf.nbytes for leaf in x.leaves) if w.backward else 0
-    off = None
-    if w.backward and w.op in ("infonce", "focal"):
-        expected = reference(w, x)
-        gradient = x.leaves[0].grad
-        assert gradient is not None
-        off = compared(w, x, peer, [gradient[: len(expected[0])]], expected)
-    return seconds[0], peak, off
+    gradients = [leaf.grad for leaf in x.leaves if leaf.grad is not None]
+    peak -= sum(g.nbytes for g in gradients)
+    expected = reference(w, x)
+    results = [gradients[0][: len(expected[0])]] if in_part(w) else [outputs[0].detach(), *gradients]
+    return seconds[0], max(0, peak), compared(w, x, peer, results, expected)

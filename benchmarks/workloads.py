@@ -22,7 +22,7 @@ CONTRASTIVE = ("infonce", "focal", "symmetric")
 ROWS = ("contrastive-rows", "distill-rows")
 SIDES = {"block16": 16, "block32": 32, "block64": 64, "unstructured": 1}
 PANEL = 32  # rows of the panel that a row kernel is timed on: 1 MB at N = 8192, so caches and not memory decide
-HUGE = 32768  # keys from which a call takes so long that it is timed once, without a warm-up
+HUGE = 32768  # keys from which a call on a CPU takes so long that it is timed once, in a process of its own
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class Workload:
 
     @property
     def huge(self) -> bool:
-        return self.N >= HUGE and self.op not in ROWS
+        return self.N >= HUGE and self.op not in ROWS and not torch.cuda.is_available()
+
+    @property
+    def by_rows(self) -> bool:
+        """The loss of a row does not depend on other rows, so the formula can be computed in chunks of them."""
+        return self.op in ("infonce", "focal")
 
     @property
     def measures_memory(self) -> bool:
@@ -199,9 +204,7 @@ WORKLOADS = _workloads()
 
 def select(chosen: str, pattern: str = "*") -> list[Workload]:
     """Workloads of a set by their names' pattern; a pattern that only a larger set knows finds it there."""
-    names = {s: SETS.index(s) for s in SETS}
     found = [w for w in WORKLOADS if fnmatchcase(w.name, pattern)]
     if not found:
         raise UserError(f"no workload is called {pattern!r}; for example {WORKLOADS[0].name}, or focal-*")
-    within = [w for w in found if names[w.smallest] <= names[chosen]]
-    return within or found
+    return [w for w in found if SETS.index(w.smallest) <= SETS.index(chosen)] or found
