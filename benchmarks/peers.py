@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pycse
+from benchmarks.formulas import CHUNK, TAU, TEACHER, M, formula, positives, reference
+from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
 from benchmarks.workloads import CONTRASTIVE, ROWS, SIDES, Inputs, Workload
 from pycse.sparse import SparseLinear
 
-TAU, M = 0.05, 0.3
-STUDENT, TEACHER, P = 0.025, 0.0125, 0.1
-CHUNK = 1024  # rows of the reference at a time
 OVERHEAD = 256 << 20  # of a process beyond its tensors
 COEFFICIENT = 1e-6  # of distillation rows timed alone: small, so that G is small as the next S
 LIMIT = {"fp32": 1e-4, "bf16": 0.1}  # of parity: relative, of norms
@@ -75,11 +74,10 @@ class Alternative:
 # --- pycse
 
 
-def _pycse(w: Workload, x: Inputs, shuffle: str = "") -> Alternative:
+def _pycse(w: Workload, x: Inputs) -> Alternative:
     if w.op == "distillcse":
         z1, z2 = x.leaves
-        shuffle = shuffle or w.shuffle
-        return Alternative(lambda: pycse.fused_distillcse(z1, z2, x.teachers, shuffle=shuffle, seed=1).loss, x.leaves)
+        return Alternative(lambda: pycse.fused_distillcse(z1, z2, x.teachers, shuffle=w.shuffle, seed=1).loss, x.leaves)
     if w.op == "sparse":
         weight, mask = x.leaves[1], x.mask
         assert mask is not None
@@ -130,16 +128,14 @@ def _contrastive_rows(w: Workload, x: Inputs) -> Alternative:
     return _rows(S, lambda panel: kernels.rows(panel, 0, True), state.loss)
 
 
-def _distill_rows(w: Workload, x: Inputs, shuffle: str = "") -> Alternative:
+def _distill_rows(w: Workload, x: Inputs) -> Alternative:
     from pycse.backends.cpu.distill import Kernels
     from pycse.panels.distill import State
     from pycse.problem import Distillation
 
     S, T = x.leaves[0], x.teachers[0]
     state = State(COEFFICIENT, torch.empty(w.N))
-    problem = Distillation(
-        torch.empty(w.N, 1), [], [], T, shuffle=shuffle or w.shuffle, seed=1, need=True, reduction="sum"
-    )
+    problem = Distillation(torch.empty(w.N, 1), [], [], T, shuffle=w.shuffle, seed=1, need=True, reduction="sum")
     kernels = Kernels(problem, state)
 
     def run(panel: Tensor) -> None:
@@ -148,80 +144,7 @@ def _distill_rows(w: Workload, x: Inputs, shuffle: str = "") -> Alternative:
     return _rows(S, run, state.loss[: len(S)])
 
 
-# --- the formulas in plain PyTorch
-
-
-def _target(s: Tensor, first: int) -> Tensor:
-    return torch.arange(first, first + len(s), device=s.device)
-
-
-def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
-    """Mean loss of rows whose positives are the keys from ``first`` on: what people write."""
-    s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t()
-    return contrastive_of_similarities(op, s, first)
-
-
-def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: str = "mean") -> Tensor:
-    target = _target(s, first)
-    if op == "focal":
-        positive = s.diagonal(first) ** 2 / TAU
-        return F.cross_entropy((s * (s + M) / TAU).diagonal_scatter(positive, first), target, reduction=reduction)
-    loss = F.cross_entropy(s / TAU, target, reduction=reduction)
-    return (loss + F.cross_entropy(s.t() / TAU, target)) / 2 if op == "symmetric" else loss
-
-
-def distillation_of_similarities(s: Tensor, t: Tensor, shuffle: str) -> Tensor:
-    """Sum over rows; s and t have their diagonals. Vectorised: sort, cumsum, argsort of group + noise, gather, log_softmax."""
-    B = len(s)
-    with torch.no_grad():
-        t, order = t.clone().fill_diagonal_(-torch.inf).sort(dim=1, descending=True)
-        q = (t / TEACHER).softmax(1)
-        if shuffle != "none":
-            groups = math.ceil(1 / P)
-            group = (t.softmax(1).cumsum(1) / P).floor_().clamp_(max=groups - 1)
-            if shuffle == "sample":
-                order = order.gather(1, (group + torch.rand_like(t)).argsort(1))
-            else:
-                group = group.long()
-                total = torch.zeros(B, groups, device=t.device).scatter_add_(1, group, q)
-                count = torch.zeros(B, groups, device=t.device).scatter_add_(1, group, torch.ones_like(q))
-                q = (total / count.clamp(min=1)).gather(1, group)
-                q[:, -1] = 0  # the removed diagonal sorts last
-    log_p = (s / STUDENT).diagonal_scatter(s.new_full((min(s.shape),), -1e4)).log_softmax(1)
-    return -(q * log_p.gather(1, order)).sum()
-
-
-def distillcse(z1: Tensor, z2: Tensor, teachers: list[Tensor], shuffle: str) -> Tensor:
-    a, b = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-    with torch.no_grad():
-        units = [F.normalize(e, dim=1) for e in teachers]
-        t = sum(e @ e.t() for e in units) / len(units)
-    return contrastive_of_similarities("infonce", a @ b.t()) + distillation_of_similarities(
-        a @ a.t(), t, shuffle
-    ) / len(a)
-
-
-def uniformity(z: Tensor) -> Tensor:
-    """On the Gram matrix, exp(4 (s - 1)) with the diagonal out: ten times faster than torch.pdist."""
-    z = F.normalize(z, dim=1)
-    e = (4 * (z @ z.t() - 1)).exp()
-    return (e.sum() - e.diagonal().sum()).log() - math.log(len(z) * (len(z) - 1))
-
-
-def formula(w: Workload, x: Inputs, shuffle: str = "") -> Callable[..., Tensor]:
-    """The workload's output as a function of its leaves."""
-    shuffle = shuffle or w.shuffle
-    if w.op == "distillcse":
-        return lambda z1, z2: distillcse(z1, z2, x.teachers, shuffle)
-    if w.op == "uniformity":
-        return uniformity
-    if w.op == "sparse":
-        return F.linear
-    if w.op == "contrastive-rows":
-        return lambda S: contrastive_of_similarities("focal", S, reduction="sum")
-    if w.op == "distill-rows":
-        return lambda S: distillation_of_similarities(S, x.teachers[0], shuffle)
-    return lambda z1, z2: contrastive(w.op, z1, z2)
+# --- plain PyTorch
 
 
 def _eager(w: Workload, x: Inputs) -> Alternative:
@@ -240,7 +163,7 @@ def _compile(w: Workload, x: Inputs) -> Alternative:
 
 def _linear_cross_entropy(w: Workload, x: Inputs) -> Alternative:
     z1, z2 = x.leaves
-    target, options = _target(z1, 0), torch.nn.LinearCrossEntropyOptions()
+    target, options = positives(z1, 0), torch.nn.LinearCrossEntropyOptions()
     return Alternative(
         lambda: F.linear_cross_entropy(F.normalize(z1, dim=1) / TAU, F.normalize(z2, dim=1), target, options=options),
         x.leaves,
@@ -278,7 +201,7 @@ def _ntxent(w: Workload, x: Inputs) -> Alternative:
     from pytorch_metric_learning.losses import NTXentLoss
 
     loss, (z1, z2) = NTXentLoss(TAU), x.leaves
-    target = _target(z1, 0)
+    target = positives(z1, 0)
     other = target.clone()  # the same tensor would say: one set of embeddings, no pairs on the diagonal
     return Alternative(lambda: loss(z1, target, ref_emb=z2, ref_labels=other), x.leaves)
 
@@ -345,7 +268,7 @@ def _inf_cl(w: Workload, x: Inputs) -> Alternative:
     from inf_cl import cal_flash_loss
 
     z1, z2 = x.leaves
-    target = _target(z1, 0)
+    target = positives(z1, 0)
     return Alternative(
         lambda: cal_flash_loss(F.normalize(z1, dim=1), F.normalize(z2, dim=1), target, 1 / TAU).mean(), x.leaves
     )
@@ -356,7 +279,7 @@ def _cce(filter_eps: str | None) -> Callable[[Workload, Inputs], Alternative]:
         from cut_cross_entropy import linear_cross_entropy
 
         z1, z2 = x.leaves
-        target = _target(z1, 0)
+        target = positives(z1, 0)
         return Alternative(
             lambda: linear_cross_entropy(
                 F.normalize(z1, dim=1) / TAU, F.normalize(z2, dim=1), target, filter_eps=filter_eps
@@ -371,7 +294,7 @@ def _liger(w: Workload, x: Inputs) -> Alternative:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     z1, z2 = x.leaves
-    target, fused = _target(z1, 0), LigerFusedLinearScaledCrossEntropyFunction
+    target, fused = positives(z1, 0), LigerFusedLinearScaledCrossEntropyFunction
     return Alternative(
         lambda: fused.apply(F.normalize(z1, dim=1), F.normalize(z2, dim=1), target, TAU).mean(), x.leaves
     )
@@ -388,78 +311,6 @@ def _stk(w: Workload, x: Inputs) -> Alternative:
 def _semi_structured(w: Workload, x: Inputs) -> Alternative:
     kept, bias = torch.sparse.to_sparse_semi_structured(x.leaves[1].detach()), x.leaves[2].detach()
     return Alternative(lambda: F.linear(x.leaves[0], kept, bias), x.leaves)
-
-
-# --- limits
-
-
-def _floor(c: int) -> Callable[[Workload, Inputs], Alternative]:
-    """The workload's own products in panels of c rows with torch.mm into preallocated memory, and nothing between them."""
-
-    def build(w: Workload, x: Inputs) -> Alternative:
-        return Alternative(_products(w, x, min(c, w.N)), [])
-
-    return build
-
-
-def _products(w: Workload, x: Inputs, c: int) -> Callable[[], None]:
-    z = [leaf.detach() for leaf in x.leaves]
-    N, D = z[0].shape
-    new = lambda *shape, dtype=z[0].dtype: torch.empty(*shape, dtype=dtype, device=z[0].device)  # noqa: E731
-    S, rows, total = new(c * N), new(c, D), torch.zeros(N, D, device=z[0].device)
-    product = new(N, D) if w.dtype == "bf16" else None
-
-    def accumulate(G: Tensor, panel: Tensor, into: Tensor) -> None:
-        if product is None:
-            into.addmm_(G.t(), panel)
-        else:  # a 16-bit accumulator would lose the sum
-            into.add_(torch.mm(G.t(), panel, out=product[: len(into)]))
-
-    def contrastive() -> None:
-        z1, z2 = z
-        for sweep in range(2 if w.op == "symmetric" and w.backward else 1):
-            for i in range(0, N, c):
-                panel = z1[i : i + c]
-                s = torch.mm(panel, z2.t(), out=S.view(c, N)[: len(panel)])
-                if w.backward and (w.op != "symmetric" or sweep):
-                    torch.mm(s, z2, out=rows[: len(panel)])
-                    accumulate(s, panel, total)
-
-    def distillcse() -> None:
-        z1, z2 = z
-        for i in range(0, N, c):
-            panel = z1[i : i + c]
-            s, t = (m.view(c, N)[: len(panel)] for m in (S, T))
-            torch.mm(panel, z2.t(), out=s)
-            torch.mm(s, z2, out=rows[: len(panel)])
-            accumulate(s, panel, total)
-            torch.mm(e[i : i + c], e.t(), out=t)
-            torch.mm(panel, z1.t(), out=s)
-            torch.mm(s, z1, out=rows[: len(panel)])
-            accumulate(s, panel, total)
-
-    def uniformity() -> None:  # the 3 N^2 D operations of triangular panels
-        (x,) = z
-        for i in range(0, N, c):
-            panel, keys = x[i : i + c], x[i:]
-            s = S[: len(panel) * len(keys)].view(len(panel), len(keys))
-            torch.mm(panel, keys.t(), out=s)
-            torch.mm(s, keys, out=rows[: len(panel)])
-            if len(keys) > c:
-                accumulate(s[:, c:], panel, total[i + c :])
-
-    if w.op == "distillcse":
-        e = torch.cat(x.teachers, 1)
-        T = torch.empty(c * N, device=e.device)
-        return distillcse
-    return uniformity if w.op == "uniformity" else contrastive
-
-
-def _yardstick(w: Workload, x: Inputs) -> Alternative:
-    """Copies the row kernel's panel and takes exp of it."""
-    S = x.leaves[0].detach()
-    out = torch.empty_like(S)
-    return Alternative(lambda: out.copy_(S).exp_(), [])
 
 
 # --- the list
@@ -499,6 +350,10 @@ class Peer:
         if self.name == "linear-ce" and not hasattr(F, "linear_cross_entropy"):
             return "needs torch >= 2.13"
         return ""
+
+
+def _floor(c: int) -> Callable[[Workload, Inputs], Alternative]:
+    return lambda w, x: Alternative(products(w, x, min(c, w.N)), [])
 
 
 def _covers_floor(c: int) -> Callable[[Workload], bool]:
@@ -551,8 +406,13 @@ PEERS = [
         "two views, both directions, diagonal kept, no shuffle",
         memory=_matrices(16),
     ),
-    Peer("pycse-none", _SAMPLE, lambda w, x: _pycse(w, x, "none"), differs="no shuffle"),
-    Peer("pycse-expected", _SAMPLE, lambda w, x: _pycse(w, x, "expected"), differs="each group's mean, nothing drawn"),
+    Peer("pycse-none", _SAMPLE, lambda w, x: _pycse(replace(w, shuffle="none"), x), differs="no shuffle"),
+    Peer(
+        "pycse-expected",
+        _SAMPLE,
+        lambda w, x: _pycse(replace(w, shuffle="expected"), x),
+        differs="each group's mean, nothing drawn",
+    ),
     Peer(
         "csr",
         lambda w: w.op == "sparse" and w.pattern == "unstructured" and not w.backward and w.dtype == "fp32",
@@ -602,7 +462,7 @@ PEERS = [
     ),
     Peer("semi-structured", lambda w: w.pattern == "2:4", _semi_structured, gpu=True),
     *(Peer(f"floor-{c}", _covers_floor(c), _floor(c)) for c in (512, 1024, 2048)),
-    Peer("yardstick", _among(*ROWS), _yardstick),
+    Peer("yardstick", _among(*ROWS), lambda w, x: Alternative(yardstick(w, x), [])),
 ]
 NAMES = [peer.name for peer in PEERS]
 
@@ -634,53 +494,16 @@ def too_large(w: Workload, peer: Peer = PYCSE) -> str:
 # --- parity
 
 
-def reference(w: Workload, x: Inputs) -> list[Tensor]:
-    """Output and gradients by the formula in float32; one-directional losses in chunks of rows.
-
-    What draws at random is compared without its draw. Of huge inputs only the gradient of the first rows is compared.
-    """
-    leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
-    if w.by_rows and w.N > CHUNK:
-        total = torch.zeros((), device=leaves[0].device)
-        for i in range(0, CHUNK if in_part(w) else w.N, CHUNK):
-            rows = leaves[0][i : i + CHUNK]
-            loss = contrastive(w.op, rows, leaves[1], i) * (len(rows) / w.N)
-            if w.backward:
-                loss.backward()
-            total += loss.detach()
-        if in_part(w):
-            return [leaf.grad[:CHUNK] for leaf in leaves[:1] if leaf.grad is not None]
-    else:
-        total = formula(w, x, undrawn(w))(*leaves)
-        if w.backward:
-            total.backward(None if x.upstream is None else x.upstream.float())
-    return [total.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def in_part(w: Workload) -> bool:
-    """Only the gradient of the first rows is compared."""
-    return w.huge and w.by_rows and w.backward
-
-
-def undrawn(w: Workload) -> str:
-    return "none" if w.shuffle == "sample" else w.shuffle
-
-
 def parity(w: Workload, x: Inputs, peer: Peer, alternative: Alternative, expected: list[Tensor]) -> float | None:
-    """The largest relative difference, of norms, of output and gradients; raises where it is more than rounding. None where
-    there is nothing to compare: a floor, or a peer that draws otherwise."""
-    if not alternative.leaves or peer.name == "pycse-expected":
+    """The largest relative difference, of norms, of output and gradients to what ``reference`` gave; raises where it is more
+    than rounding. None for a limit, which computes no loss. What draws at random is compared without its draw."""
+    if peer.limit:
         return None
-    if w.shuffle == "sample" and peer.name in ("pycse", "eager"):
-        alternative = build_undrawn(w, x, peer.name)
+    if peer.name == "pycse-expected":
+        expected = reference(replace(w, shuffle="expected"), x)
+    elif w.shuffle == "sample" and peer.name in ("pycse", "eager", "compile"):
+        alternative = peer.build(replace(w, shuffle="none"), x)
     return compared(w, x, peer, alternative.compared(w.backward), expected)
-
-
-def build_undrawn(w: Workload, x: Inputs, name: str) -> Alternative:
-    if name == "eager":
-        f = formula(w, x, "none")
-        return Alternative(lambda: f(*x.leaves), x.leaves)
-    return _distill_rows(w, x, "none") if w.op == "distill-rows" else _pycse(w, x, "none")
 
 
 def compared(w: Workload, x: Inputs, peer: Peer, results: list[Tensor], expected: list[Tensor]) -> float:
@@ -693,7 +516,7 @@ def compared(w: Workload, x: Inputs, peer: Peer, results: list[Tensor], expected
             a = a / COEFFICIENT
         worst = max(worst, ((a - b).norm() / b.norm()).item())
     allowed = 1e-2 if w.op == "sparse" and w.dtype == "bf16" else LIMIT[w.dtype]
-    if not peer.differs and not worst <= allowed:
+    if not (peer.differs and peer.requirement) and not worst <= allowed:
         raise AssertionError(
             f"{w.name}: {peer.name} is off by {worst:.1e} from the formula in float32, not {allowed:.0e}"
         )

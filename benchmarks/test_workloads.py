@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import measure
+from benchmarks.formulas import in_part, reference
 from benchmarks.measure import Timing, Turns, in_new_process, peak_memory
-from benchmarks.peers import PEERS, Peer, beside, compared, in_part, parity, reference
+from benchmarks.peers import PEERS, Peer, beside, compared, parity
 from benchmarks.workloads import ROWS, WORKLOADS, Workload, inputs, small
 
 
