@@ -40,7 +40,9 @@ def run(
         list[str] | None, typer.Option(help="Only this peer beside pycse and its limits; repeatable.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where the numbers go.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For the rounds of a workload; large ones take longer.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For the rounds of a workload; large ones take longer.")
+    ] = SECONDS,
 ) -> None:
     """Time everything beside its peers; print one table, write JSON and pictures. About 15 minutes on 2 cores."""
     console = Console(width=None if sys.stdout.isatty() else 180)
@@ -86,8 +88,8 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
     """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes."""
     chosen = select("short", workload)
     known_ratios = baseline.load(file, [w.name for w in chosen])
-    if (here := measure.machine()) != known_ratios["machine"]:
-        print(f"the baseline is of another machine ({known_ratios['machine']}; this is {here}): its ratios may differ")
+    if (here := measure.machine()).split(",")[0] != known_ratios["machine"].split(",")[0]:
+        print(f"the baseline is of another processor ({known_ratios['machine']}; this is {here}): its ratios may differ")
     best: dict[str, list[dict[str, float]]] = {}
     suspects = chosen
     for attempt in range(ATTEMPTS):

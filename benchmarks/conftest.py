@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--peers", default="", help="names of peers, separated by commas; default: all that cover a workload"
     )
-    group.addoption("--seconds", type=float, default=3.0, help="for the rounds of a workload; large ones take longer")
+    group.addoption("--seconds", type=float, default=2.0, help="for the rounds of a workload; large ones take longer")
     group.addoption("--one-thread", action="store_true", help="of PyTorch and pycse")
     group.addoption("--times-only", action="store_true", help="no memory")
 

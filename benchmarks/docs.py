@@ -88,8 +88,8 @@ class Row:
 
     @property
     def ms(self) -> str:
-        value = self.row.get("seconds", {}).get("pycse")
-        return self._text(None if value is None else value * 1e3, ".3f" if value is None or value < 1 else ".0f")
+        value = self.row.get("seconds", {}).get("pycse", 0) * 1e3
+        return self._text(value or None, ".3f" if value < 10 else ".1f" if value < 1000 else ".0f")
 
     @property
     def parity(self) -> str:
@@ -338,9 +338,12 @@ def profiles(results: Results) -> str:
 
 
 def measured(results: Results) -> str:
-    missing = "; ".join(f"{name} ({reason})" for name, reason in {**results["missing"], **results["skipped"]}.items())
+    reasons: dict[str, list[str]] = {}
+    for name, reason in {**results["missing"], **results["skipped"]}.items():
+        reasons.setdefault(reason, []).append(name)
+    left_out = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
     text = f"Measured {results['date']}, commit {results['commit']}: {results['machine']}."
-    return text + (f" Left out: {missing}." if missing else "")
+    return text + (f" Left out: {left_out}." if left_out else "")
 
 
 def tolerance(results: Results) -> str:

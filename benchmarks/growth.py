@@ -97,15 +97,19 @@ def pictures(results: dict[str, Any], stem: Path) -> list[Path]:
     figure.suptitle(f"Focal-InfoNCE, D = 768, float32; exponents from N = {LARGE} on")
 
     shares = {name: row["share"] for name, row in results["rows"].items() if row.get("share") is not None}
-    bars = Figure(figsize=(9, 0.6 + 0.2 * len(shares)), layout="constrained")
+    bars = Figure(figsize=(9, 0.8 + 0.2 * len(shares)), layout="constrained")
     axes = bars.subplots()
-    axes.barh(list(shares), list(shares.values()), color="tab:blue")
+    drawn = axes.barh(list(shares), list(shares.values()), color="tab:blue")
+    axes.bar_label(drawn, [f"{share:.2f}" for share in shares.values()], padding=2, fontsize=6)
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(0, 1.25)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
-    axes.set_title("share of the limit: fastest floor, yardstick of row kernels, kept part of a dense layer")
+    bars.suptitle(
+        "share of the limit: the fastest floor; the yardstick of row kernels; a dense layer's kept part", fontsize=9
+    )
     written = [stem.with_name(f"{stem.name}-{what}.png") for what in ("growth", "share")]
-    for drawn, path in zip((figure, bars), written):
-        drawn.savefig(path, dpi=110)
+    for picture, path in zip((figure, bars), written):
+        picture.savefig(path, dpi=110)
     return written

@@ -21,7 +21,7 @@ import torch
 
 T = TypeVar("T")
 BATCH = 0.01  # seconds; short calls are timed in batches of about that
-LONG = 0.2  # seconds; calls as long need no second warm-up
+LONG = 0.2  # seconds; calls as long need no second look
 RAISED = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 
 
@@ -46,20 +46,14 @@ class Timing:
 
 
 class Turns:
-    """Calls that take turns, round after round; each is warm, and short ones come in batches.
+    """Calls that take turns, round after round; short ones come in batches.
 
     Args:
-        calls: by name; a round goes through all of them, the first one last.
-        seen: seconds of calls that have run before; long ones need no warm-up then.
+        calls: by name, each run before; a round goes through all of them, the first one last.
         timer: ``time.process_time`` leaves out what other processes take; only for calls on one thread.
     """
 
-    def __init__(
-        self,
-        calls: dict[str, Callable[[], object]],
-        seen: dict[str, float] | None = None,
-        timer: Callable[[], float] | None = None,
-    ) -> None:
+    def __init__(self, calls: dict[str, Callable[[], object]], timer: Callable[[], float] | None = None) -> None:
         self.first, *self.others = calls
         self.calls, self.timer = calls, timer or time.perf_counter
         self.timings = {name: Timing() for name in calls}
@@ -67,21 +61,22 @@ class Turns:
         self.turn_seconds: dict[str, float] = {}
         self.left: dict[str, int] = {}  # rounds that a slow call still takes part in
         for name in calls:
-            seconds = (seen or {}).get(name, 0.0)
+            seconds = self._time(name)
             if seconds < LONG:
-                seconds = min(self._time(name) for _ in range(2))
+                seconds = min(seconds, self._time(name))
             self.batch[name] = max(1, int(BATCH / seconds))
             self.turn_seconds[name] = seconds * self.batch[name]
 
     def plan(self, budget: float) -> int:
-        """How many rounds fit in ``budget`` seconds, at least three. Calls of a third of it take part in two only."""
-        quick = 0.0
-        for name, seconds in self.turn_seconds.items():
-            if seconds > budget / 3 and name != self.first:
-                self.left[name] = 2
-            else:
-                quick += seconds
-        return max(3, int((budget - 2 * sum(self.turn_seconds[name] for name in self.left)) / quick))
+        """How many rounds fit in ``budget`` seconds, at least three. A call of a third of it takes part in one more at most:
+        the first look at it counts too."""
+        for name in self.others:
+            if (seconds := self.turn_seconds[name]) > budget / 3:
+                self.timings[name].seconds.append(seconds)
+                self.left[name] = 1 if seconds < 10 else 0
+        quick = sum(seconds for name, seconds in self.turn_seconds.items() if name not in self.left)
+        slow = sum(self.turn_seconds[name] * left for name, left in self.left.items())
+        return max(3, int((budget - slow) / quick))
 
     def run(self, name: str) -> None:
         call = self.calls[name]
@@ -108,6 +103,8 @@ class Turns:
 
 def interleaved(calls: dict[str, Callable[[], object]], budget: float = 10.0) -> dict[str, Timing]:
     """Each call in turn, round after round, for about ``budget`` seconds."""
+    for call in calls.values():
+        call()
     turns = Turns(calls)
     for _ in range(turns.plan(budget)):
         turns.time_others()

@@ -42,7 +42,7 @@ def test_workload(benchmark, workload: Workload, request: pytest.FixtureRequest)
         _alone(benchmark, workload, [p for p in chosen if p.limit or p.name == "pycse" or option("set") == "full"])
     else:
         _in_turns(benchmark, workload, chosen, option("seconds"))
-    if workload.measures_memory and not workload.huge and not option("times_only"):
+    if workload.measures_memory and not (workload.timed and workload.huge) and not option("times_only"):
         measured = [p.name for p in chosen if not p.limit and p.name != "compile" and not p.name.startswith("pycse-")]
         info["memory"] = {name: in_new_process(memory, workload.name, name) for name in measured}
 
@@ -51,9 +51,8 @@ def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None
     """Interleaved rounds in this process."""
     x = inputs(w, measure.device())
     expected = reference(w, x)
-    calls, off, seen = {}, {}, {}
+    calls, off = {}, {}
     for peer in peers:
-        start = time.perf_counter()
         try:
             alternative = peer.build(w, x)
             difference = parity(w, x, peer, alternative, expected)
@@ -62,12 +61,12 @@ def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None
                 raise
             benchmark.extra_info["left out"][peer.name] = f"failed: {str(error).splitlines()[0]}"
             continue
-        calls[peer.name], seen[peer.name] = alternative.step(w.backward), time.perf_counter() - start
+        calls[peer.name] = alternative.step(w.backward)
         if difference is not None:
             off[peer.name] = difference
     del expected
     print(f"{w.name}: parity {', '.join(f'{name} {value:.0e}' for name, value in off.items())}", end="", flush=True)
-    turns = Turns(calls, seen, benchmark._timer)
+    turns = Turns(calls, benchmark._timer)
     rounds = turns.plan(seconds if w.N < 8192 or w.op in ROWS else 2 * seconds)
     benchmark.pedantic(lambda: turns.run("pycse"), setup=turns.time_others, rounds=rounds)
     turns.timings["pycse"] = Timing([s / turns.batch["pycse"] for s in benchmark.stats.stats.data])
