@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from pycse.training.errors import UserError
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
-ATTEMPTS = 3  # at a workload before the check believes it
+ATTEMPTS = 3  # at a workload: a regression has to show in all of them
 SECONDS = 2.0  # of rounds a workload and attempt
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -89,8 +90,10 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
     chosen = select("short", workload)
     known_ratios = baseline.load(file, [w.name for w in chosen])
     if (here := measure.machine()).split(",")[0] != known_ratios["machine"].split(",")[0]:
-        print(f"the baseline is of another processor ({known_ratios['machine']}; this is {here}): its ratios may differ")
-    best: dict[str, list[dict[str, float]]] = {}
+        print(
+            f"the baseline is of another processor ({known_ratios['machine']}; this is {here}): its ratios may differ"
+        )
+    attempts: dict[str, list[dict[str, float]]] = {}
     suspects = chosen
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -99,8 +102,8 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
         if failed:
             raise typer.Exit(1)
         for name, row in rows.items():
-            best.setdefault(name, []).append(row["best"])
-        measured = {name: baseline.ratios(attempts) for name, attempts in best.items()}
+            attempts.setdefault(name, []).append(row["ratios"])
+        measured = {name: baseline.combined(ratios, max) for name, ratios in attempts.items()}
         worse = baseline.regressions(measured, known_ratios["ratios"])
         suspects = [w for w in chosen if any(r.workload == w.name for r in worse)]
         if not suspects:
@@ -117,14 +120,15 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
 def update(workload: Glob = "*", file: File = baseline.FILE) -> None:
     """Measure the short set and make it the baseline, with date, machine and commit."""
     chosen = select("short", workload)
-    best: dict[str, list[dict[str, float]]] = {}
+    attempts: dict[str, list[dict[str, float]]] = {}
     for _ in range(ATTEMPTS):
         rows, failed = checked(chosen)
         if failed:
             raise typer.Exit(1)
         for name, row in rows.items():
-            best.setdefault(name, []).append(row["best"])
-    baseline.save(file, where(), {name: baseline.ratios(attempts) for name, attempts in best.items()})
+            attempts.setdefault(name, []).append(row["ratios"])
+    middle = {name: baseline.combined(ratios, statistics.median) for name, ratios in attempts.items()}
+    baseline.save(file, where(), middle)
     print(f"wrote {file}")
 
 

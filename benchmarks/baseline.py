@@ -6,6 +6,7 @@ A ratio is a peer's time over pycse's, both minima of interleaved rounds: larger
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ class Regression:
         )
 
 
-def ratios(best: list[dict[str, float]]) -> dict[str, float]:
-    """Over pycse, of the smallest seconds in all attempts at a workload."""
-    pooled = {name: min(seconds[name] for seconds in best) for name in best[0]}
-    return {name: seconds / pooled["pycse"] for name, seconds in pooled.items() if name != "pycse"}
+def combined(attempts: list[dict[str, float]], how: Callable[[list[float]], float]) -> dict[str, float]:
+    """One ratio a peer out of several attempts at a workload: their median for a baseline, their maximum for the check, where
+    a regression has to show in every attempt. Times of different attempts are not mixed: processors change their speed."""
+    return {peer: how([ratios[peer] for ratios in attempts]) for peer in attempts[0]}
 
 
 def regressions(measured: Ratios, baseline: Ratios, tolerance: float = TOLERANCE) -> list[Regression]:

@@ -142,7 +142,9 @@ def in_new_process(call: Callable[..., T], *args: Any) -> T:
     """The result of a module's function, where no allocator remembers earlier work."""
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     if context.get_start_method() == "forkserver":
-        multiprocessing.set_forkserver_preload(["benchmarks.peers"])  # imported once, not for each process
+        # Imported once, not for each process; what is not installed is passed over.
+        losses = "sentence_transformers.sentence_transformer.losses"
+        multiprocessing.set_forkserver_preload(["benchmarks.peers", losses])
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(call, *args).result()
 

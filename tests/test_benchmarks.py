@@ -173,9 +173,10 @@ class TestBaseline:
         assert worse(**{"eager": 2.0, "floor-512": 0.8}) == [("floor-512", 0.8)]
         assert worse(eager=float("nan")) != []
 
-    def test_attempts_are_pooled_by_their_minima(self):
-        noisy = [{"pycse": 2.0, "eager": 4.0}, {"pycse": 1.0, "eager": 5.0}]
-        assert baseline.ratios(noisy) == {"eager": 4.0}
+    def test_a_regression_shows_in_every_attempt(self):
+        known, slow, fast = {"w": {"eager": 2.0}}, {"eager": 1.0}, {"eager": 1.9}
+        once = lambda *attempts: baseline.regressions({"w": baseline.combined(list(attempts), max)}, known)  # noqa: E731
+        assert once(slow) and once(slow, slow) and not once(slow, fast)
 
     def test_a_regression_names_itself_and_both_ratios(self):
         said = str(baseline.Regression("focal-64", "eager", 1.5, 3.0))
