@@ -177,11 +177,16 @@ def peers(results: Results) -> str:
     """Every peer of the one- and two-directional losses, forward + backward."""
     names = ("eager", "compile", "linear-ce", "mnrl", "cached-mnrl", "ntxent", "clip")
     rows = []
-    for op in ("infonce", "symmetric"):
-        for N in (64, 512, 4096):
-            r = Row(results, f"{op}-{N}x768-fp32")
-            rows.append([op, str(N), r.parity, r.ms, r.floor, *(r.ratio(name) for name in names), r.spread])
-    return markdown(f"loss | N | parity | ms | fastest floor | {' | '.join(names)} | spread", rows)
+    for op, sizes in (
+        ("infonce", ("64-fp32", "512-fp32", "4096-fp32", "4096-bf16")),
+        ("symmetric", ("64-fp32", "512-fp32", "4096-fp32")),
+    ):
+        for size in sizes:
+            r = Row(results, f"{op}-{size.replace('-', 'x768-')}")
+            rows.append(
+                [op, size.replace("-", ", "), r.parity, r.ms, r.floor, *(r.ratio(name) for name in names), r.spread]
+            )
+    return markdown(f"loss | N, dtype | parity | ms | fastest floor | {' | '.join(names)} | spread", rows)
 
 
 def forward(results: Results) -> str:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import measure
 from benchmarks.formulas import in_part, reference
 from benchmarks.measure import Timing, Turns, in_new_process, peak_memory
-from benchmarks.peers import PEERS, Peer, beside, compared, parity
+from benchmarks.peers import PEERS, ParityError, Peer, beside, compared, parity
 from benchmarks.workloads import ROWS, WORKLOADS, Workload, inputs, small
 
 
@@ -43,8 +43,8 @@ def test_workload(benchmark, workload: Workload, request: pytest.FixtureRequest)
     else:
         _in_turns(benchmark, workload, chosen, option("seconds"))
     if workload.measures_memory and not (workload.timed and workload.huge) and not option("times_only"):
-        measured = [p.name for p in chosen if not p.limit and p.name != "compile" and not p.name.startswith("pycse-")]
-        info["memory"] = {name: in_new_process(memory, workload.name, name) for name in measured}
+        names = [p.name for p in chosen if not (p.limit or p.name in left_out or p.name == "compile")]
+        info["memory"] = {name: in_new_process(memory, workload.name, name) for name in names if name[:6] != "pycse-"}
 
 
 def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None:
@@ -57,7 +57,7 @@ def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None
             alternative = peer.build(w, x)
             difference = parity(w, x, peer, alternative, expected)
         except Exception as error:
-            if isinstance(error, AssertionError) or not peer.requirement:
+            if isinstance(error, ParityError) or not peer.requirement:
                 raise
             benchmark.extra_info["left out"][peer.name] = f"failed: {str(error).splitlines()[0]}"
             continue

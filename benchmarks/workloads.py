@@ -146,6 +146,7 @@ def _workloads() -> list[Workload]:
         Workload(op, N, smallest="short" if N == 512 else "default", compiled=N == 512)
         for op, N in product(("infonce", "symmetric"), (64, 512, 4096))
     ]
+    others.append(Workload("infonce", 4096, dtype="bf16"))
     distill = [
         Workload("distillcse", 64, teachers=1, shuffle="sample", smallest="short"),
         Workload("distillcse", 64, teachers=16, shuffle="sample"),
