@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.baseline import TOLERANCE
 from benchmarks.growth import LARGE, NEAR, SMALL, curves
+from benchmarks.workloads import select
 from pycse.training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,10 @@ class Row:
         floors = {name: r for name, r in self.row.get("ratios", {}).items() if name.startswith("floor-")}
         return f"{self.share} ({min(floors, key=lambda name: floors[name]).removeprefix('floor-')})" if floors else "–"
 
+    def cells(self, *columns: str) -> list[str]:
+        """Properties of this class by name, and ratios by peer."""
+        return [getattr(self, name) if hasattr(Row, name) else self.ratio(name) for name in columns]
+
     def megabytes(self, peer: str = "pycse") -> str:
         value = self.row.get("memory", {}).get(peer)
         return self._text(None if value is None else value / 1e6, ".0f")
@@ -131,18 +136,8 @@ def focal(*shapes: str, raised: bool = False) -> Callable[[Results], str]:
         rows = []
         for shape in shapes:
             r = Row(results, f"focal-{shape}", raised)
-            rows.append(
-                [
-                    shape,
-                    r.parity,
-                    r.ms,
-                    r.ratio("floor-512", ".3f"),
-                    r.floor,
-                    r.ratio("eager"),
-                    r.ratio("compile"),
-                    r.spread,
-                ]
-            )
+            first = [shape, r.parity, r.ms, r.ratio("floor-512", ".3f")]
+            rows.append([*first, *r.cells("floor", "eager", "compile", "spread")])
         return markdown("N x D, dtype | parity | ms | floor-512 | fastest floor | eager | compile | spread", rows)
 
     return table
@@ -177,15 +172,11 @@ def peers(results: Results) -> str:
     """Every peer of the one- and two-directional losses, forward + backward."""
     names = ("eager", "compile", "linear-ce", "mnrl", "cached-mnrl", "ntxent", "clip")
     rows = []
-    for op, sizes in (
-        ("infonce", ("64-fp32", "512-fp32", "4096-fp32", "4096-bf16")),
-        ("symmetric", ("64-fp32", "512-fp32", "4096-fp32")),
-    ):
-        for size in sizes:
-            r = Row(results, f"{op}-{size.replace('-', 'x768-')}")
-            rows.append(
-                [op, size.replace("-", ", "), r.parity, r.ms, r.floor, *(r.ratio(name) for name in names), r.spread]
-            )
+    for op in ("infonce", "symmetric"):
+        for N, dtype in ((64, "fp32"), (512, "fp32"), (4096, "fp32"), (4096, "bf16")):
+            r = Row(results, f"{op}-{N}x768-{dtype}")
+            if r.row or dtype == "fp32":
+                rows.append([op, f"{N}, {dtype}", *r.cells("parity", "ms", "floor", *names, "spread")])
     return markdown(f"loss | N, dtype | parity | ms | fastest floor | {' | '.join(names)} | spread", rows)
 
 
@@ -193,7 +184,7 @@ def forward(results: Results) -> str:
     rows = []
     for shape in ("512x768-fp32", "8192x768-fp32"):
         r = Row(results, f"focal-{shape}-forward")
-        rows.append([shape, r.parity, r.ms, r.floor, r.ratio("eager"), r.spread])
+        rows.append([shape, *r.cells("parity", "ms", "floor", "eager", "spread")])
     return markdown("N x D, dtype | parity | ms | fastest floor | eager | spread", rows)
 
 
@@ -263,46 +254,15 @@ def uniformity(results: Results) -> str:
     )
 
 
-LAYERS = [
-    (pattern, shape, dtype)
-    for shape, dtype, patterns in (
-        (
-            "2048x768x3072",
-            "fp32",
-            ("block32-75", "block32-90", "block64-75", "block16-75", "unstructured-90", "unstructured-95"),
-        ),
-        (
-            "2048x3072x768",
-            "fp32",
-            ("block32-75", "block32-90", "block64-75", "block16-75", "unstructured-90", "unstructured-95"),
-        ),
-        ("2048x768x3072", "bf16", ("block32-90", "unstructured-90")),
-        ("32x768x3072", "fp32", ("block32-90", "unstructured-90")),
-    )
-    for pattern in patterns
-]
-
-
 def sparse(results: Results) -> str:
     rows = []
-    for pattern, shape, dtype in LAYERS:
-        both, one = (Row(results, f"sparse-{pattern}-{shape}-{dtype}{suffix}") for suffix in ("", "-forward"))
-        other = one.ratio("csr" if pattern.startswith("un") else "bsr")
-        rows.append(
-            [
-                f"{pattern}%",
-                shape,
-                dtype,
-                both.parity,
-                one.ratio("eager"),
-                both.ratio("eager"),
-                one.share,
-                other,
-                one.spread,
-            ]
-        )
-    header = "pattern, zeros | tokens x in x out | dtype | parity | forward | forward + backward | share of the limit | CSR or BSR | spread"
-    return markdown(header, rows)
+    for w in select("default", "sparse-*-forward"):
+        one, both = Row(results, w.name), Row(results, w.name.removesuffix("-forward"))
+        what = [f"{w.pattern}, {w.zeros}%", f"{w.N} x {w.D} x {w.out}", w.dtype, both.parity]
+        other = "csr" if w.pattern == "unstructured" else "bsr"
+        rows.append([*what, one.ratio("eager"), both.ratio("eager"), *one.cells("share", other, "spread")])
+    columns = "forward | forward + backward | share of the limit | CSR or BSR | spread"
+    return markdown(f"pattern, zeros | tokens x in x out | dtype | parity | {columns}", rows)
 
 
 def sparse_targets(results: Results) -> str:
