@@ -3,7 +3,7 @@
 //   y = x W^T + bias        dx = dy W        dW = dy^T x on the kept blocks, 0 elsewhere
 //
 // y and dx are one product: some block rows' weights are packed in the order of their use, [block][k][results], as many as
-// stay in L2; tokens stream past them, a tile at a time, read in place while the next tile is on its way to L2. A tile of y
+// stay in L2; tokens stream past them, a tile at a time, in place where they can be, the next on its way to L2. A tile of y
 // stays in registers over its whole block row. dW sums panels of tokens, copied block column by block column, into the output
 // (16-bit: into fp32 blocks, rounded once). Scratch: kept weights, and in dW the narrower of dy and x. Everything is summed in
 // a fixed order.
@@ -60,11 +60,13 @@ PYCSE_INLINE void fetch(Ahead<A>& ahead) {
     for (int i = 0; i < R; ++i) __builtin_prefetch(ahead.next + i * ahead.ldx, 0, 2);
 }
 
-// y[0 : R, 0 : V lanes] over the n blocks of a block row, whose weights lie at w as [block][k][V lanes].
-template <int b, int R, int V, bool stream, class A, class T>
+// y[0 : R, 0 : V lanes] over the n blocks of a block row, whose weights lie at w as [block][k][V lanes]. x is in place, or
+// copied: [block column][R][b].
+template <int b, int R, int V, bool copied, bool stream, class A, class T>
 PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int64_t n, const A* w, const T* bias, T* y, int64_t ldy,
                                Ahead<A>& ahead) {
-  constexpr int width = V * kLanes<A>, line = 64 / sizeof(A), page = 4096 / sizeof(A);
+  constexpr int width = V * kLanes<A>, line = 64 / sizeof(A), page = 4096 / sizeof(A), column = copied ? R * b : b;
+  if constexpr (copied) ldx = b;
   vec_t<A> acc[R][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
@@ -73,7 +75,7 @@ PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int
     for (int i = 0; i < R; ++i) acc[i][v] = start;
   }
   for (int64_t j = 0; j < n; ++j, w += b * width) {
-    const A *xc = x + cols[j] * b, *next = x + cols[j + (j + 1 < n)] * b;
+    const A *xc = x + cols[j] * column, *next = x + cols[j + (j + 1 < n)] * column;
     fetch<R>(ahead);
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i)
@@ -104,14 +106,14 @@ PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int
 }
 
 // R tokens of y for the block rows [r0, r1), whose weights start at w.
-template <int b, int R, int V, bool stream, class A, class T>
+template <int b, int R, int V, bool copied, bool stream, class A, class T>
 PYCSE_NOINLINE void product_rows(const A* x, int64_t ldx, const int32_t* ptr, const int32_t* cols, int64_t r0, int64_t r1, const A* w,
                                  const T* bias, T* y, int64_t ldy, Ahead<A> ahead) {
   constexpr int width = V * kLanes<A>;
   for (int64_t r = r0; r < r1; ++r)
     for (int part = 0; part < b; part += width, w += (ptr[r + 1] - ptr[r]) * b * width)
-      product_tile<b, R, V, stream>(x, ldx, cols + ptr[r], ptr[r + 1] - ptr[r], w, bias ? bias + r * b + part : nullptr,
-                                    y + r * b + part, ldy, ahead);
+      product_tile<b, R, V, copied, stream>(x, ldx, cols + ptr[r], ptr[r + 1] - ptr[r], w, bias ? bias + r * b + part : nullptr,
+                                            y + r * b + part, ldy, ahead);
 }
 
 // A kept block for y: packed[part][k][o] = W[r b + part + o][c b + k], parts `stride` apart.
@@ -142,8 +144,9 @@ template <int b, class T>
 void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
                    bool transposed, int threads) {
   using A = acc_t<T>;
-  constexpr bool direct = std::is_same_v<A, T>;  // 16-bit tokens are widened tile by tile
+  constexpr bool direct = std::is_same_v<A, T>;
   constexpr int V = std::min(kTileVecs, b / kLanes<A>), width = V * kLanes<A>, R = kTileTokens * kTileVecs / V;
+  constexpr bool copied = !direct || V < kTileVecs;  // 16 bits are widened; the addresses of more rows would not fit in registers
   const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *cols = transposed ? p.t_rows : p.cols;
   const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out, rows = results / b, kept = ptr[rows];
   if (n == 0 || rows == 0) return;
@@ -156,11 +159,10 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
   int64_t most = 0;
   for (int64_t part = 0; part < parts; ++part) most = std::max<int64_t>(most, ptr[bound(part + 1)] - ptr[bound(part)]);
   const bool stream = direct && n * results * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
-  const int64_t ld_tile = features + kLanes<A>;
-  Scratch<A> packed(threads * most * b * b), tiles(direct ? 0 : threads * R * ld_tile);
+  Scratch<A> packed(threads * most * b * b), tiles(copied ? threads * R * features : 0);
 #pragma omp parallel num_threads(threads)
   {
-    A *mine = packed.get() + thread_index() * most * b * b, *tile = tiles.get() + thread_index() * R * ld_tile;
+    A *mine = packed.get() + thread_index() * most * b * b, *tile = tiles.get() + thread_index() * R * features;
     int64_t held = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < parts * spans; ++task) {
@@ -181,18 +183,13 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
         const auto run = [&](auto tokens) {
           constexpr int m = decltype(tokens)::value;
           const int64_t blocks = std::max(1, ptr[r1] - ptr[r0]) * (b / width);
-          const A* xt = tile;
-          int64_t ld = ld_tile;
           Ahead<A> ahead{tile, 0, 0, blocks};
-          if constexpr (direct) {
-            xt = x + t * ldx, ld = ldx;
-            ahead = {x + std::min(t + m, n - m) * ldx, ldx, features * int64_t(sizeof(A)) / 64, blocks};
-          } else {
-            for (int i = 0; i < m; ++i)
-              for (int64_t k = 0; k < features; k += kLanes<A>) store_lanes(tile + i * ld_tile + k, load_lanes(x + (t + i) * ldx + k));
-          }
-          (stream ? product_rows<b, m, V, direct, A, T> : product_rows<b, m, V, false, A, T>)(
-              xt, ld, ptr, cols, r0, r1, mine, bias, y + t * results, results, ahead);
+          if constexpr (direct) ahead = {x + std::min(t + m, n - m) * ldx, ldx, features * int64_t(sizeof(A)) / 64, blocks};
+          const A* xt = tile;
+          if constexpr (copied) copy_panel<b>(x + t * ldx, ldx, m, 0, features / b, m, tile);
+          else xt = x + t * ldx;
+          (stream ? product_rows<b, m, V, copied, direct, A, T> : product_rows<b, m, V, copied, false, A, T>)(
+              xt, ldx, ptr, cols, r0, r1, mine, bias, y + t * results, results, ahead);
           t += m;
         };
         if (end - t >= R) run(std::integral_constant<int, R>());
