@@ -86,13 +86,11 @@ def run(
 
 @app.command()
 def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
-    """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes."""
+    """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes. On another processor than
+    the baseline's, worse ratios are reported only."""
     chosen = select("short", workload)
     known_ratios = baseline.load(file, [w.name for w in chosen])
-    if (here := measure.machine()).split(",")[0] != known_ratios["machine"].split(",")[0]:
-        print(
-            f"the baseline is of another processor ({known_ratios['machine']}; this is {here}): its ratios may differ"
-        )
+    comparable = (here := measure.machine()).split(",")[0] == known_ratios["machine"].split(",")[0]
     attempts: dict[str, list[dict[str, float]]] = {}
     suspects = chosen
     for attempt in range(ATTEMPTS):
@@ -113,7 +111,9 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
             return
     for regression in worse:
         print(f"slower: {regression}", file=sys.stderr)
-    raise typer.Exit(1)
+    if comparable:
+        raise typer.Exit(1)
+    print(f"the baseline is of another processor ({known_ratios['machine']}; this is {here}): not counted as a failure")
 
 
 @app.command()

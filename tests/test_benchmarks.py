@@ -3,6 +3,7 @@
 No time is asserted: what is compared are numbers made up here, counts of operations, and one slow-down planted on purpose.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -206,6 +207,22 @@ class TestBaseline:
             path.write_text(content)
         code, error = main(monkeypatch, capsys, "check", "--baseline", path)
         assert code == 2 and said in error and "make bench-update" in error and error.count("\n") == 1
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_only_the_processor_of_the_baseline_fails(self, tmp_path, monkeypatch, capsys, same):
+        name, path = "focal-64x768-fp32", tmp_path / "baseline.json"
+        baseline.save(
+            path,
+            {"machine": measure.machine() if same else "Another, 1 threads", "commit": "x"},
+            {name: {"eager": 2.0}},
+        )
+        monkeypatch.setattr(
+            command, "checked", lambda chosen: ({w.name: {"ratios": {"eager": 1.0}} for w in chosen}, False)
+        )
+        with pytest.raises(command.typer.Exit) if same else contextlib.nullcontext():
+            command.check(name, path)
+        said = capsys.readouterr()
+        assert f"slower: {name}: eager/pycse is 1.000" in said.err and ("another processor" in said.out) != same
 
 
 class TestBadInput:
