@@ -89,6 +89,8 @@ if [ "$mode" = --dry-run ]; then
 else
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,utilization.gpu --format=csv || true
   stage build 200 "${build[@]}" || exit 1
+  # What ptxas said of each CUDA kernel of this build.
+  find build -path '*ptxas/*.txt' -exec cat {} + >"$out/ptxas.txt" 2>/dev/null
   "$python" -c 'import pycse; print(pycse.info())'
   if [ "$mode" != --bench-only ]; then
     lines=40 stage tests 200 "${pytest[@]}"
