@@ -78,6 +78,13 @@ def test_panels_of_13_rows_in_blocks_of_32(case, dtype, device, monkeypatch):
     check(case, "triton", dtype, device)
 
 
+@pytest.mark.parametrize("case", PANELS, ids=str)
+def test_rows_of_a_panel_lie_apart(case, device, monkeypatch):
+    monkeypatch.setattr(panel.products, "row_stride", lambda N, *_: N + 11)
+    monkeypatch.setattr(panel, "panel_rows", lambda B, *_: min(B, 13))
+    check(case, "triton", torch.float32, device)
+
+
 # The GEMM's tiles: one row or column less, as many, one more; features that fill no block.
 TILED = [Case(B, N, D) for B, N, D in ((127, 255, 63), (128, 256, 64), (129, 257, 65), (131, 509, 16))]
 TILED += [
@@ -383,9 +390,10 @@ def test_cuda_graph(options, cuda):
 
 @pytest.mark.parametrize("options", [{}, {"exclude_above": 2.5}], ids=str)
 @pytest.mark.clean_memory
-def test_more_than_2_31_elements(options, cuda):
+def test_more_than_2_31_elements(options, cuda, monkeypatch):
     """c N and N D beyond 32-bit indices; the last row's gradient is that of the row alone."""
     B, N, D = 1024, 2_900_000, 768
+    monkeypatch.setattr(panel, "panel_rows", lambda B, *_: B)
     free = torch.cuda.mem_get_info()[0]
     if free < 40 << 30:
         pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} are free")
