@@ -66,7 +66,10 @@ PANELS = [
     Case(40, 90, tensors=True, options={"exclude_above": 0.013, "weight": torch.linspace(0, 2, 40)}),
     Case(40, options={"symmetric": True, "exclude_above": -0.417, "weight": torch.linspace(0, 2, 40)}),
     Case(40, options={"symmetric": True}, temperature=0.01, tensors=True),
-]
+    Case(40, options={"symmetric": True, "query_ids": torch.arange(40) // 3, "key_ids": torch.arange(40) % 11,
+                      "weight": torch.linspace(0, 2, 40)}),
+    Case(40, options={"symmetric": True}, focal=False),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +93,8 @@ TILED = [Case(B, N, D) for B, N, D in ((127, 255, 63), (128, 256, 64), (129, 257
 TILED += [
     Case(129, 258, 32, options={"hard_negative_weight": -1.0, "query_ids": torch.arange(129) // 2, "key_ids": torch.arange(258) % 70}),
     Case(131, 300, 48, options={"positives": torch.arange(131) * 2 + 7}, focal=False),
+    Case(128, D=64, options={"symmetric": True}),
+    Case(257, D=65, options={"symmetric": True, "weight": torch.linspace(0, 2, 257)}),
 ]  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def test_fused_tiles(case, size, dtype, device, monkeypatch):
     check(case, "triton", dtype, device)
 
 
-@pytest.mark.parametrize("case", [TILED[4], Case(64, 100, kind="confident")], ids=str)
+@pytest.mark.parametrize("case", [TILED[4], Case(64, 100, kind="confident"), TILED[7], PANELS[5]], ids=str)
 def test_fused_and_separate_kernels_agree(case, device, monkeypatch):
     dtype = torch.bfloat16 if CUDA else torch.float32  # where a GPU fuses
     fused = run(case, "triton", dtype, device)
@@ -114,14 +119,14 @@ def test_fused_and_separate_kernels_agree(case, device, monkeypatch):
         assert error < (2e-2 if CUDA else 5e-6), name
 
 
-@pytest.mark.parametrize("case", [PANELS[0], PANELS[2], PANELS[3]], ids=str)
+@pytest.mark.parametrize("case", [PANELS[0], PANELS[2], PANELS[3], PANELS[5]], ids=str)
 def test_same_call_same_bits(case, device):
     first, second = (run(case, "triton", DTYPES[-1], device) for _ in range(2))
     for name in first.values:
         assert torch.equal(first.values[name], second.values[name]), name
 
 
-@pytest.mark.parametrize("case", [TILED[3], cases.OPTIONS[0], cases.SYMMETRIC[3]], ids=str)
+@pytest.mark.parametrize("case", [TILED[3], TILED[7], cases.OPTIONS[0], cases.SYMMETRIC[3]], ids=str)
 def test_tf32(case, cuda):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

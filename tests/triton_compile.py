@@ -30,6 +30,7 @@ from pycse.backends.triton import uniformity as hypersphere
 from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
 from pycse.sparse.pattern import Pattern, pack_mask
 
+FUSED = ("fused_rows", "fused_sums", "fused_gradients")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {
     torch.float32: "fp32",
@@ -207,7 +208,7 @@ def check(arch: int) -> list[str]:
             continue
         used = resources(compiled.asm["cubin"])
         name = f"{where[:5]} {fn.__name__}"
-        if fn.__name__ == "fused_rows":
+        if fn.__name__ in FUSED:
             name += " {PRECISION} {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**given)
             name += " w{num_warps} s{num_stages}".format(**options)
         elif "PRECISION" in given:
@@ -216,7 +217,7 @@ def check(arch: int) -> list[str]:
             )
         # ptxas may give up two to four registers of the sparse products for one more block on a multiprocessor. They are not
         # hot in fp64.
-        least = 0 if fn.__name__ == "fused_rows" else 16
+        least = 0 if fn.__name__ in FUSED else 16
         if "PRECISION" in given and name[:4] != "fp64" and max(used["STACK"], used["LOCAL"]) > least:
             problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
         shared = compiled.metadata.shared

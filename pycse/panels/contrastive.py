@@ -102,6 +102,16 @@ class Kernels(Norms):
         """G of the symmetric loss over S, complete."""
         raise NotImplementedError
 
+    def fused_sums(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        """similarities, then rows without gradient and columns, in one kernel or in turn."""
+        self.similarities(z1hat, self.p.z2, S)
+        self.rows(S, i0, False)
+        self.columns(S, i0)
+
+    def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        """similarities and symmetric in one kernel, or the two in turn."""
+        self.symmetric(self.similarities(z1hat, self.p.z2, S), i0)
+
     p: Contrastive
     state: State
 
@@ -169,7 +179,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
             if p.symmetric:
-                k.symmetric(k.similarities(z1hat, z2, S), i0)
+                k.fused_symmetric(z1hat, S, i0)
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
@@ -262,9 +272,7 @@ def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
         for _ in panels():  # every s_jj before the first column
             pass
     for i0, _, z1hat, _, S in panels():
-        k.similarities(z1hat, p.z2, S)
-        k.rows(S, i0, False)
-        k.columns(S, i0)
+        k.fused_sums(z1hat, S, i0)
     torch.add(sums.column_sum.log2(), sums.column_max, out=sums.lneg_column).mul_(math.log(2))
     sums.lneg_column.masked_fill_(sums.column_sum == 0, -torch.inf)
     sums.lse_column.copy_(torch.logaddexp(sums.lneg_column, sums.lpos))
