@@ -14,13 +14,11 @@ import triton.language as tl
 from pycse.kernels.triton.logit import (
     BIT,
     inverse,
-    logit,
     negatives,
     number,
     number_at,
     positive_of,
     row_results,
-    slope,
 )
 
 # Columns of a tile that the epilogue takes at a time: s, e and the keys' norms and ids of a whole tile do not fit in
@@ -66,6 +64,24 @@ def product(
 
 
 @triton.jit
+def exponent(s, m, bits, shift, FOCAL: tl.constexpr):
+    """l - shift, in two fused multiply-adds."""
+    if FOCAL:
+        return (bits * s + bits * m) * s - shift
+    else:
+        return bits * s - shift
+
+
+@triton.jit
+def slope_times(r, s, m, FOCAL: tl.constexpr):
+    """slope r, in one fused multiply-add."""
+    if FOCAL:
+        return (2.0 * r) * s + m * r
+    else:
+        return r
+
+
+@triton.jit
 def epilogue(
     S, j0, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
@@ -86,17 +102,23 @@ def epilogue(
         inside = k < c
         r = tl.load(r2 + j, mask=j < N, other=0)[None, :]
         s = S * r
+        l = exponent(s, m, bits, shift, FOCAL)
+        if query_ids is not None or hard_weight is not None:
+            l = negatives(
+                l, s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids, hard_weight, B, N,
+                inside[:, None],
+            )  # fmt: skip
+        e = tl.exp2(l)
+        # Most pieces of a tile hold no positive and no column past the end: they pay for no mask.
         here = (pos >= j0) & (pos < j0 + WIDTH)
-        if tl.max(here.to(tl.int32), 0) > 0:
+        positive = tl.max(here.to(tl.int32), 0) > 0
+        if positive:
             tl.store(s_pos + k, tl.sum(tl.where(j[None, :] == pos[:, None], s, 0), 1), mask=here)
-        l = negatives(
-            logit(s, m, bits, FOCAL), s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids,
-            hard_weight, B, N, inside[:, None],
-        )  # fmt: skip
-        e = tl.exp2(l - shift)
+        if positive | (j0 + WIDTH > N):
+            e = tl.where((j[None, :] != pos[:, None]) & (j < N)[None, :], e, 0.0)
         if G is not None:
             at = G + k.to(tl.int64)[:, None] * ld + j[None, :]
-            g = e * slope(s, m, FOCAL) * r
+            g = e * slope_times(r, s, m, FOCAL)
             tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (j < N)[None, :])
         return tl.sum(e, 1)
 

@@ -5,7 +5,7 @@ Symbols and formulas as in symmetric.py and fused.py, for a shift (in bits) that
                      row_part_tk   over row k's keys in column tile t,     column_part_tj   over the rows of row tile t
                      s_ii by the tile that holds it
     finish_sums      z_i = sum_t row_part -> l_ii, lneg_i and the row's half of the loss;   zcol_j += sum_t column_part
-    fused_gradients  P_ij = e (a_i + b_j),   a_i = coef_i exp2(shift - lse_i) / 2,   b_j = coef_j exp2(shift - lse^c_j) / 2
+    fused_gradients  P_ij / tau = e (a_i + b_j),   a_i = coef_i exp2(shift - lse_i) / 2 tau,   b_j = coef_j exp2(shift - lse^c_j) / 2 tau
                      G = P slope r2 / tau, complete; at the diagonal P_ii as in symmetric.py
 Stored: both parts (tiles, c) and (tiles, N), O(N) beside them, G (c, N) in the second sweep. No atomics: tiles are summed
 in a fixed order, panels one after the other.
@@ -13,19 +13,17 @@ in a fixed order, panels one after the other.
 
 import triton
 import triton.language as tl
-from pycse.kernels.triton.fused import COLUMNS, product, sum_tiles, tile_of
+from pycse.kernels.triton.fused import COLUMNS, exponent, product, slope_times, sum_tiles, tile_of
 from pycse.kernels.triton.logit import (
     BIT,
     LOG2,
     inverse,
     log_add,
-    logit,
     negatives,
     number,
     number_at,
     row_results,
     sigmoid,
-    slope,
 )
 
 
@@ -33,13 +31,21 @@ from pycse.kernels.triton.logit import (
 def exponentials(
     S, j, k, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL: tl.constexpr
 ):  # fmt: skip
-    """s, e and the keys' r of columns j; e is 0 at the diagonal, at no negatives, and outside."""
+    """s, e, the keys' r and whether a diagonal entry is among columns j; e is 0 at it, at no negatives, and outside."""
     inside = (k < c)[:, None]
     i = (i0 + k)[:, None]
-    r = tl.load(r2 + j, mask=j < N, other=0)[None, :]
+    j = j[None, :]
+    r = tl.load(r2 + j, mask=j < N, other=0)
     s = S * r
-    l = negatives(logit(s, m, bits, FOCAL), s, j[None, :], i, i, None, query_ids, key_ids, None, N, N, inside)
-    return s, tl.exp2(tl.where(inside, l, float("-inf")) - shift), r
+    l = exponent(s, m, bits, shift, FOCAL)
+    if query_ids is not None:
+        l = negatives(l, s, j, i, i, None, query_ids, key_ids, None, N, N, inside)
+    e = tl.exp2(l)
+    # Most pieces of a tile hold no diagonal and nothing outside: they pay for no mask.
+    diagonal = (tl.min(i) <= tl.max(j)) & (tl.min(j) <= tl.max(i))
+    if diagonal | (tl.max(j) >= N) | (tl.max(k) >= c):
+        e = tl.where(inside & (j < N) & (j != i), e, 0.0)
+    return s, e, r, diagonal
 
 
 @triton.jit
@@ -60,10 +66,10 @@ def sums_of(
         )  # fmt: skip
     else:
         j = j0 + tl.arange(0, WIDTH)
-        s, e, _ = exponentials(S, j, k, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL)
+        s, e, _, diagonal = exponentials(S, j, k, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL)
         i = i0 + k
-        here = (k < c) & (i >= j0) & (i < j0 + WIDTH)
-        if tl.max(here.to(tl.int32), 0) > 0:
+        if diagonal:
+            here = (k < c) & (i >= j0) & (i < j0 + WIDTH)
             tl.store(s_ii + i, tl.sum(tl.where(j[None, :] == i[:, None], s, 0), 1), mask=here)
         tl.store(column_part + j, tl.sum(e, 0), mask=j < N)
         return tl.sum(e, 1)
@@ -166,15 +172,14 @@ def gradients_of(
         )  # fmt: skip
     else:
         j = j0 + tl.arange(0, WIDTH)
-        s, e, r = exponentials(S, j, k, r2, query_ids, key_ids, m, inv_tau * BIT, shift, i0, c, N, FOCAL)
+        s, e, r, diagonal = exponentials(S, j, k, r2, query_ids, key_ids, m, inv_tau * BIT, shift, i0, c, N, FOCAL)
         lse_j = tl.load(lse_column + j, mask=j < N, other=0) * BIT
-        b = 0.5 * number_at(coef, j, j < N, S.dtype) * tl.exp2(shift - lse_j)
-        g = e * (a[:, None] + b[None, :]) * slope(s, m, FOCAL)
-        i = i0 + k
-        if tl.max(((i >= j0) & (i < j0 + WIDTH)).to(tl.int32), 0) > 0:
-            g = tl.where(j[None, :] == i[:, None], P_ii[:, None] * slope(s, 0.0, FOCAL), g)
+        b = 0.5 * inv_tau * number_at(coef, j, j < N, S.dtype) * tl.exp2(shift - lse_j)
+        g = e * (a[:, None] + b[None, :]) * slope_times(r, s, m, FOCAL)
+        if diagonal:
+            g = tl.where(j[None, :] == (i0 + k)[:, None], P_ii[:, None] * slope_times(r, s, 0.0, FOCAL), g)
         at = G + k.to(tl.int64)[:, None] * ld + j[None, :]
-        tl.store(at, (g * r * inv_tau).to(G.dtype.element_ty), mask=(k < c)[:, None] & (j < N)[None, :])
+        tl.store(at, g.to(G.dtype.element_ty), mask=(k < c)[:, None] & (j < N)[None, :])
 
 
 @triton.jit
@@ -216,11 +221,12 @@ def fused_gradients(
     top = number(shift, ACC)
     l_ii = tl.load(lpos + i, mask=k < c, other=0)
     lneg_i = tl.load(lneg + i, mask=k < c, other=0)
-    half = 0.5 * number_at(coef, i, k < c, ACC)
+    inv_tau = inverse(tau, ACC)
+    half = 0.5 * inv_tau * number_at(coef, i, k < c, ACC)
     a = half * tl.exp2(top - log_add(lneg_i, l_ii) * BIT)
     lneg_c = tl.load(lneg_column + i, mask=k < c, other=0)
     P_ii = -half * (sigmoid(lneg_i - l_ii) + sigmoid(lneg_c - l_ii))
     gradients_of(
         S, tile_n * BLOCK_N, k, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, number(m, ACC),
-        inverse(tau, ACC), top, i0, c, N, ld, FOCAL, BLOCK_M, BLOCK_N,
+        inv_tau, top, i0, c, N, ld, FOCAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
