@@ -109,6 +109,21 @@ def test_fused_tiles(case, size, dtype, device, monkeypatch):
     check(case, "triton", dtype, device)
 
 
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_operands_through_tensor_descriptors(case, device, monkeypatch):
+    if triton_backend.tensor_descriptor() is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    if CUDA and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tiles are copied by the hardware from compute capability 9.0 on")
+    t = triton_backend.Tile(64, 64, 32, 4, 2, copied=True) if INTERPRETED else None
+    real, used = triton_backend.tile, []
+    monkeypatch.setattr(triton_backend, "tile", lambda *a, **k: t or real(*a, **k)._replace(copied=True))
+    describable = triton_backend.describable
+    monkeypatch.setattr(triton_backend, "describable", lambda z: used.append(describable(z)) or used[-1])
+    check(case, "triton", torch.bfloat16 if CUDA else torch.float32, device)
+    assert all(used) == (case.D % 8 == 0) and used
+
+
 @pytest.mark.parametrize("case", [TILED[4], Case(64, 100, kind="confident"), TILED[7], PANELS[5]], ids=str)
 def test_fused_and_separate_kernels_agree(case, device, monkeypatch):
     dtype = torch.bfloat16 if CUDA else torch.float32  # where a GPU fuses

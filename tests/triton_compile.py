@@ -30,6 +30,7 @@ from pycse.backends.triton import uniformity as hypersphere
 from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
 from pycse.sparse.pattern import Pattern, pack_mask
 
+PLAIN_TILE = backend.tile
 FUSED = ("fused_rows", "fused_sums", "fused_gradients")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {
@@ -62,6 +63,9 @@ def source(fn: Any, given: dict[str, Any]) -> ASTSource:
         aligned = isinstance(value, (torch.Tensor, int)) and name not in constants
         if name in constants or value is None or (isinstance(value, int) and value == 1):
             signature[name], constexprs[i,] = "constexpr", value
+            continue
+        if hasattr(value, "block_shape"):  # a tensor descriptor
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -154,6 +158,10 @@ def gather(arch: int) -> None:
                 for processors in (1, 4, 8):  # takes the largest, the middle and the smallest tile for 512 keys
                     backend.device_properties = lambda device, n=processors: (arch, n)
                     backend.contrastive(p)
+                    if arch >= 90 and name in ("plain", "symmetric"):
+                        backend.tile = lambda *a, **k: PLAIN_TILE(*a, **k)._replace(copied=True)
+                        backend.contrastive(p)
+                        backend.tile = PLAIN_TILE
         for name, d in distillations(dtype).items():
             label = f"{TYPES[dtype]:5} distill, {name}"
             distillation.distill(d)
@@ -188,6 +196,8 @@ def tensor_cores(arch: int, name: str, given: dict[str, Any], asm: dict[str, str
     """What a product's machine code lacks: on sm_90 whole warpgroups multiply (wgmma) while the next operands are on their
     way, on sm_80 warps (mma.sync). None where tensor cores have no such type, or a tile is too low for a warpgroup."""
     types = {t.dtype for t in given.values() if isinstance(t, torch.Tensor)}
+    described = [t.base.dtype for t in given.values() if hasattr(t, "block_shape")]
+    types.update(described)
     if given.get("PRECISION") is None or torch.float64 in types:
         return None
     if torch.bfloat16 not in types and given["PRECISION"] != "tf32":
@@ -205,6 +215,8 @@ def tensor_cores(arch: int, name: str, given: dict[str, Any], asm: dict[str, str
         return None if "mma.sync" in asm["ptx"] else "has no mma.sync"
     if "ttng.warp_group_dot " not in asm["ttgir"] or "wgmma.mma_async" not in asm["ptx"]:
         return "has no wgmma"
+    if described and "cp.async.bulk.tensor" not in asm["ptx"]:
+        return "copies no tile by hardware"
     aligned = not any(isinstance(given.get(n), int) and given[n] % 16 for n in ("D", "ld1", "ld2"))
     if name in (*FUSED, "linear", "dx", "dw") and aligned and "pendings = 1" not in asm["ttgir"]:
         return "waits for each product before it begins the next"
@@ -239,6 +251,7 @@ def check(arch: int) -> list[str]:
         if fn.__name__ in FUSED:
             name += " {PRECISION} {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**given)
             name += " w{num_warps} s{num_stages}".format(**options)
+            name += " copied" if hasattr(given["z1hat"], "block_shape") else ""
         elif "PRECISION" in given:
             name += " {PRECISION}".format(**given) + "".join(
                 f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
@@ -261,7 +274,7 @@ def check(arch: int) -> list[str]:
         row.shared = max(row.shared, shared)
     print(f"sm_{arch}: kernel, variants compiled, most registers, stack bytes, shared bytes")
     for name, u in sorted(table.items()):
-        print(f"  {name:50} {u.count:3} {u.registers:4} {u.stack:5} {u.shared:7}")
+        print(f"  {name:56} {u.count:3} {u.registers:4} {u.stack:5} {u.shared:7}")
     return problems_found
 
 

@@ -43,23 +43,30 @@ def product(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of z1hat z2^T. ``WHOLE``: BLOCK_K divides D. Rows and columns past the end read real ones again."""
-    k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_K)
-    x_at = z1hat + (k % c).to(tl.int64)[:, None] * ld1 + d[None, :]
-    y_at = z2 + (j % N).to(tl.int64)[None, :] * ld2 + d[:, None]
+    """A tile of z1hat z2^T, from pointers or from tensor descriptors, whose tiles the hardware copies. ``WHOLE``: BLOCK_K
+    divides D. Rows and columns past the end read real ones again, or zeros."""
     S = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for a in range(0, D, BLOCK_K):
-        if WHOLE:
-            x = tl.load(x_at)
-            y = tl.load(y_at)
-        else:
-            x = tl.load(x_at, mask=d[None, :] < D - a, other=0)
-            y = tl.load(y_at, mask=d[:, None] < D - a, other=0)
-        S = tl.dot(x, y, S, input_precision=PRECISION)
-        x_at += BLOCK_K
-        y_at += BLOCK_K
+    if isinstance(z1hat, tl.tensor):
+        k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_K)
+        x_at = z1hat + (k % c).to(tl.int64)[:, None] * ld1 + d[None, :]
+        y_at = z2 + (j % N).to(tl.int64)[None, :] * ld2 + d[:, None]
+        for a in range(0, D, BLOCK_K):
+            if WHOLE:
+                x = tl.load(x_at)
+                y = tl.load(y_at)
+            else:
+                x = tl.load(x_at, mask=d[None, :] < D - a, other=0)
+                y = tl.load(y_at, mask=d[:, None] < D - a, other=0)
+            S = tl.dot(x, y, S, input_precision=PRECISION)
+            x_at += BLOCK_K
+            y_at += BLOCK_K
+    else:
+        for a in range(0, D, BLOCK_K):
+            x = z1hat.load([tile_m * BLOCK_M, a])
+            y = z2.load([tile_n * BLOCK_N, a])
+            S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION)
     return S
 
 

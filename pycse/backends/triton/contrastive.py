@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
+    copied: bool = False  # operands through tensor descriptors: the hardware copies their tiles (sm_90)
 
 
 # Tiles of the fused GEMM by operand type and compute capability (at least), largest first: the first that gives every
@@ -51,6 +53,20 @@ def tile(kind: str, capability: int, processors: int, c: int, N: int, aligned: b
         if triton.cdiv(c, t.m) * triton.cdiv(N, t.n) >= processors:
             return t
     return tiles[-1]
+
+
+@functools.cache
+def tensor_descriptor() -> Any:
+    """triton.tools' class, or None in a Triton that has none yet."""
+    try:
+        return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    except ImportError:
+        return None
+
+
+def describable(z: Tensor) -> bool:
+    """Whether rows of z begin at multiples of 16 bytes, which the hardware's copies ask for."""
+    return tensor_descriptor() is not None and not (z.data_ptr() % 16 or z.stride(0) * z.element_size() % 16)
 
 
 @functools.cache
@@ -99,8 +115,8 @@ class Kernels(Norms, panel.Kernels):
             return False
         return out.dtau is None and out.dm is None
 
-    def _plan(self, z1hat: Tensor) -> tuple[int, int, tuple[int, ...], dict[str, Any]]:
-        """The fused GEMM's tiles down and along a panel; c, N, D and strides; what every launch of it takes."""
+    def _plan(self, z1hat: Tensor) -> tuple[int, int, tuple[Any, Any], tuple[int, ...], dict[str, Any]]:
+        """The fused GEMM's tiles down and along a panel; its operands; D and strides; what every launch of it takes."""
         z2 = self.p.z2
         (c, D), N = z1hat.shape, self.N
         kind = dot_kind(z2.dtype)
@@ -109,19 +125,24 @@ class Kernels(Norms, panel.Kernels):
         options = dict(
             FOCAL=self.p.focal, PRECISION="tf32" if kind == "tf32" else "ieee", WHOLE=D % t.k == 0,
             BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, GROUP=GROUP, num_warps=t.warps, num_stages=t.stages,
+            enable_fp_fusion=True,  # an epilogue is counted in instructions; Triton 3.10 will not fuse unasked
         )  # fmt: skip
-        return triton.cdiv(c, t.m), triton.cdiv(N, t.n), (D, *strides), options
+        operands: tuple[Any, Any] = z1hat, z2
+        if t.copied and describable(z1hat) and describable(z2):
+            descriptor = tensor_descriptor()
+            operands = descriptor.from_tensor(z1hat, [t.m, t.k]), descriptor.from_tensor(z2, [t.n, t.k])
+        return triton.cdiv(c, t.m), triton.cdiv(N, t.n), operands, (D, *strides), options
 
     def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         if not self._fuses():
             return super().fused_rows(z1hat, S, i0, grad)
         p, out, c = self.p, self.state, z1hat.shape[0]
-        down, along, sizes, options = self._plan(z1hat)
+        down, along, operands, sizes, options = self._plan(z1hat)
         partial, s_pos = self.new(along, c), self.new(c)
         f = self.new(c) if grad else None
         G = S if grad else None
         fused.fused_rows[(down * along,)](
-            z1hat, p.z2, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
+            *operands, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
             self.hard_weight, i0, c, self.B, self.N, *sizes, S.stride(0), **options,
         )  # fmt: skip
         fused.finish_rows[(triton.cdiv(c, 32),)](
@@ -135,10 +156,10 @@ class Kernels(Norms, panel.Kernels):
             return super().fused_sums(z1hat, S, i0)
         p, out, c, sums = self.p, self.state, z1hat.shape[0], self.state.sums
         assert sums is not None
-        down, along, sizes, options = self._plan(z1hat)
+        down, along, operands, sizes, options = self._plan(z1hat)
         rows, columns = self.new(along, c), self.new(down, self.N)
         fused_symmetric.fused_sums[(down * along,)](
-            z1hat, p.z2, out.r2, p.query_ids, p.key_ids, rows, columns, self.s_ii, self.tau, self.m, self.shift,
+            *operands, out.r2, p.query_ids, p.key_ids, rows, columns, self.s_ii, self.tau, self.m, self.shift,
             i0, c, self.N, *sizes, **options,
         )  # fmt: skip
         fused_symmetric.finish_sums[(triton.cdiv(self.N, 32),)](
@@ -151,9 +172,9 @@ class Kernels(Norms, panel.Kernels):
             return super().fused_symmetric(z1hat, S, i0)
         p, out, c, sums = self.p, self.state, z1hat.shape[0], self.state.sums
         assert sums is not None
-        down, along, sizes, options = self._plan(z1hat)
+        down, along, operands, sizes, options = self._plan(z1hat)
         fused_symmetric.fused_gradients[(down * along,)](
-            z1hat, p.z2, S, out.r2, p.query_ids, p.key_ids, self.coef, sums.lpos, sums.lneg, sums.lneg_column,
+            *operands, S, out.r2, p.query_ids, p.key_ids, self.coef, sums.lpos, sums.lneg, sums.lneg_column,
             sums.lse_column, self.tau, self.m, self.shift, i0, c, self.N, *sizes, S.stride(0), **options,
         )  # fmt: skip
 
