@@ -136,17 +136,27 @@ def distillation(plan: Plan, size: tuple[int, int], captured: bool) -> dict[str,
     return row
 
 
-def layer(plan: Plan, block: int = 64, zeros: float = 0.75) -> dict[str, Any]:
-    """y = x W^T + b with 75% of the 64 x 64 blocks zero, cold L2, over dense cuBLAS; dx and dw likewise."""
+def layer_of(plan: Plan, block: int = 64, zeros: float = 0.75) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, W with most of its blocks zero, its mask, bias and dy."""
     T, in_, out = plan.layer
     g = torch.Generator(plan.device).manual_seed(0)
     new = lambda *n: torch.randn(*n, device=plan.device, generator=g).to(plan.dtype)  # noqa: E731
-    x, w, bias, dy = new(T, in_), new(out, in_), new(out), new(T, out)
     blocks = torch.rand(out // block, in_ // block, device=plan.device, generator=g)
     mask = blocks >= blocks.flatten().quantile(zeros)
     mask = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
-    w = w * mask
-    pattern = Pattern.from_mask(mask, block)
+    return new(T, in_), new(out, in_) * mask, mask, new(out), new(T, out)
+
+
+def sparse_step(plan: Plan, name: str) -> dict[str, Step]:
+    x, w, mask, bias, _ = layer_of(plan)
+    linear = importlib.import_module(f"pycse.backends.{name}.sparse").linear
+    return {name: functools.partial(linear, x, w, bias, Pattern.from_mask(mask, 64))}
+
+
+def layer(plan: Plan) -> dict[str, Any]:
+    """y = x W^T + b with 75% of the 64 x 64 blocks zero, cold L2, over dense cuBLAS; dx and dw likewise."""
+    x, w, mask, bias, dy = layer_of(plan)
+    pattern = Pattern.from_mask(mask, 64)
     dense: dict[str, Step] = {
         "linear": lambda: F.linear(x, w, bias),
         "dx": lambda: dy @ w,
@@ -185,47 +195,81 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def tiles() -> list[Any]:
-    """Tiles of the fused GEMM worth a look: those of the table and their neighbours."""
-    if importlib.util.find_spec("triton") is None:
-        return []
-    Tile = importlib.import_module("pycse.backends.triton.contrastive").Tile
-    return [
-        Tile(128, 256, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 64, 4, 4),
-        Tile(256, 128, 64, 8, 4),
-        Tile(128, 128, 128, 8, 3),
-    ]
-
-
 def tune(plan: Plan) -> dict[str, Any]:
-    """Panel rows and tiles of the largest row, one direction; the best of each backend goes into the results."""
+    """Panel rows, the fused GEMM's tiles and their order in the largest row, one direction; the sparse product's tiles. The
+    fastest of each ("best") is for the tables of pycse/backends/triton and panels/products.py."""
     z1, z2 = embeddings(plan, plan.large)
-    row: dict[str, Any] = {"panel rows": {}, "tiles": {}, "best": {}}
+    row: dict[str, Any] = {"panel rows": {}}
     for name in plan.usable():
-        step, medians = step_of(ours(name), z1, z2), {}
+        step = {name: step_of(ours(name), z1, z2)}
+        times: dict[Any, Any] = {}
         for c in plan.panels:
             with replaced(panel, "panel_rows", lambda B, *_, c=c: min(B, c)):
-                medians[c] = plan.interleaved({name: step}, rounds=4)[name]["median"]
-        row["panel rows"][name] = medians
-        row["best"][name] = {"panel rows": min(medians, key=medians.__getitem__), "ms": min(medians.values())}
-    medians_of_tiles: dict[str, Any] = {}
-    backend = importlib.import_module("pycse.backends.triton.contrastive") if tiles() else None
-    name = "triton" if "triton" in list(plan.usable()) else plan.backends[0]
-    step = step_of(ours(name), z1, z2)
-    for tile in tiles():
-        with replaced(backend, "tile", lambda *_, tile=tile, **__: tile):
-            try:
-                medians_of_tiles[str(tuple(tile))] = plan.interleaved({name: step}, rounds=4)[name]["median"]
-            except Exception as problem:  # too much shared memory, or it does not compile: not a tile of this machine
-                medians_of_tiles[str(tuple(tile))] = f"{type(problem).__name__}: {problem}"[:200]
-    row["tiles"] = medians_of_tiles
-    times = {k: v for k, v in medians_of_tiles.items() if not isinstance(v, str)}
-    if times:
-        row["best"]["tile"] = min(times, key=times.__getitem__)
-    return row
+                times[c] = plan.interleaved(step, rounds=4)[name]["median"]
+        row["panel rows"][name] = times
+    name = "triton" if "triton" in plan.usable() else plan.backends[0]
+    if importlib.util.find_spec("triton") is None or (name != "triton" and not plan.dry):
+        return {**row, "best": best(row)}
+
+    backend = importlib.import_module("pycse.backends.triton.contrastive")
+    step = {name: step_of(ours(name), z1, z2)}
+    sparse = importlib.import_module("pycse.backends.triton.sparse")
+    alternatives: dict[str, tuple[Any, str, dict[str, Any]]] = {
+        "tiles": (backend, "tile", {str(tuple(t)): lambda *_, t=t, **__: t for t in fused_tiles(backend.Tile)}),
+        "row tiles to a group": (backend, "GROUP", {str(n): n for n in (4, 8, 16, 32)}),
+        "epilogue": (backend.Kernels, "_fuses", {"fused": backend.Kernels._fuses, "separate": lambda self: False}),
+        "sparse tiles": (
+            sparse,
+            "TILES",
+            {str(tuple(t)): {**sparse.TILES, "16": t} for t in sparse_tiles(sparse.Tile)},
+        ),
+    }
+    for what, (owner, attribute, values) in alternatives.items():
+        times = {}
+        for label, value in values.items():
+            with replaced(owner, attribute, value):
+                try:
+                    measured = sparse_step(plan, name) if what == "sparse tiles" else step
+                    times[label] = plan.interleaved(measured, rounds=5)[name]["median"]
+                except Exception as problem:  # too much shared memory, or it does not compile: not for this machine
+                    times[label] = f"{type(problem).__name__}: {problem}"[:200]
+        row[what] = times
+    return {**row, "best": best(row)}
+
+
+def best(row: dict[str, Any]) -> dict[str, Any]:
+    """The label of the least time in every table of times."""
+    found = {}
+    for what, times in row.items():
+        if any(isinstance(t, dict) for t in times.values()):
+            found[what] = best(times)
+        elif numbers := {label: t for label, t in times.items() if not isinstance(t, str)}:
+            found[what] = min(numbers, key=numbers.__getitem__)
+    return found
+
+
+def fused_tiles(Tile: Any) -> list[Any]:
+    """Two blocks of the smaller ones share a multiprocessor: one's epilogue runs beside the other's product."""
+    tiles = [
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 3),
+        Tile(256, 128, 64, 8, 4),
+        Tile(128, 128, 64, 4, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 256, 64, 4, 2),
+    ]
+    return [*tiles, *(t._replace(copied=True) for t in tiles[:5])]
+
+
+def sparse_tiles(Tile: Any) -> list[Any]:
+    return [
+        Tile(128, 128, 64, 64, 4, 3),
+        Tile(128, 128, 64, 64, 4, 2),
+        Tile(256, 128, 64, 64, 8, 3),
+        Tile(256, 128, 64, 64, 8, 2),
+        Tile(64, 128, 64, 64, 4, 4),
+    ]
 
 
 def profile(plan: Plan) -> dict[str, Any]:
@@ -398,6 +442,7 @@ def write(plan: Plan, out: Path, rows: dict[str, Any]) -> Path:
     failed = {name: row["error"] for name, row in rows.items() if "error" in row}
     lines += ["", *(f"- {name} failed: {error}" for name, error in failed.items())]
     lines += [f"- {name} missing: {reason}" for name, reason in about["missing"].items()]
+    lines += [f"- fastest {what}: {label}" for what, label in rows.get("tune", {}).get("best", {}).items()]
     for name, row in rows.items():
         if "missing" in row:
             lines.append(f"- {name}: {row['missing']}")
