@@ -77,7 +77,9 @@ def small(plan: Plan) -> dict[str, Any]:
         z1, z2 = embeddings(plan, B)
         expected = parts.truth(z1, z2)
         steps = {name: step_of(ours(name), z1, z2) for name in plan.usable()} | {"eager": step_of(parts.eager, z1, z2)}
-        errors = {name: parity(name, step(), expected) for name, step in steps.items()}
+        errors = {
+            name: parity(name, step(), expected, 1e-1 if name == "eager" else 3e-2) for name, step in steps.items()
+        }
         repeat = 10
         t = plan.interleaved({name: plan.graph(step, repeat) for name, step in steps.items()})
         us = {name: {k: 1e3 * x / repeat for k, x in v.items()} for name, v in t.items()}

@@ -93,7 +93,9 @@ else
   find build -path '*ptxas/*.txt' -exec cat {} + >"$out/ptxas.txt" 2>/dev/null
   "$python" -c 'import pycse; print(pycse.info())'
   if [ "$mode" != --bench-only ]; then
-    lines=40 stage tests 200 "${pytest[@]}"
+    lines=40 stage tests 170 "${pytest[@]}"
+    # Once without the sanitizer: what Triton compiles is kept for the runs under it.
+    stage exercise 60 "${exercise[@]}"
     if [ -x "$sanitizer" ]; then
       # PyTorch's allocator would hide an access past the end of a tensor.
       for tool in memcheck racecheck; do

@@ -90,18 +90,19 @@ def slope_times(r, s, m, FOCAL: tl.constexpr):
 
 @triton.jit
 def epilogue(
-    S, j0, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
+    S, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row."""
+    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row. The tile's positives are between
+    ``lowest`` and ``highest``."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         z = epilogue(
-            left, j0, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
+            left, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
             FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         return z + epilogue(
-            right, j0 + WIDTH // 2, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N,
+            right, j0 + WIDTH // 2, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N,
             ld, FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
@@ -117,9 +118,9 @@ def epilogue(
             )  # fmt: skip
         e = tl.exp2(l)
         # Most pieces of a tile hold no positive and no column past the end: they pay for no mask.
-        here = (pos >= j0) & (pos < j0 + WIDTH)
-        positive = tl.max(here.to(tl.int32), 0) > 0
+        positive = (lowest < j0 + WIDTH) & (highest >= j0)
         if positive:
+            here = (pos >= j0) & (pos < j0 + WIDTH)
             tl.store(s_pos + k, tl.sum(tl.where(j[None, :] == pos[:, None], s, 0), 1), mask=here)
         if positive | (j0 + WIDTH > N):
             e = tl.where((j[None, :] != pos[:, None]) & (j < N)[None, :], e, 0.0)
@@ -166,8 +167,14 @@ def fused_rows(
     S = product(z1hat, z2, tile_m, tile_n, c, N, D, ld1, ld2, ACC, PRECISION, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K)
     k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     pos = positive_of(positives, i0 + k, k < c, N)
+    if positives is None:
+        lowest = i0 + tile_m * BLOCK_M
+        highest = lowest + BLOCK_M - 1
+    else:
+        lowest = tl.min(tl.where(pos >= 0, pos, N), 0)
+        highest = tl.max(pos, 0)
     z = epilogue(
-        S, tile_n * BLOCK_N, k, pos, G, r2, query_ids, key_ids, s_pos, number(m, ACC), inverse(tau, ACC) * BIT,
+        S, tile_n * BLOCK_N, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, number(m, ACC), inverse(tau, ACC) * BIT,
         number(shift, ACC), hard_weight, i0, c, B, N, ld, FOCAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(partial + tile_n.to(tl.int64) * c + k, z, mask=k < c)

@@ -29,12 +29,15 @@ from pycse.kernels.triton.logit import (
 
 @triton.jit
 def exponentials(
-    S, j, k, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL: tl.constexpr
+    S, j0, k0, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
+    FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """s, e, the keys' r and whether a diagonal entry is among columns j; e is 0 at it, at no negatives, and outside."""
+    """s, e, the keys' r and whether a diagonal entry is among rows k0 and columns j0 on; e is 0 at it, at no negatives, and
+    outside."""
+    k = k0 + tl.arange(0, BLOCK_M)
     inside = (k < c)[:, None]
     i = (i0 + k)[:, None]
-    j = j[None, :]
+    j = (j0 + tl.arange(0, WIDTH))[None, :]
     r = tl.load(r2 + j, mask=j < N, other=0)
     s = S * r
     l = exponent(s, m, bits, shift, FOCAL)
@@ -42,33 +45,36 @@ def exponentials(
         l = negatives(l, s, j, i, i, None, query_ids, key_ids, None, N, N, inside)
     e = tl.exp2(l)
     # Most pieces of a tile hold no diagonal and nothing outside: they pay for no mask.
-    diagonal = (tl.min(i) <= tl.max(j)) & (tl.min(j) <= tl.max(i))
-    if diagonal | (tl.max(j) >= N) | (tl.max(k) >= c):
+    diagonal = (i0 + k0 < j0 + WIDTH) & (j0 < i0 + k0 + BLOCK_M)
+    if diagonal | (j0 + WIDTH > N) | (k0 + BLOCK_M > c):
         e = tl.where(inside & (j < N) & (j != i), e, 0.0)
     return s, e, r, diagonal
 
 
 @triton.jit
 def sums_of(
-    S, j0, k, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
+    S, j0, k0, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Stores the columns' sums and s_ii of the WIDTH columns from j0; returns the rows' sums."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         z = sums_of(
-            left, j0, k, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
+            left, j0, k0, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
             FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         return z + sums_of(
-            right, j0 + WIDTH // 2, k, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
+            right, j0 + WIDTH // 2, k0, column_part, s_ii, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
             FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
         j = j0 + tl.arange(0, WIDTH)
-        s, e, _, diagonal = exponentials(S, j, k, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL)
-        i = i0 + k
+        s, e, _, diagonal = exponentials(
+            S, j0, k0, r2, query_ids, key_ids, m, bits, shift, i0, c, N, FOCAL, BLOCK_M, WIDTH
+        )
         if diagonal:
+            k = k0 + tl.arange(0, BLOCK_M)
+            i = i0 + k
             here = (k < c) & (i >= j0) & (i < j0 + WIDTH)
             tl.store(s_ii + i, tl.sum(tl.where(j[None, :] == i[:, None], s, 0), 1), mask=here)
         tl.store(column_part + j, tl.sum(e, 0), mask=j < N)
@@ -107,7 +113,7 @@ def fused_sums(
     S = product(z1hat, z2, tile_m, tile_n, c, N, D, ld1, ld2, ACC, PRECISION, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K)
     k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     z = sums_of(
-        S, tile_n * BLOCK_N, k, column_part + tile_m.to(tl.int64) * N, s_ii, r2, query_ids, key_ids, number(m, ACC),
+        S, tile_n * BLOCK_N, tile_m * BLOCK_M, column_part + tile_m.to(tl.int64) * N, s_ii, r2, query_ids, key_ids, number(m, ACC),
         inverse(tau, ACC) * BIT, number(shift, ACC), i0, c, N, FOCAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(row_part + tile_n.to(tl.int64) * c + k, z, mask=k < c)
@@ -156,23 +162,26 @@ def finish_sums(
 
 @triton.jit
 def gradients_of(
-    S, j0, k, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c, N, ld,
+    S, j0, k0, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c, N, ld,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Stores G of the WIDTH columns from j0."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         gradients_of(
-            left, j0, k, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c, N, ld,
+            left, j0, k0, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c, N, ld,
             FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         gradients_of(
-            right, j0 + WIDTH // 2, k, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c,
+            right, j0 + WIDTH // 2, k0, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, m, inv_tau, shift, i0, c,
             N, ld, FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
         j = j0 + tl.arange(0, WIDTH)
-        s, e, r, diagonal = exponentials(S, j, k, r2, query_ids, key_ids, m, inv_tau * BIT, shift, i0, c, N, FOCAL)
+        k = k0 + tl.arange(0, BLOCK_M)
+        s, e, r, diagonal = exponentials(
+            S, j0, k0, r2, query_ids, key_ids, m, inv_tau * BIT, shift, i0, c, N, FOCAL, BLOCK_M, WIDTH
+        )
         lse_j = tl.load(lse_column + j, mask=j < N, other=0) * BIT
         b = 0.5 * inv_tau * number_at(coef, j, j < N, S.dtype) * tl.exp2(shift - lse_j)
         g = e * (a[:, None] + b[None, :]) * slope_times(r, s, m, FOCAL)
@@ -227,6 +236,6 @@ def fused_gradients(
     lneg_c = tl.load(lneg_column + i, mask=k < c, other=0)
     P_ii = -half * (sigmoid(lneg_i - l_ii) + sigmoid(lneg_c - l_ii))
     gradients_of(
-        S, tile_n * BLOCK_N, k, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, number(m, ACC),
+        S, tile_n * BLOCK_N, tile_m * BLOCK_M, a, P_ii, G, r2, query_ids, key_ids, coef, lse_column, number(m, ACC),
         inv_tau, top, i0, c, N, ld, FOCAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip

@@ -41,6 +41,7 @@ def sums_in_float32(device: torch.device) -> bool:
         return False
     a, total = (torch.zeros(16, 16, dtype=t, device=device) for t in (torch.bfloat16, torch.float32))
     try:
+        torch.mm(a, a, out_dtype=torch.float32, out=total)
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
     except (TypeError, RuntimeError):
         return False

@@ -65,8 +65,9 @@ def tensor_descriptor() -> Any:
 
 
 def describable(z: Tensor) -> bool:
-    """Whether rows of z begin at multiples of 16 bytes, which the hardware's copies ask for."""
-    return tensor_descriptor() is not None and not (z.data_ptr() % 16 or z.stride(0) * z.element_size() % 16)
+    """Whether the hardware's copies take z: its rows lie apart and begin at multiples of 16 bytes."""
+    aligned = not (z.data_ptr() % 16 or z.stride(0) * z.element_size() % 16)
+    return tensor_descriptor() is not None and aligned and z.stride(0) >= z.shape[1]
 
 
 @functools.cache
