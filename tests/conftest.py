@@ -6,6 +6,8 @@ import pytest
 import torch
 from interpreter import CUDA, INTERPRETED
 
+from pycse import backends
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
@@ -23,6 +25,13 @@ def poisoned_memory(request):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "clean_memory: leave torch.empty as it is (memory and compiler tests)")
+    config.addinivalue_line("markers", "gpu: runs on a GPU where there is one (set by the fixtures a test takes)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"device", "cuda", "cuda_backend"} & set(item.fixturenames):
+            item.add_marker("gpu")
 
 
 @pytest.fixture
@@ -46,4 +55,12 @@ def device() -> str:
 def cuda() -> str:
     if not CUDA:
         pytest.skip("needs a CUDA GPU")
+    return "cuda"
+
+
+@pytest.fixture
+def cuda_backend() -> str:
+    problem = backends.unusable("cuda")
+    if problem is not None:
+        pytest.skip(f"backend='cuda' cannot run here: {problem}")
     return "cuda"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pycse.kernels import native
 
-from pycse import backends, fused_focal_infonce
+from pycse import fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
 from pycse.ops import fused
@@ -228,8 +228,7 @@ def test_no_kernel_spills(arch):
 
 # --- on a GPU ---
 
-no_gpu = backends.unusable("cuda")
-on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"backend='cuda' cannot run here: {no_gpu}")
+on_gpu = pytest.mark.usefixtures("cuda_backend")
 
 
 @on_gpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pycse.kernels import native
 
-from pycse import backends, fused_distill, fused_distillcse, grouping
+from pycse import fused_distill, fused_distillcse, grouping
 from pycse.backends.cpu import distill as cpu
 from pycse.backends.cuda import distill as cuda
 from pycse.backends.torch import distill as eager
@@ -264,8 +264,7 @@ def test_normalize_writes_strided_rows_times_a_factor():
 
 # --- on a GPU ---
 
-no_gpu = backends.unusable("cuda")
-on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"backend='cuda' cannot run here: {no_gpu}")
+on_gpu = pytest.mark.usefixtures("cuda_backend")
 
 
 @on_gpu

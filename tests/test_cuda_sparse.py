@@ -10,7 +10,6 @@ import pytest
 import torch
 from pycse.kernels import native
 
-from pycse import backends
 from pycse.backends.cpu import sparse as cpu
 from pycse.backends.cuda import sparse as cuda
 from pycse.sparse.pattern import Pattern, pack_mask
@@ -101,8 +100,7 @@ def test_few_blocks_split_the_tokens():
 
 # --- on a GPU ---
 
-no_gpu = backends.unusable("cuda")
-on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"backend='cuda' cannot run here: {no_gpu}")
+on_gpu = pytest.mark.usefixtures("cuda_backend")
 
 
 @on_gpu

@@ -66,7 +66,10 @@ PANELS = [
     Case(40, 90, tensors=True, options={"exclude_above": 0.013, "weight": torch.linspace(0, 2, 40)}),
     Case(40, options={"symmetric": True, "exclude_above": -0.417, "weight": torch.linspace(0, 2, 40)}),
     Case(40, options={"symmetric": True}, temperature=0.01, tensors=True),
-]
+    Case(40, options={"symmetric": True, "query_ids": torch.arange(40) // 3, "key_ids": torch.arange(40) % 11,
+                      "weight": torch.linspace(0, 2, 40)}),
+    Case(40, options={"symmetric": True}, focal=False),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,11 +81,20 @@ def test_panels_of_13_rows_in_blocks_of_32(case, dtype, device, monkeypatch):
     check(case, "triton", dtype, device)
 
 
+@pytest.mark.parametrize("case", PANELS, ids=str)
+def test_rows_of_a_panel_lie_apart(case, device, monkeypatch):
+    monkeypatch.setattr(panel.products, "row_stride", lambda N, *_: N + 11)
+    monkeypatch.setattr(panel, "panel_rows", lambda B, *_: min(B, 13))
+    check(case, "triton", torch.float32, device)
+
+
 # The GEMM's tiles: one row or column less, as many, one more; features that fill no block.
 TILED = [Case(B, N, D) for B, N, D in ((127, 255, 63), (128, 256, 64), (129, 257, 65), (131, 509, 16))]
 TILED += [
     Case(129, 258, 32, options={"hard_negative_weight": -1.0, "query_ids": torch.arange(129) // 2, "key_ids": torch.arange(258) % 70}),
     Case(131, 300, 48, options={"positives": torch.arange(131) * 2 + 7}, focal=False),
+    Case(128, D=64, options={"symmetric": True}),
+    Case(257, D=65, options={"symmetric": True, "weight": torch.linspace(0, 2, 257)}),
 ]  # fmt: skip
 
 
@@ -97,7 +109,22 @@ def test_fused_tiles(case, size, dtype, device, monkeypatch):
     check(case, "triton", dtype, device)
 
 
-@pytest.mark.parametrize("case", [TILED[4], Case(64, 100, kind="confident")], ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_operands_through_tensor_descriptors(case, device, monkeypatch):
+    if triton_backend.tensor_descriptor() is None:
+        pytest.skip("this Triton has no tensor descriptors")
+    if CUDA and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tiles are copied by the hardware from compute capability 9.0 on")
+    t = triton_backend.Tile(64, 64, 32, 4, 2, copied=True) if INTERPRETED else None
+    real, used = triton_backend.tile, []
+    monkeypatch.setattr(triton_backend, "tile", lambda *a, **k: t or real(*a, **k)._replace(copied=True))
+    describable = triton_backend.describable
+    monkeypatch.setattr(triton_backend, "describable", lambda z: used.append(describable(z)) or used[-1])
+    check(case, "triton", torch.bfloat16 if CUDA else torch.float32, device)
+    assert all(used) == (case.D % 8 == 0) and used
+
+
+@pytest.mark.parametrize("case", [TILED[4], Case(64, 100, kind="confident"), TILED[7], PANELS[5]], ids=str)
 def test_fused_and_separate_kernels_agree(case, device, monkeypatch):
     dtype = torch.bfloat16 if CUDA else torch.float32  # where a GPU fuses
     fused = run(case, "triton", dtype, device)
@@ -107,14 +134,14 @@ def test_fused_and_separate_kernels_agree(case, device, monkeypatch):
         assert error < (2e-2 if CUDA else 5e-6), name
 
 
-@pytest.mark.parametrize("case", [PANELS[0], PANELS[2], PANELS[3]], ids=str)
+@pytest.mark.parametrize("case", [PANELS[0], PANELS[2], PANELS[3], PANELS[5]], ids=str)
 def test_same_call_same_bits(case, device):
     first, second = (run(case, "triton", DTYPES[-1], device) for _ in range(2))
     for name in first.values:
         assert torch.equal(first.values[name], second.values[name]), name
 
 
-@pytest.mark.parametrize("case", [TILED[3], cases.OPTIONS[0], cases.SYMMETRIC[3]], ids=str)
+@pytest.mark.parametrize("case", [TILED[3], TILED[7], cases.OPTIONS[0], cases.SYMMETRIC[3]], ids=str)
 def test_tf32(case, cuda):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -383,9 +410,10 @@ def test_cuda_graph(options, cuda):
 
 @pytest.mark.parametrize("options", [{}, {"exclude_above": 2.5}], ids=str)
 @pytest.mark.clean_memory
-def test_more_than_2_31_elements(options, cuda):
+def test_more_than_2_31_elements(options, cuda, monkeypatch):
     """c N and N D beyond 32-bit indices; the last row's gradient is that of the row alone."""
     B, N, D = 1024, 2_900_000, 768
+    monkeypatch.setattr(panel, "panel_rows", lambda B, *_: B)
     free = torch.cuda.mem_get_info()[0]
     if free < 40 << 30:
         pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} are free")

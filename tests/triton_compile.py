@@ -2,7 +2,7 @@
 
 The panel driver runs on small CPU tensors with launches recorded instead of made, so that signatures and options are the
 launchers' own. Prints registers, spills (stack) and shared memory; exits with an error where a kernel does not compile,
-a GEMM spills, or a block asks for more shared memory than its architecture has.
+spills, leaves its tensor cores idle, or a block asks for more shared memory than its architecture has.
 
     python tests/triton_compile.py [80 90]
 """
@@ -30,6 +30,8 @@ from pycse.backends.triton import uniformity as hypersphere
 from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
 from pycse.sparse.pattern import Pattern, pack_mask
 
+PLAIN_TILE = backend.tile
+FUSED = ("fused_rows", "fused_sums", "fused_gradients")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 TYPES = {
     torch.float32: "fp32",
@@ -61,6 +63,9 @@ def source(fn: Any, given: dict[str, Any]) -> ASTSource:
         aligned = isinstance(value, (torch.Tensor, int)) and name not in constants
         if name in constants or value is None or (isinstance(value, int) and value == 1):
             signature[name], constexprs[i,] = "constexpr", value
+            continue
+        if hasattr(value, "block_shape"):  # a tensor descriptor
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -98,6 +103,7 @@ def problems(dtype: torch.dtype) -> dict[str, Contrastive]:
         "many keys": problem(8, 4096, 1024, temperature=0.01),
         "one": problem(1, 1, 1),
         "symmetric": problem(32, 32, 64, symmetric=True),
+        "symmetric ids": problem(32, 32, 64, symmetric=True, query_ids=square["query_ids"], key_ids=square["key_ids"]),
         "symmetric options": problem(32, 32, 64, **{**tensors, **square}),
     }
 
@@ -152,6 +158,10 @@ def gather(arch: int) -> None:
                 for processors in (1, 4, 8):  # takes the largest, the middle and the smallest tile for 512 keys
                     backend.device_properties = lambda device, n=processors: (arch, n)
                     backend.contrastive(p)
+                    if arch >= 90 and name in ("plain", "symmetric"):
+                        backend.tile = lambda *a, **k: PLAIN_TILE(*a, **k)._replace(copied=True)
+                        backend.contrastive(p)
+                        backend.tile = PLAIN_TILE
         for name, d in distillations(dtype).items():
             label = f"{TYPES[dtype]:5} distill, {name}"
             distillation.distill(d)
@@ -182,6 +192,37 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def tensor_cores(arch: int, name: str, given: dict[str, Any], asm: dict[str, str]) -> str | None:
+    """What a product's machine code lacks: on sm_90 whole warpgroups multiply (wgmma) while the next operands are on their
+    way, on sm_80 warps (mma.sync). None where tensor cores have no such type, or a tile is too low for a warpgroup."""
+    types = {t.dtype for t in given.values() if isinstance(t, torch.Tensor)}
+    described = [t.base.dtype for t in given.values() if hasattr(t, "block_shape")]
+    types.update(described)
+    if given.get("PRECISION") is None or torch.float64 in types:
+        return None
+    if torch.bfloat16 not in types and given["PRECISION"] != "tf32":
+        return None
+    if arch < 90:
+        return None if "mma.sync" in asm["ptx"] else "has no mma.sync"
+    high = (
+        given["BLOCK_M"]
+        if name in FUSED
+        else given["BLOCK"]
+        if name == "dw"
+        else given.get("TOKENS", given.get("HIGH"))
+    )
+    if high < 64:
+        return None if "mma.sync" in asm["ptx"] else "has no mma.sync"
+    if "ttng.warp_group_dot " not in asm["ttgir"] or "wgmma.mma_async" not in asm["ptx"]:
+        return "has no wgmma"
+    if described and "cp.async.bulk.tensor" not in asm["ptx"]:
+        return "copies no tile by hardware"
+    aligned = not any(isinstance(given.get(n), int) and given[n] % 16 for n in ("D", "ld1", "ld2"))
+    if name in (*FUSED, "linear", "dx", "dw") and aligned and "pendings = 1" not in asm["ttgir"]:
+        return "waits for each product before it begins the next"
+    return None
+
+
 @dataclasses.dataclass
 class Usage:
     count: int = 0
@@ -207,21 +248,25 @@ def check(arch: int) -> list[str]:
             continue
         used = resources(compiled.asm["cubin"])
         name = f"{where[:5]} {fn.__name__}"
-        if fn.__name__ == "fused_rows":
+        if fn.__name__ in FUSED:
             name += " {PRECISION} {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**given)
             name += " w{num_warps} s{num_stages}".format(**options)
+            name += " copied" if hasattr(given["z1hat"], "block_shape") else ""
         elif "PRECISION" in given:
             name += " {PRECISION}".format(**given) + "".join(
                 f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
             )
-        # ptxas may give up two to four registers of the sparse products for one more block on a multiprocessor. They are not
-        # hot in fp64.
-        least = 0 if fn.__name__ == "fused_rows" else 16
-        if "PRECISION" in given and name[:4] != "fp64" and max(used["STACK"], used["LOCAL"]) > least:
+        # ptxas may give up two to four registers of these for one more block on a multiprocessor. Nothing is hot in fp64.
+        hot = fn.__name__ in (*FUSED, "columns", "symmetric") or fn is backend.row_kernels.rows
+        least = 0 if hot else 16
+        if name[:4] != "fp64" and max(used["STACK"], used["LOCAL"]) > least:
             problems_found.append(f"sm_{arch} {where}: {name} spills {used['STACK']} bytes")
         shared = compiled.metadata.shared
         if shared > SHARED_KB[arch] << 10:
             problems_found.append(f"sm_{arch} {where}: {name} asks for {shared} bytes of shared memory")
+        missing = tensor_cores(arch, fn.__name__, given, compiled.asm)
+        if missing:
+            problems_found.append(f"sm_{arch} {where}: {name} {missing}")
         row = table.setdefault(name, Usage())
         row.count += 1
         row.registers = max(row.registers, used["REG"])
@@ -229,7 +274,7 @@ def check(arch: int) -> list[str]:
         row.shared = max(row.shared, shared)
     print(f"sm_{arch}: kernel, variants compiled, most registers, stack bytes, shared bytes")
     for name, u in sorted(table.items()):
-        print(f"  {name:50} {u.count:3} {u.registers:4} {u.stack:5} {u.shared:7}")
+        print(f"  {name:56} {u.count:3} {u.registers:4} {u.stack:5} {u.shared:7}")
     return problems_found
 
 
@@ -238,7 +283,7 @@ def main() -> int:
     begin = time.perf_counter()
     failures = [failure for arch in map(int, sys.argv[1:] or (80, 90)) for failure in check(arch)]
     print(f"triton {triton.__version__}, {time.perf_counter() - begin:.0f} s")
-    print("\n".join(failures) or "all compile, spills of the GEMMs within their limits")
+    print("\n".join(failures) or "all compile, products on tensor cores, spills within limits")
     return len(failures) > 0
 
 

@@ -6,7 +6,7 @@ Symbols (kernels/README.md) and formulas as in contrastive.py, for a shift (in b
                   partial_tk = sum of e over row k's negatives in column tile t,   s_pos,k by the tile that holds it
     finish_rows   z_neg,k = sum_t partial_tk;  loss, f_k and G at the positive
 Stored: G (c, N) (not in forward only), partial (tiles, c), s_pos, f (c,), loss (B,). S is never written. No atomics:
-tiles are summed in a fixed order.
+tiles are summed in a fixed order. fused_symmetric.py shares the product.
 """
 
 import triton
@@ -14,13 +14,11 @@ import triton.language as tl
 from pycse.kernels.triton.logit import (
     BIT,
     inverse,
-    logit,
     negatives,
     number,
     number_at,
     positive_of,
     row_results,
-    slope,
 )
 
 # Columns of a tile that the epilogue takes at a time: s, e and the keys' norms and ids of a whole tile do not fit in
@@ -29,19 +27,82 @@ COLUMNS = tl.constexpr(32)
 
 
 @triton.jit
+def tile_of(tile, c, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile: down GROUP row tiles, then to the next column, so that the rows' operand stays in L2."""
+    tiles_m = tl.cdiv(c, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_m = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first_m, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first_m + within % height, within // height
+
+
+@triton.jit
+def product(
+    z1hat, z2, tile_m, tile_n, c, N, D, ld1, ld2,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of z1hat z2^T, from pointers or from tensor descriptors, whose tiles the hardware copies. ``WHOLE``: BLOCK_K
+    divides D. Rows and columns past the end read real ones again, or zeros."""
+    S = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if isinstance(z1hat, tl.tensor):
+        k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_K)
+        x_at = z1hat + (k % c).to(tl.int64)[:, None] * ld1 + d[None, :]
+        y_at = z2 + (j % N).to(tl.int64)[None, :] * ld2 + d[:, None]
+        for a in range(0, D, BLOCK_K):
+            if WHOLE:
+                x = tl.load(x_at)
+                y = tl.load(y_at)
+            else:
+                x = tl.load(x_at, mask=d[None, :] < D - a, other=0)
+                y = tl.load(y_at, mask=d[:, None] < D - a, other=0)
+            S = tl.dot(x, y, S, input_precision=PRECISION)
+            x_at += BLOCK_K
+            y_at += BLOCK_K
+    else:
+        for a in range(0, D, BLOCK_K):
+            x = z1hat.load([tile_m * BLOCK_M, a])
+            y = z2.load([tile_n * BLOCK_N, a])
+            S = tl.dot(x, tl.trans(y), S, input_precision=PRECISION)
+    return S
+
+
+@triton.jit
+def exponent(s, m, bits, shift, FOCAL: tl.constexpr):
+    """l - shift, in two fused multiply-adds."""
+    if FOCAL:
+        return (bits * s + bits * m) * s - shift
+    else:
+        return bits * s - shift
+
+
+@triton.jit
+def slope_times(r, s, m, FOCAL: tl.constexpr):
+    """slope r, in one fused multiply-add."""
+    if FOCAL:
+        return (2.0 * r) * s + m * r
+    else:
+        return r
+
+
+@triton.jit
 def epilogue(
-    S, j0, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
+    S, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row."""
+    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row. The tile's positives are between
+    ``lowest`` and ``highest``."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         z = epilogue(
-            left, j0, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
+            left, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
             FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         return z + epilogue(
-            right, j0 + WIDTH // 2, k, pos, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N,
+            right, j0 + WIDTH // 2, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N,
             ld, FOCAL, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
@@ -49,17 +110,23 @@ def epilogue(
         inside = k < c
         r = tl.load(r2 + j, mask=j < N, other=0)[None, :]
         s = S * r
-        here = (pos >= j0) & (pos < j0 + WIDTH)
-        if tl.max(here.to(tl.int32), 0) > 0:
+        l = exponent(s, m, bits, shift, FOCAL)
+        if query_ids is not None or hard_weight is not None:
+            l = negatives(
+                l, s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids, hard_weight, B, N,
+                inside[:, None],
+            )  # fmt: skip
+        e = tl.exp2(l)
+        # Most pieces of a tile hold no positive and no column past the end: they pay for no mask.
+        positive = (lowest < j0 + WIDTH) & (highest >= j0)
+        if positive:
+            here = (pos >= j0) & (pos < j0 + WIDTH)
             tl.store(s_pos + k, tl.sum(tl.where(j[None, :] == pos[:, None], s, 0), 1), mask=here)
-        l = negatives(
-            logit(s, m, bits, FOCAL), s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids,
-            hard_weight, B, N, inside[:, None],
-        )  # fmt: skip
-        e = tl.exp2(l - shift)
+        if positive | (j0 + WIDTH > N):
+            e = tl.where((j[None, :] != pos[:, None]) & (j < N)[None, :], e, 0.0)
         if G is not None:
             at = G + k.to(tl.int64)[:, None] * ld + j[None, :]
-            g = e * slope(s, m, FOCAL) * r
+            g = e * slope_times(r, s, m, FOCAL)
             tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (j < N)[None, :])
         return tl.sum(e, 1)
 
@@ -89,42 +156,39 @@ def fused_rows(
     ld,
     FOCAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     ACC: tl.constexpr = r2.dtype.element_ty
-    # Tiles run down GROUP row tiles, then to the next column tile: the rows' operand stays in L2.
-    tiles_m = tl.cdiv(c, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    first_m = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first_m, GROUP)
-    within = tile % (GROUP * tiles_n)
-    tile_m = first_m + within % height
-    tile_n = within // height
-
+    tile_m, tile_n = tile_of(tl.program_id(0), c, N, BLOCK_M, BLOCK_N, GROUP)
+    S = product(z1hat, z2, tile_m, tile_n, c, N, D, ld1, ld2, ACC, PRECISION, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K)
     k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end read real ones again; the epilogue drops them.
-    x_at = z1hat + (k % c).to(tl.int64)[:, None] * ld1 + d[None, :]
-    y_at = z2 + (j % N).to(tl.int64)[None, :] * ld2 + d[:, None]
-    S = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for a in range(0, D, BLOCK_K):
-        x = tl.load(x_at, mask=d[None, :] < D - a, other=0)
-        y = tl.load(y_at, mask=d[:, None] < D - a, other=0)
-        S = tl.dot(x, y, S, input_precision=PRECISION)
-        x_at += BLOCK_K
-        y_at += BLOCK_K
-
     pos = positive_of(positives, i0 + k, k < c, N)
+    if positives is None:
+        lowest = i0 + tile_m * BLOCK_M
+        highest = lowest + BLOCK_M - 1
+    else:
+        lowest = tl.min(tl.where(pos >= 0, pos, N), 0)
+        highest = tl.max(pos, 0)
     z = epilogue(
-        S, tile_n * BLOCK_N, k, pos, G, r2, query_ids, key_ids, s_pos, number(m, ACC), inverse(tau, ACC) * BIT,
+        S, tile_n * BLOCK_N, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, number(m, ACC), inverse(tau, ACC) * BIT,
         number(shift, ACC), hard_weight, i0, c, B, N, ld, FOCAL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(partial + tile_n.to(tl.int64) * c + k, z, mask=k < c)
+
+
+@triton.jit
+def sum_tiles(partial, k, inside, tiles, c, ACC: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """sum_t partial_tk of ROWS rows k, always in the same order."""
+    z = tl.zeros([TILES, ROWS], ACC)
+    for a in range(0, tiles, TILES):
+        t = a + tl.arange(0, TILES)
+        at = partial + t.to(tl.int64)[:, None] * c + k[None, :]
+        z += tl.load(at, mask=(t < tiles)[:, None] & inside[None, :], other=0)
+    return tl.sum(z, 0)
 
 
 @triton.jit
@@ -152,17 +216,12 @@ def finish_rows(
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = k < c
     i = i0 + k
-    z = tl.zeros([TILES, ROWS], ACC)
-    for a in range(0, tiles, TILES):
-        t = a + tl.arange(0, TILES)
-        at = partial + t.to(tl.int64)[:, None] * c + k[None, :]
-        z += tl.load(at, mask=(t < tiles)[:, None] & inside[None, :], other=0)
-
+    z = sum_tiles(partial, k, inside, tiles, c, ACC, ROWS, TILES)
     pos = positive_of(positives, i, inside, N)
     s = tl.where(pos >= 0, tl.load(s_pos + k, mask=pos >= 0, other=0), float("nan"))
     r_pos = tl.load(r2 + pos, mask=pos >= 0, other=0)
     _, loss_i, f_i, g_pos = row_results(
-        tl.sum(z, 0), s, r_pos, number(shift, ACC), number_at(coef, i, inside, ACC), inverse(tau, ACC), FOCAL
+        z, s, r_pos, number(shift, ACC), number_at(coef, i, inside, ACC), inverse(tau, ACC), FOCAL
     )
     tl.store(loss + i, loss_i, mask=inside)
     if G is not None:

@@ -22,12 +22,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pycse.panels import products
 from pycse.panels.norms import Norms
 from pycse.problem import Contrastive, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
 KEY_BLOCK = 4096  # keys of one product S on a CPU
-GPU_PANEL_ROWS = 2048  # g2 is read and written once a panel: 8 N^2 D / c bytes beside the panel's own 6 N^2
 
 
 @dataclass
@@ -102,6 +102,16 @@ class Kernels(Norms):
         """G of the symmetric loss over S, complete."""
         raise NotImplementedError
 
+    def fused_sums(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        """similarities, then rows without gradient and columns, in one kernel or in turn."""
+        self.similarities(z1hat, self.p.z2, S)
+        self.rows(S, i0, False)
+        self.columns(S, i0)
+
+    def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        """similarities and symmetric in one kernel, or the two in turn."""
+        self.symmetric(self.similarities(z1hat, self.p.z2, S), i0)
+
     p: Contrastive
     state: State
 
@@ -116,9 +126,9 @@ def similarities(z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
 
 
 def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
-    """c: how many rows fit in PANEL_BYTES, between 64 and 2048."""
+    """c: how many rows fit in PANEL_BYTES, between 64 and 2048; on a GPU, products.panel_rows."""
     if p.z1.is_cuda:
-        return min(B, GPU_PANEL_ROWS)
+        return products.panel_rows(B, N, p.z1.shape[1], p.z1.element_size())
     row_bytes = N * (p.z1.element_size() + temporaries * p.acc.itemsize)
     c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 1024, PANEL_BYTES // row_bytes))
     return B if c >= B else c
@@ -144,7 +154,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         state.r2.fill_(1)
 
     c = panel_rows(B, N, p, k.temporaries)
-    r1, panel = new(c), k.empty(c, N, dtype=z1.dtype)
+    r1, panel = new(c), k.empty(c, products.row_stride(N, z1.device, z1.element_size()), dtype=z1.dtype)[:, :N]
     z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
 
     def panels():
@@ -169,7 +179,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
             if p.symmetric:
-                k.symmetric(k.similarities(z1hat, z2, S), i0)
+                k.fused_symmetric(z1hat, S, i0)
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
@@ -204,8 +214,9 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
 class KeyGradient:
     """The sum over panels of G^T z1hat, (N, D), in the accumulation type; the first panel writes instead of adding.
 
-    16-bit panels: each product is rounded once, their sum stays in fp32. On a CPU they are accumulated transposed, as
-    z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G (docs/performance.md).
+    16-bit panels: their sum stays in fp32; on a GPU the product adds to it, elsewhere it is rounded once before. On a CPU they
+    are accumulated transposed, as z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G
+    (docs/performance.md).
     """
 
     def __init__(self, keys: Tensor, empty: Callable[..., Tensor], single: bool) -> None:
@@ -222,6 +233,13 @@ class KeyGradient:
             else:
                 self.sum.addmm_(G.t(), z1hat)
             return
+        if not self.single and products.sums_in_float32(G.device):
+            if self.sum is None:
+                self.sum = self.empty(self.N, self.D, dtype=torch.float32)
+                torch.mm(G.t(), z1hat, out_dtype=torch.float32, out=self.sum)
+            else:
+                products.add_product(self.sum, G.t(), z1hat)
+            return
         left, right = (z1hat.t().contiguous(), G) if self.transposed else (G.t(), z1hat)
         if self.product is None:
             shape = (self.D, self.N) if self.transposed else (self.N, self.D)
@@ -236,11 +254,7 @@ class KeyGradient:
 
     def add_rows(self, i0: int, G: Tensor, keys: Tensor) -> None:
         """G keys to the rows from i0 on, where rows are keys too; after the first ``add``."""
-        part = self.total[i0 : i0 + G.shape[0]]
-        if self.wide:
-            part.addmm_(G, keys)
-        else:
-            part.add_(torch.mm(G, keys))
+        products.add_product(self.total[i0 : i0 + G.shape[0]], G, keys)
 
     @property
     def total(self) -> Tensor:
@@ -258,9 +272,7 @@ def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
         for _ in panels():  # every s_jj before the first column
             pass
     for i0, _, z1hat, _, S in panels():
-        k.similarities(z1hat, p.z2, S)
-        k.rows(S, i0, False)
-        k.columns(S, i0)
+        k.fused_sums(z1hat, S, i0)
     torch.add(sums.column_sum.log2(), sums.column_max, out=sums.lneg_column).mul_(math.log(2))
     sums.lneg_column.masked_fill_(sums.column_sum == 0, -torch.inf)
     sums.lse_column.copy_(torch.logaddexp(sums.lneg_column, sums.lpos))

@@ -18,13 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pycse.panels.contrastive import GPU_PANEL_ROWS, KeyGradient, similarities
+from pycse.panels import products
+from pycse.panels.contrastive import KeyGradient, similarities
 from pycse.panels.norms import Norms
 from pycse.problem import Distillation, Result
 
 PANEL_BYTES = 48 << 20  # of S and T together
 TEACHER_BYTES = 64 << 20  # up to which the teachers' normalised copies are kept, side by side: one product makes T
 TEACHER_BLOCK = 1024  # keys of a teacher normalised at a time, beyond
+GPU_TEACHER_BYTES, GPU_TEACHER_BLOCK = 1 << 30, 1 << 16  # a launch costs more there than memory
 SYMMETRIC_BLOCK = 128  # rows of the blocks above the diagonal that a one-panel batch computes
 
 
@@ -56,16 +58,21 @@ class Kernels(Norms):
 def panel_rows(d: Distillation, temporaries: int) -> int:
     B = d.z1.shape[0]
     if d.z1.is_cuda:
-        return min(B, GPU_PANEL_ROWS)
+        return products.panel_rows(B, B, d.z1.shape[1], 2 * d.z1.element_size())
     row_bytes = B * (d.z1.element_size() + (1 + temporaries) * d.acc.itemsize)
     c = max(64, min(1024, PANEL_BYTES // row_bytes))
     return B if B * row_bytes <= PANEL_BYTES else c
 
 
+def joins(d: Distillation) -> bool:
+    """Whether a launch costs more than a copy of the teachers."""
+    return d.z1.is_cuda
+
+
 def gram(unit: Tensor, out: Tensor, block: int = SYMMETRIC_BLOCK) -> Tensor:
     """out = unit unit^T: the blocks from the diagonal on, mirrored."""
     B = unit.shape[0]
-    if 2 * block > B:
+    if 2 * block > B or unit.is_cuda:  # half the arithmetic is not worth the launches
         return torch.mm(unit, unit.t(), out=out)
     for i in range(0, B, block):
         j = min(i + block, B)
@@ -89,10 +96,9 @@ class Teachers:
             dtype = torch.promote_types(dtype, e.dtype)
         self.teachers = [e.to(dtype) for e in d.teachers]
         widths = [e.shape[1] for e in self.teachers]
-        if self.B * sum(widths) * dtype.itemsize <= TEACHER_BYTES:
-            self.units = k.empty(self.B, sum(widths), dtype=dtype)
-            for e, w, part in zip(self.teachers, d.teacher_weights, self.units.split(widths, 1)):
-                k.normalize(e, None, part, w**0.5)
+        most, self.block = (GPU_TEACHER_BYTES, GPU_TEACHER_BLOCK) if d.z1.is_cuda else (TEACHER_BYTES, TEACHER_BLOCK)
+        if self.B * sum(widths) * dtype.itemsize <= most:
+            self.units = self._side_by_side(widths, dtype)
             self.memory = k.empty(c, self.B, dtype=dtype)
         else:
             self.memory = k.empty(c, self.B, dtype=torch.promote_types(dtype, torch.float32))
@@ -111,13 +117,22 @@ class Teachers:
         out.zero_()
         for e, w in zip(self.teachers, d.teacher_weights):
             rows = self._unit(e[i0 : i0 + n], w**0.5)
-            for j in range(0, self.B, TEACHER_BLOCK):
-                keys, part = self._unit(e[j : j + TEACHER_BLOCK], w**0.5), out[:, j : j + TEACHER_BLOCK]
-                if part.dtype == keys.dtype:
-                    part.addmm_(rows, keys.t())
-                else:
-                    part.add_(torch.mm(rows, keys.t()))
+            for j in range(0, self.B, self.block):
+                keys = self._unit(e[j : j + self.block], w**0.5)
+                products.add_product(out[:, j : j + self.block], rows, keys.t())
         return out
+
+    def _side_by_side(self, widths: list[int], dtype: torch.dtype) -> Tensor:
+        """sqrt(w_k) ehat^k along features. Teachers that are alike are one matrix of B K rows: two launches for any K."""
+        weights = self.d.teacher_weights
+        units = self.k.empty(self.B, sum(widths), dtype=dtype)
+        if joins(self.d) and len(widths) > 2 and len(set(widths)) == len(set(weights)) == 1:
+            rows = torch.cat(self.teachers, 1).view(-1, widths[0])
+            self.k.normalize(rows, None, units.view(-1, widths[0]), weights[0] ** 0.5)
+        else:
+            for e, w, part in zip(self.teachers, weights, units.split(widths, 1)):
+                self.k.normalize(e, None, part, w**0.5)
+        return units
 
     def _unit(self, e: Tensor, factor: float) -> Tensor:
         out = torch.empty(e.shape, dtype=e.dtype, device=e.device)

@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from pycse.panels.contrastive import GPU_PANEL_ROWS, PANEL_BYTES
+from pycse.panels import products
+from pycse.panels.contrastive import PANEL_BYTES
 from pycse.panels.distill import gram
 from pycse.panels.norms import Norms
 from pycse.problem import Result, Uniformity
@@ -43,7 +44,7 @@ class Kernels(Norms):
 def panel_rows(p: Uniformity, temporaries: int) -> int:
     N = p.z.shape[0]
     if p.z.is_cuda:
-        return min(N, GPU_PANEL_ROWS)
+        return products.panel_rows(N, N, p.z.shape[1], p.z.element_size())
     row_bytes = N * (p.z.element_size() + temporaries * p.acc.itemsize)
     return N if N * row_bytes <= PANEL_BYTES else max(64, min(1024, PANEL_BYTES // row_bytes))
 
@@ -118,8 +119,8 @@ def _accumulate(g: Tensor, E: Tensor, zhat: Tensor, i0: int) -> None:
         return
     if i0 == 0:
         g.zero_()
-    own.add_(torch.mm(E, keys))
+    products.add_product(own, E, keys)
     if g.device.type == "cpu":  # oneDNN is slow on a transposed E (panels/contrastive.py)
         behind.add_(torch.mm(rows.t().contiguous(), mirrored).t())
     else:
-        behind.add_(torch.mm(mirrored.t(), rows))
+        products.add_product(behind, mirrored.t(), rows)

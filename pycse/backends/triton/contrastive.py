@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from torch import Tensor
 from pycse.backends import interpreted
 from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
 from pycse.kernels.triton import contrastive as row_kernels
-from pycse.kernels.triton import fused, symmetric
+from pycse.kernels.triton import fused, fused_symmetric, symmetric
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
@@ -28,6 +29,7 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
+    copied: bool = False  # operands through tensor descriptors: the hardware copies their tiles (sm_90)
 
 
 # Tiles of the fused GEMM by operand type and compute capability (at least), largest first: the first that gives every
@@ -51,6 +53,21 @@ def tile(kind: str, capability: int, processors: int, c: int, N: int, aligned: b
         if triton.cdiv(c, t.m) * triton.cdiv(N, t.n) >= processors:
             return t
     return tiles[-1]
+
+
+@functools.cache
+def tensor_descriptor() -> Any:
+    """triton.tools' class, or None in a Triton that has none yet."""
+    try:
+        return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    except ImportError:
+        return None
+
+
+def describable(z: Tensor) -> bool:
+    """Whether the hardware's copies take z: its rows lie apart and begin at multiples of 16 bytes."""
+    aligned = not (z.data_ptr() % 16 or z.stride(0) * z.element_size() % 16)
+    return tensor_descriptor() is not None and aligned and z.stride(0) >= z.shape[1]
 
 
 @functools.cache
@@ -84,9 +101,12 @@ class Kernels(Norms, panel.Kernels):
         self.hard_weight = self.number(p.hard_negative_weight) if p.hard_negative_weight else None
         self.exclude_above = None if p.exclude_above is None else self.number(p.exclude_above)
         self.block = block_of(self.N)
+        self.s_ii = self.new(self.B) if state.sums is not None else None
 
     def _fuses(self) -> bool:
-        """The epilogue of a GEMM sees a tile at a time: not the row's maximum, nor a threshold from its positive."""
+        """Whether rows, columns and gradients are epilogues of the GEMM that makes S. An epilogue sees a tile at a time: not the
+        row's maximum (a shift must bound the logits), nor a threshold from its positive, and sums for the gradients of
+        temperature and m would be two more."""
         p, out = self.p, self.state
         if self.shift is None or p.exclude_above is not None or p.acc == torch.float64:
             return False
@@ -94,31 +114,70 @@ class Kernels(Norms, panel.Kernels):
         # cuBLAS.
         if dot_kind(p.z1.dtype) == ("bf16" if interpreted() else "ieee"):
             return False
-        return out.dtau is None and out.dm is None and out.sums is None
+        return out.dtau is None and out.dm is None
 
-    def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
-        if not self._fuses():
-            return super().fused_rows(z1hat, S, i0, grad)
-        p, out, z2 = self.p, self.state, self.p.z2
+    def _plan(self, z1hat: Tensor) -> tuple[int, int, tuple[Any, Any], tuple[int, ...], dict[str, Any]]:
+        """The fused GEMM's tiles down and along a panel; its operands; D and strides; what every launch of it takes."""
+        z2 = self.p.z2
         (c, D), N = z1hat.shape, self.N
         kind = dot_kind(z2.dtype)
         strides = z1hat.stride(0), z2.stride(0)
         t = tile(kind, *device_properties(z2.device), c, N, aligned=not any(n % 16 for n in (D, *strides)))
-        tiles = triton.cdiv(N, t.n)
-        partial, s_pos = self.new(tiles, c), self.new(c)
+        options = dict(
+            FOCAL=self.p.focal, PRECISION="tf32" if kind == "tf32" else "ieee", WHOLE=D % t.k == 0,
+            BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, GROUP=GROUP, num_warps=t.warps, num_stages=t.stages,
+            enable_fp_fusion=True,  # an epilogue is counted in instructions; Triton 3.10 will not fuse unasked
+        )  # fmt: skip
+        operands: tuple[Any, Any] = z1hat, z2
+        if t.copied and describable(z1hat) and describable(z2):
+            descriptor = tensor_descriptor()
+            operands = descriptor.from_tensor(z1hat, [t.m, t.k]), descriptor.from_tensor(z2, [t.n, t.k])
+        return triton.cdiv(c, t.m), triton.cdiv(N, t.n), operands, (D, *strides), options
+
+    def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        if not self._fuses():
+            return super().fused_rows(z1hat, S, i0, grad)
+        p, out, c = self.p, self.state, z1hat.shape[0]
+        down, along, operands, sizes, options = self._plan(z1hat)
+        partial, s_pos = self.new(along, c), self.new(c)
         f = self.new(c) if grad else None
         G = S if grad else None
-        fused.fused_rows[(triton.cdiv(c, t.m) * tiles,)](
-            z1hat, z2, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
-            self.hard_weight, i0, c, self.B, N, D, *strides, S.stride(0),
-            FOCAL=p.focal, PRECISION="tf32" if kind == "tf32" else "ieee",
-            BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, GROUP=GROUP, num_warps=t.warps, num_stages=t.stages,
+        fused.fused_rows[(down * along,)](
+            *operands, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
+            self.hard_weight, i0, c, self.B, self.N, *sizes, S.stride(0), **options,
         )  # fmt: skip
         fused.finish_rows[(triton.cdiv(c, 32),)](
-            partial, s_pos, G, out.r2, p.positives, self.coef, out.loss, f, self.tau, self.shift, i0, c, N,
-            S.stride(0), tiles, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
+            partial, s_pos, G, out.r2, p.positives, self.coef, out.loss, f, self.tau, self.shift, i0, c, self.N,
+            S.stride(0), along, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
         )  # fmt: skip
         return f
+
+    def fused_sums(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        if not self._fuses():
+            return super().fused_sums(z1hat, S, i0)
+        p, out, c, sums = self.p, self.state, z1hat.shape[0], self.state.sums
+        assert sums is not None
+        down, along, operands, sizes, options = self._plan(z1hat)
+        rows, columns = self.new(along, c), self.new(down, self.N)
+        fused_symmetric.fused_sums[(down * along,)](
+            *operands, out.r2, p.query_ids, p.key_ids, rows, columns, self.s_ii, self.tau, self.m, self.shift,
+            i0, c, self.N, *sizes, **options,
+        )  # fmt: skip
+        fused_symmetric.finish_sums[(triton.cdiv(self.N, 32),)](
+            rows, columns, self.s_ii, out.loss, sums.lpos, sums.lneg, sums.column_max, sums.column_sum, self.tau,
+            self.shift, i0, c, self.N, down, along, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
+        )  # fmt: skip
+
+    def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
+        if not self._fuses():
+            return super().fused_symmetric(z1hat, S, i0)
+        p, out, c, sums = self.p, self.state, z1hat.shape[0], self.state.sums
+        assert sums is not None
+        down, along, operands, sizes, options = self._plan(z1hat)
+        fused_symmetric.fused_gradients[(down * along,)](
+            *operands, S, out.r2, p.query_ids, p.key_ids, self.coef, sums.lpos, sums.lneg, sums.lneg_column,
+            sums.lse_column, self.tau, self.m, self.shift, i0, c, self.N, *sizes, S.stride(0), **options,
+        )  # fmt: skip
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         p, out = self.p, self.state

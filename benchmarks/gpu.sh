@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Everything to do on a machine with a GPU, in under 9 minutes: build, GPU tests, compute-sanitizer, benchmarks and tuner.
+#
+#   bash benchmarks/gpu.sh [--check-only | --bench-only | --dry-run]
+#
+# Uses the python3 on PATH (or PYTHON), whose torch has CUDA, and no network. Results go to $OUT, or else to
+# benchmarks/results: gpu-DATE.json and .md, and a log of each stage. --dry-run rehearses all of it on any machine:
+# tests are collected, the benchmarks run in tiny on the processor, and what needs a GPU or a compiler is printed instead.
+# Each stage has a time limit, and the next begins whatever the one before it came to; the exit status counts failed stages.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+mode=${1:-all}
+case $mode in
+all | --check-only | --bench-only | --dry-run) ;;
+*)
+  echo "usage: bash benchmarks/gpu.sh [--check-only | --bench-only | --dry-run], not $mode" >&2
+  exit 2
+  ;;
+esac
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+# cmake and ninja may have come with pip: they stand beside that Python.
+PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
+export PATH PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
+failed=0
+begin=$SECONDS
+
+# stage NAME SECONDS COMMAND...: runs the command under the limit, its output in $out/NAME.log and the end of it here.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  echo "== $name (at most $limit s): $*"
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  tail -n "${lines:-12}" "$out/$name.log"
+  case $status in
+  0) echo "== $name: done in $((SECONDS - start)) s" ;;
+  124 | 137) echo "== $name: STOPPED at its limit of $limit s" ;;
+  *) echo "== $name: FAILED with status $status after $((SECONDS - start)) s, see $out/$name.log" ;;
+  esac
+  [ $status -eq 0 ] || failed=$((failed + 1))
+  return $status
+}
+
+# What a real run would do and this one only says.
+rehearse() { echo "== $1 (at most $2 s) would run: ${*:3}"; }
+
+"$python" - "$mode" <<'PY' || exit 1
+import importlib.metadata, importlib.util, shutil, sys
+
+dry = sys.argv[1] == "--dry-run"
+try:
+    import torch
+except ImportError:
+    sys.exit(f"{sys.executable} has no torch: put the Python whose torch has CUDA first on PATH, or name it in PYTHON")
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+if not dry and not torch.cuda.is_available():
+    sys.exit("No GPU is available to this torch: nothing can be measured here. --dry-run rehearses without one.")
+missing = [n for n in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(n) is None]
+if "setuptools" not in missing and int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+    missing.append("setuptools >= 77")
+missing += [n for n in ("cmake", "ninja", "c++") if shutil.which(n) is None]
+if missing:
+    message = f"The build needs {', '.join(missing)}, which this machine lacks; without a network they have to be brought (pip install)."
+    print(message) if dry else sys.exit(message)
+if shutil.which("nvcc") is None:
+    print("No nvcc on PATH: backend 'cuda' is left out, 'triton' is tested and measured.")
+PY
+
+arch=$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+print(f"{major}{minor}{chr(97) if major >= 9 else str()}-real")')
+export PYCSE_CUDA_ARCHS=${PYCSE_CUDA_ARCHS:-$arch}
+build=("$python" -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .)
+pytest=("$python" -m pytest -q -m gpu -p no:cacheprovider -W ignore::UserWarning)
+if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 12); fi
+exercise=("$python" -m benchmarks.gpu --exercise)
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+
+if [ "$mode" = --dry-run ]; then
+  rehearse build 200 env "PYCSE_CUDA_ARCHS=$arch" "${build[@]}"
+  lines=4 stage tests 120 "$python" -m pytest -q -m gpu --collect-only -p no:cacheprovider
+  for tool in memcheck racecheck; do rehearse "$tool" 50 "$sanitizer" --tool "$tool" "${exercise[@]}"; done
+  stage exercise 60 "${exercise[@]}" --dry-run
+  lines=40 stage bench 120 "$python" -m benchmarks.gpu --dry-run --out "$out"
+else
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,utilization.gpu --format=csv || true
+  stage build 200 "${build[@]}" || exit 1
+  # What ptxas said of each CUDA kernel of this build.
+  find build -path '*ptxas/*.txt' -exec cat {} + >"$out/ptxas.txt" 2>/dev/null
+  "$python" -c 'import pycse; print(pycse.info())'
+  if [ "$mode" != --bench-only ]; then
+    lines=40 stage tests 170 "${pytest[@]}"
+    # Once without the sanitizer: what Triton compiles is kept for the runs under it.
+    stage exercise 60 "${exercise[@]}"
+    if [ -x "$sanitizer" ]; then
+      # PyTorch's allocator would hide an access past the end of a tensor.
+      for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 50 "$sanitizer" --tool "$tool" --error-exitcode 9 "${exercise[@]}"
+      done
+    else
+      echo "== no compute-sanitizer on this machine: memcheck and racecheck are left out"
+    fi
+  fi
+  if [ "$mode" != --check-only ]; then
+    # What is left of 535 seconds, so that the whole stays under 9 minutes.
+    left=$((535 - (SECONDS - begin)))
+    lines=60 stage bench "$left" "$python" -m benchmarks.gpu --out "$out" --seconds "$((left - 40))"
+  fi
+fi
+echo "== $((SECONDS - begin)) s in all, $failed stages failed, results in $out"
+exit "$failed"
