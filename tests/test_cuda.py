@@ -221,7 +221,7 @@ def test_no_kernel_spills(arch):
         pytest.skip(f"this build has no machine code for {arch} (PYCSE_CUDA_ARCHS)")
     names = "".join(name for name, *_ in kernels)
     sparse = ("linear", "dx", "dw", "add_splits", "mark")
-    for kernel in ("rows", "columns", "symmetric", "positives", "normalize", "project", "distill", *sparse):
+    for kernel in ("rows", "columns", "symmetric", "positives", "normalize", "project", "distill", "small", *sparse):
         assert f"{kernel}_kernel" in names
     assert not [(name, stack, local) for name, _, stack, _, local in kernels if int(stack) or int(local)]
 
@@ -231,16 +231,22 @@ def test_no_kernel_spills(arch):
 on_gpu = pytest.mark.usefixtures("cuda_backend")
 
 
+@pytest.fixture
+def panels(monkeypatch):
+    """Small batches too go through the panel driver; tests/test_cuda_small.py has their one launch."""
+    monkeypatch.setattr(cuda, "fits", lambda p: False)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*TABLE, Case(3000, 5001, 96), Case(2500, D=64, options={"symmetric": True})], ids=str)
-def test_device(case, dtype):
+def test_device(case, dtype, panels):
     check(case, "cuda", dtype, "cuda")
 
 
 @on_gpu
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_same_call_same_bits(symmetric):
+def test_same_call_same_bits(symmetric, panels):
     case = Case(3000, D=96, options={"symmetric": symmetric})
     first, second = (run(case, "cuda", torch.bfloat16, "cuda") for _ in range(2))
     for name in first.values:
@@ -248,7 +254,7 @@ def test_same_call_same_bits(symmetric):
 
 
 @on_gpu
-def test_waits_for_nothing_and_is_captured():
+def test_waits_for_nothing_and_is_captured(panels):
     z1, z2 = (torch.randn(300, 64, device="cuda", requires_grad=True) for _ in range(2))
     tau = torch.tensor(0.05, device="cuda", requires_grad=True)
 
@@ -277,7 +283,7 @@ def test_waits_for_nothing_and_is_captured():
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_panels_of_many_sizes(dtype, monkeypatch):
+def test_panels_of_many_sizes(dtype, panels, monkeypatch):
     for c in (1, 13, 512):
         monkeypatch.setattr(panel, "panel_rows", lambda B, *_, c=c: min(B, c))
         for case in (Case(700, 1303, 40), Case(700, D=40, options={"symmetric": True}, tensors=True)):
@@ -285,7 +291,7 @@ def test_panels_of_many_sizes(dtype, monkeypatch):
 
 
 @on_gpu
-def test_a_bad_positive_stays_in_bounds():
+def test_a_bad_positive_stays_in_bounds(panels):
     z1, z2 = (z.cuda().float() for z in embeddings(6, 9))
     positives = torch.tensor([0, 1, 2**40, 3, 8, -1], device="cuda")
     loss = fused_focal_infonce(z1, z2, positives=positives, reduction="none", backend="cuda")

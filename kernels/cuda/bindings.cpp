@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "contrastive.h"
 #include "sparse.h"
 
@@ -67,6 +69,22 @@ static void bind(py::module_ m, const Kernels& kernels) {
           kernels.uniformity(p, DType(dtype), panel(S, ld, i0, c, 0), n, grad, queue(where));
         },
         nogil());
+  m.def("small",
+        [=](const Contrastive& p, int dtype, Address z1, int64_t ld1, Address z2, int64_t ld2, int D, bool normalize,
+            bool symmetric, bool grad, Address work, Address dz1, Address dz2, std::array<Address, 3> totals,
+            Where where) {
+          Small q;
+          q.z1 = vectors(z1, ld1, p.B, D), q.z2 = vectors(z2, ld2, p.N, D);
+          q.normalize = normalize, q.symmetric = symmetric, q.grad = grad, q.work = at(work);
+          q.dz1 = at(dz1), q.dz2 = at(dz2);
+          q.total = at(totals[0]), q.total_dtau = at(totals[1]), q.total_dm = at(totals[2]);
+          kernels.small(p, DType(dtype), q, queue(where));
+        },
+        nogil());
+  m.def("small_runs", [=](Where where) { return kernels.small_runs(queue(where)); });
+  m.def("small_work_size", [](int B, int N, int D, int dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
+    return small_work_size(B, N, D, DType(dtype), normalize, symmetric, dz1, dz2);
+  });
   m.def("scratch", [=](int B, int c, Where where) {
     return std::make_pair(kernels.scratch_rows(B, c, queue(where)), scratch_width(B));
   });

@@ -38,7 +38,7 @@ __device__ __forceinline__ A warp_reduce(A x, Op op) {
 }
 
 struct Warp {
-  __device__ int index() const { return threadIdx.x; }
+  __device__ int index() const { return threadIdx.x % 32; }
   __device__ int size() const { return 32; }
   __device__ void sync() const { __syncwarp(); }
   template <class A> __device__ A sum(A x) const { return warp_reduce(x, Add()); }
@@ -105,10 +105,10 @@ struct ThreadBlock {
   }
 };
 
-// The threads (x, 0), (x, 1), ... of a block: slices of one column.
+// The threads x, x + Columns, ... of a block: slices of one column.
 template <int Columns, int Slices>
 struct Slice {
-  __device__ int index() const { return threadIdx.y; }
+  __device__ int index() const { return threadIdx.x / Columns; }
   __device__ int size() const { return Slices; }
   __device__ void sync() const { __syncthreads(); }
   template <class A> __device__ A sum(A x) const { return reduce(x, Add()); }
@@ -118,11 +118,12 @@ struct Slice {
   template <class A, class Op>
   __device__ A reduce(A x, Op op) const {
     __shared__ A partial[Slices][Columns];
+    const int column = threadIdx.x % Columns;
     __syncthreads();
-    partial[threadIdx.y][threadIdx.x] = x;
+    partial[index()][column] = x;
     __syncthreads();
-    x = partial[0][threadIdx.x];
-    for (int slice = 1; slice < Slices; ++slice) x = op(x, partial[slice][threadIdx.x]);
+    x = partial[0][column];
+    for (int slice = 1; slice < Slices; ++slice) x = op(x, partial[slice][column]);
     return x;
   }
 };

@@ -39,8 +39,8 @@ struct Contrastive {
   void* lneg = nullptr;                   // log of the sum over the row's negatives
   void* column_max = nullptr;             // running maximum (in bits) of the columns and sum over the rows so far
   void* column_sum = nullptr;
-  const void* lneg_column = nullptr;      // the finished log-sums of the columns
-  const void* lse_column = nullptr;       // log(exp(lneg_column) + exp(lpos))
+  void* lneg_column = nullptr;            // the finished log-sums of the columns
+  void* lse_column = nullptr;             // log(exp(lneg_column) + exp(lpos))
 };
 
 // Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
@@ -82,6 +82,18 @@ struct Vectors {
   int n = 0, D = 0;
 };
 
+// One launch for a whole contrastive problem; small.h. All that follows z2 is memory that small_work places.
+struct Small {
+  Vectors z1, z2;
+  bool normalize = true, symmetric = false, grad = false;
+  void* work = nullptr;
+  void *dz1 = nullptr, *dz2 = nullptr;    // contiguous, or null
+  void *total = nullptr, *total_dtau = nullptr, *total_dm = nullptr;  // fp32, or null
+  int64_t ld_S = 0, ld_hat = 0;
+  void *r1 = nullptr, *r2 = nullptr, *f = nullptr, *S = nullptr, *G = nullptr, *z1hat = nullptr, *g1 = nullptr,
+       *g2 = nullptr;
+};
+
 struct Uniformity {
   double u = 0;                           // 2 t / log 2
   const void* bias = nullptr;             // (N) acc
@@ -91,6 +103,8 @@ struct Uniformity {
 // 32-bit words of scratch for a row's groups: seven arrays of B, each 16-byte aligned.
 constexpr int kGroupArrays = 7;
 PYCSE_HD constexpr int64_t scratch_width(int B) { return kGroupArrays * ((int64_t(B) + 3) / 4 * 4); }
+
+PYCSE_HD constexpr int ceil_div(int n, int d) { return n / d + (n % d != 0); }
 
 struct Queue {
   int device = 0;
@@ -113,7 +127,12 @@ struct Kernels {
   int (*scratch_rows)(int B, int c, Queue);
   // Rows [i0, i0 + c) of S against the n keys from i0 on.
   void (*uniformity)(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
+  void (*small)(Contrastive, DType, Small, Queue);
+  // Whether the device can hold a grid that waits for itself.
+  bool (*small_runs)(Queue);
 };
+
+int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool symmetric, bool dz1, bool dz2);
 
 const Kernels& emulated_kernels();
 const Kernels& device_kernels();

@@ -9,4 +9,6 @@ void symmetric(const Contrastive&, DType, const Panel&, Queue);
 void distill(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
 int scratch_rows(int B, int c, Queue);
 void uniformity(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
+void small(Contrastive, DType, Small, Queue);
+bool small_runs(Queue);
 }  // namespace pycse::cuda

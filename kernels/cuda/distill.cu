@@ -21,12 +21,6 @@ distill_kernel(const __grid_constant__ Distill d, const __grid_constant__ Panel 
     distill_row<T, U>(ThreadBlock(), d, panel, teacher, k, grad, bins, memory);
 }
 
-static int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "no attribute");
-  return value;
-}
-
 constexpr int kStatic = sizeof(Bins) + 2048;  // the reductions take 1 KB
 
 int scratch_rows(int B, int c, Queue queue) {

@@ -2,6 +2,7 @@
 // are the host's, the queue is ignored.
 #include "distill.h"
 #include "norms.h"
+#include "small.h"
 #include "sparse.h"
 #include "symmetric.h"
 #include "uniformity.h"
@@ -67,9 +68,48 @@ static void uniformity(const Uniformity& p, DType dtype, const Panel& panel, int
   });
 }
 
+// Every phase's items in turn, none before all of the phase before are done.
+struct HostGrid {
+  int bytes;
+  template <class F> void warps(int n, F f) const { blocks(n, f); }
+  template <class F> void columns(int n, F f) const { blocks(n, f); }
+  template <class F> void blocks(int n, F f) const {
+    for (int k = 0; k < n; ++k) f(OneThread(), k);
+  }
+  template <class F> void threads(int n, F f) const {
+    for (int k = 0; k < n; ++k) f(k);
+  }
+  template <class F> void tiles(int n, F f) const {
+    for (int k = 0; k < n; ++k) {
+      HostTile tile(bytes);
+      f(tile, k);
+    }
+  }
+  void sync() const {}
+};
+
+static void small(Contrastive p, DType dtype, Small q, Queue) {
+  small_work(p, q, dtype == DType::bf16);
+  small_variant(p, dtype, [&](auto type, auto masked) {
+    HostGrid grid{kSmallBytes<decltype(type)>};
+    small<decltype(type), decltype(masked)::value>(grid, p, q);
+  });
+}
+
+static bool small_runs(Queue) { return true; }
+
+int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
+  Contrastive p;
+  Small q;
+  char any;  // of the gradients only whether they are wanted
+  p.B = B, p.N = N, p.exclude = true;
+  q.z1.D = D, q.normalize = normalize, q.symmetric = symmetric, q.dz1 = dz1 ? &any : nullptr, q.dz2 = dz2 ? &any : nullptr;
+  return small_work(p, q, dtype == DType::bf16);
+}
+
 const Kernels& emulated_kernels() {
   static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
-                                    distill, scratch_rows, uniformity};
+                                    distill, scratch_rows, uniformity, small, small_runs};
   return table;
 }
 

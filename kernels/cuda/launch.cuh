@@ -40,7 +40,11 @@ void launch_on(const Queue& queue, const char* kernel, Launch launch) {
   check(cudaGetLastError(), kernel);
 }
 
-inline int ceil_div(int n, int d) { return n / d + (n % d != 0); }
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "no attribute");
+  return value;
+}
 
 // Threads for a row of n elements of which each takes `width` at a time: whole warps, no more than there is work for.
 inline int threads_for(int n, int width, int most) {

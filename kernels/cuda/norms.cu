@@ -55,7 +55,9 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
 }
 
 const Kernels& device_kernels() {
-  static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch_rows, uniformity};
+  static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch_rows,
+                                uniformity,
+                                small, small_runs};
   return table;
 }
 

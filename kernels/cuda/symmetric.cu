@@ -12,7 +12,7 @@ template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // as in row
 template <class T, bool Masked>
 __global__ void __launch_bounds__(kColumns * kSlices, 1)
 columns_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
-  column<T, Masked>(Slice<kColumns, kSlices>(), p, panel, int(blockIdx.x * kColumns + threadIdx.x));
+  column<T, Masked>(Slice<kColumns, kSlices>(), p, panel, int(blockIdx.x * kColumns + threadIdx.x % kColumns));
 }
 
 template <class T, bool Params, bool Masked>
@@ -25,7 +25,7 @@ void columns(const Contrastive& p, DType dtype, const Panel& panel, Queue queue)
   columns_variant(p, dtype, [&](auto type, auto masked) {
     launch_on(queue, "columns", [&](cudaStream_t stream) {
       columns_kernel<decltype(type), decltype(masked)::value>
-          <<<ceil_div(p.N, kColumns), dim3(kColumns, kSlices), 0, stream>>>(p, panel);
+          <<<ceil_div(p.N, kColumns), kColumns * kSlices, 0, stream>>>(p, panel);
     });
   });
 }

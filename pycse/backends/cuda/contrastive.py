@@ -1,7 +1,11 @@
-"""The CUDA kernels of kernels/cuda around PyTorch's GEMMs. Nothing here waits for the device, so calls can be captured in
-a CUDA graph; numbers in tensors are read by the kernels."""
+"""The CUDA kernels of kernels/cuda around PyTorch's GEMMs; small batches in one launch. Nothing here waits
+for the device, so calls can be captured in a CUDA graph; numbers in tensors are read by the kernels."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,37 +15,50 @@ from pycse.backends.cuda.norms import Norms
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
+# Multiply-adds B N D of a product up to which one launch does everything (kernels/cuda/small.h): its tiles of 64 x 64 are no
+# match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates, not yet measured.
+SMALL = {torch.float32: 1 << 28, torch.bfloat16: 1 << 30}
+SMALL_ROWS = 2048  # a row is one block's
+
+
+def _problem(
+    kernels: Any, p: Contrastive, numbers: Sequence[float | Tensor], coef: Tensor | float, **tensors: Any
+) -> Any:
+    (tau, tau_at), (m, m_at) = ((0.0, n.data_ptr()) if isinstance(n, Tensor) else (n, 0) for n in numbers)
+    return kernels.Contrastive(
+        B=p.z1.shape[0],
+        N=p.z2.shape[0],
+        focal=p.focal,
+        tau=tau,
+        tau_at=tau_at,
+        m=m,
+        m_at=m_at,
+        shift=p.shift,
+        hard_weight=p.hard_negative_weight,
+        exclude_above=p.exclude_above,
+        positives=pointer(p.positives),
+        query_ids=pointer(p.query_ids),
+        key_ids=pointer(p.key_ids),
+        coef=pointer(coef),
+        coef_all=1.0 if isinstance(coef, Tensor) else coef,
+        **{name: pointer(t) for name, t in tensors.items()},
+    )
+
+
+def _numbers(p: Contrastive) -> list[float | Tensor]:
+    """Temperature and m, in memory as the kernels read them."""
+    return [t.to(p.acc) if isinstance(t, Tensor) else t for t in (p.temperature, p.m)]
+
 
 class Kernels(Norms, panel.Kernels):
     def __init__(self, p: Contrastive, state: panel.State) -> None:
-        B, N = p.z1.shape[0], p.z2.shape[0]
-        super().__init__(p.z1, N)
+        super().__init__(p.z1, p.z2.shape[0])
         self.p, self.state = p, state
-        self.kept = [t.to(p.acc) if isinstance(t, Tensor) else t for t in (p.temperature, p.m)]  # alive for the kernels
-        (tau, tau_at), (m, m_at) = ((0.0, n.data_ptr()) if isinstance(n, Tensor) else (n, 0) for n in self.kept)
-        coef = state.coef
-        self.problem = self.kernels.Contrastive(
-            B=B,
-            N=N,
-            focal=p.focal,
-            tau=tau,
-            tau_at=tau_at,
-            m=m,
-            m_at=m_at,
-            shift=p.shift,
-            hard_weight=p.hard_negative_weight,
-            exclude_above=p.exclude_above,
-            r2=state.r2.data_ptr(),
-            s_pos=pointer(state.s_pos),
-            positives=pointer(p.positives),
-            query_ids=pointer(p.query_ids),
-            key_ids=pointer(p.key_ids),
-            coef=pointer(coef),
-            coef_all=1.0 if isinstance(coef, Tensor) else coef,
-            loss=state.loss.data_ptr(),
-            dtau=pointer(state.dtau),
-            dm=pointer(state.dm),
-        )
+        self.kept = _numbers(p)  # alive for the kernels
+        self.problem = _problem(
+            self.kernels, p, self.kept, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dtau=state.dtau,
+            dm=state.dm,
+        )  # fmt: skip
         if (s := state.sums) is not None:
             self.problem.symmetric_state(
                 lpos=s.lpos.data_ptr(),
@@ -74,5 +91,42 @@ class Kernels(Norms, panel.Kernels):
         )  # fmt: skip
 
 
+@functools.cache
+def _runs(kernels: Any, device: int) -> bool:
+    return kernels.small_runs((device, 0))
+
+
+def fits(p: Contrastive) -> bool:
+    """Whether the one launch is taken, where the device can hold a grid that waits for itself."""
+    (B, D), N = p.z1.shape, p.z2.shape[0]
+    work = B * N * D
+    return max(B, N) <= SMALL_ROWS and work <= SMALL.get(p.z1.dtype, 0)
+
+
+def small(p: Contrastive, k: Norms) -> Result:
+    """Forward and backward in one launch."""
+    (B, D), N = p.z1.shape, p.z2.shape[0]
+    needs = p.needs
+    new = lambda *shape: torch.empty(shape, dtype=p.acc, device=p.z1.device)  # noqa: E731
+    rows, total, numbers, coef = new(B), new(), _numbers(p), p.row_coefficients()
+    dz1 = k.empty(B, D, dtype=p.z1.dtype) if needs.z1 else None
+    dz2 = k.empty(N, D, dtype=p.z1.dtype) if needs.z2 else None
+    dtau, dm = (new(B) if needed else None for needed in (needs.temperature, needs.m))
+    dtau_total, dm_total = (new() if needed else None for needed in (needs.temperature, needs.m))
+    size = k.kernels.small_work_size(B, N, D, k.code, p.normalize, p.symmetric, needs.z1, needs.z2)
+    work = k.empty(size, dtype=torch.uint8)
+    problem = _problem(k.kernels, p, numbers, coef, r2=None, s_pos=None, loss=rows, dtau=dtau, dm=dm)
+    k.kernels.small(
+        problem, k.code, p.z1.data_ptr(), p.z1.stride(0), p.z2.data_ptr(), p.z2.stride(0), D, p.normalize, p.symmetric,
+        any(needs[:4]), work.data_ptr(), pointer(dz1), pointer(dz2), [pointer(t) for t in (total, dtau_total, dm_total)],
+        k.queue,
+    )  # fmt: skip
+    return Result(rows, dz1, dz2, dtau_total, dm_total, total)
+
+
 def contrastive(p: Contrastive) -> Result:
+    if fits(p):
+        k = Norms(p.z1, p.z2.shape[0])
+        if _runs(k.kernels, k.queue[0]):
+            return small(p, k)
     return panel.contrastive(p, Kernels)
