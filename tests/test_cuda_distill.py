@@ -191,35 +191,83 @@ def test_every_pair_of_types(dtype, teacher, B):
         torch.testing.assert_close(x, y, rtol=BAND[dtype], atol=BAND[dtype])
 
 
+def drawn(kernels: Emulated, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row's columns but i by group, and the column that q of each came from, out of the scratch of the last row."""
+    B = kernels.d.z1.shape[0]
+    column, ends, index = native().emulated.row_layout(kernels.problem, kernels.code)
+    dtype = torch.uint16 if index == 2 else torch.int32
+    arrays = (kernels.scratch[0, at : at + index * (B - 1)].view(dtype).long() for at in (column, ends))
+    order, source = arrays
+    return order, order[source]
+
+
+def check_permutation(t: torch.Tensor, i: int, cut: Grouping, seed: int, kernels: Emulated) -> None:
+    expected = grouping.shuffled(grouping.groups(t[None].double(), i, cut, 1.0), i, seed)[0]
+    kernels.rows(torch.zeros(1, len(t), dtype=torch.float64), t[None], i, False)
+    columns, sources = drawn(kernels, i)
+    assert torch.equal(columns.sort()[0], torch.arange(len(t))[torch.arange(len(t)) != i])
+    assert torch.equal(sources, expected[columns])
+
+
+def emulated_kernels(B: int, cut: Grouping, seed: int) -> Emulated:
+    d = Distillation(student(B, 2), [], [], grouping=cut, seed=seed)
+    return Emulated(d, panel.State(1.0, torch.empty(B, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("cut", [Grouping("mass", 0.1), Grouping("mass", 0.003), Grouping("mass", 1.0),
+                                 Grouping("mass", 1 / 32), Grouping("mass", 1 / 33), Grouping("mass", 1e-6),
                                  Grouping("size", 1.0), Grouping("size", 6.0), Grouping("size", 999.0),
                                  Grouping("span", 3.0, 11), Grouping("span", 0.0, 1)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("B", [2, 3, 17, 64, 257])
 @pytest.mark.parametrize("steps, seed", [(1, 0), (5, -7), (64, 2**63 - 1)])
 def test_permutations_are_those_of_the_definition(cut, B, steps, seed):
-    """The columns that q came from stay in the scratch of the last row: its sixth array (Groups in distill.h)."""
     t = coarse(B, seed=B + steps, steps=steps)
-    group = grouping.groups(t.double(), 0, cut, 1.0)
-    expected = grouping.shuffled(group, 0, seed)
-    d = Distillation(student(B), [], [], grouping=cut, seed=seed)
-    kernels = Emulated(d, panel.State(1.0, torch.empty(B, dtype=torch.float64)))
+    kernels = emulated_kernels(B, cut, seed)
     for i in range(0, B, 1 + B // 20):
-        kernels.rows(torch.zeros(1, B, dtype=torch.float64), t[i : i + 1], i, False)
-        others = torch.arange(B) != i
-        assert torch.equal(kernels.scratch[0].view(7, -1)[5, :B][others].long(), expected[i, others])
+        check_permutation(t[i], i, cut, seed, kernels)
 
 
-def test_a_long_row_of_ties():
-    B = 5000
-    t = torch.zeros(1, B)
-    t[0, ::7] = 0.5
-    cut = Grouping("mass", 0.05)
-    expected = grouping.shuffled(grouping.groups(t.double(), 3, cut, 1.0), 3, 11)
-    d = Distillation(student(B, 2), [], [], grouping=cut, seed=11)
-    kernels = Emulated(d, panel.State(1.0, torch.empty(B, dtype=torch.float64)))
-    kernels.rows(torch.zeros(1, B, dtype=torch.float64), t, 3, False)
-    others = torch.arange(B) != 3
-    assert torch.equal(kernels.scratch[0].view(7, -1)[5, :B][others].long(), expected[0, others])
+@pytest.mark.parametrize("B", [5000, 65537])
+@pytest.mark.parametrize("cut", [Grouping("mass", 0.05), Grouping("mass", 0.004), Grouping("size", 2500.0)], ids=str)
+@pytest.mark.parametrize("kind", ["ties", "cosines"])
+def test_a_long_row(B, cut, kind):
+    """Ties fill a bin: the row is sorted. Cosines around 0 beside a near duplicate: a tenth of the bins have all."""
+    g = torch.Generator().manual_seed(B)
+    t = torch.zeros(B) if kind == "ties" else torch.randint(-400, 400, (B,), generator=g) / 4096
+    t[::7] = 0.5 if kind == "ties" else 0.0625
+    t[11] = 0.9375
+    check_permutation(t, 3, cut, 11, emulated_kernels(B, cut, 11))
+
+
+@pytest.fixture(params=[(64, False), (96, True)], ids=str)
+def thread_block(request):
+    """The bodies run by a block of fibers (kernels/cuda/fibers.h): a barrier that is missing shows."""
+    native().emulated.emulate_with(*request.param)
+    yield
+    native().emulated.emulate_with(0, True)
+
+
+@pytest.mark.parametrize("cut", [Grouping("mass", 0.1), Grouping("mass", 1.0), Grouping("mass", 0.003),
+                                 Grouping("size", 6.0), Grouping("size", 100.0), Grouping("span", 3.0, 11)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("B, steps", [(17, 64), (257, 5), (400, 2000)])
+def test_permutations_by_a_thread_block(cut, B, steps, thread_block):
+    t = coarse(B, seed=B + steps, steps=steps)
+    for i in (B // 2, B - 1):
+        check_permutation(t[i], i, cut, 7, emulated_kernels(B, cut, 7))
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_a_thread_block(divergence, shuffle, emulated, thread_block):
+    for grouping in ({"group_p": 0.1}, {"group_size": 2}):
+        check(Case(21, {"divergence": divergence, "shuffle": shuffle, **grouping}), "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_signed_zeros_and_infinities_rank_as_numbers(dtype):
+    t = torch.tensor([0.0, -0.0, 0.25, -0.25, -torch.inf, 0.0, -0.0, 0.25, -1e-30, 1e-30] * 30, dtype=dtype)
+    for cut in (Grouping("size", 7.0), Grouping("size", 100.0)):  # by sorting and by bins
+        check_permutation(t, 5, cut, 3, emulated_kernels(len(t), cut, 3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -58,6 +58,17 @@ def test_emulated_phases(case, dtype, emulated):
     check(case, "cpu", dtype)
 
 
+@pytest.mark.parametrize("ascending", [True, False])
+@pytest.mark.parametrize("case", [case for case in TABLE if case.B < 24], ids=str)
+def test_phases_by_a_thread_block(case, ascending, emulated):
+    """Rows, columns and norms by fibers (kernels/cuda/fibers.h): a barrier that is missing shows."""
+    native().emulated.emulate_with(128, ascending)
+    try:
+        check(case, "cpu", torch.bfloat16)
+    finally:
+        native().emulated.emulate_with(0, True)
+
+
 @pytest.mark.parametrize("needs", [Needs(*map(bool, (k & 1, k & 2, k & 4, k & 8))) for k in range(16)], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "contrastive.h"
+#include "row_groups.h"
 #include "sparse.h"
 
 namespace py = pybind11;
@@ -60,7 +61,7 @@ static void bind(py::module_ m, const Kernels& kernels) {
   m.def("distill",
         [=](const Distill& d, int dtype, Address S, int64_t ld, int i0, int c, int teacher_dtype, Address T, int64_t ld_T,
             Address scratch, int rows, bool grad, Where where) {
-          kernels.distill(d, DType(dtype), panel(S, ld, i0, c, 0), DType(teacher_dtype), {at(T), ld_T, at<int>(scratch), rows},
+          kernels.distill(d, DType(dtype), panel(S, ld, i0, c, 0), DType(teacher_dtype), {at(T), ld_T, at<char>(scratch), rows},
                           grad, queue(where));
         },
         nogil());
@@ -85,8 +86,8 @@ static void bind(py::module_ m, const Kernels& kernels) {
   m.def("small_work_size", [](int B, int N, int D, int dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
     return small_work_size(B, N, D, DType(dtype), normalize, symmetric, dz1, dz2);
   });
-  m.def("scratch", [=](int B, int c, Where where) {
-    return std::make_pair(kernels.scratch_rows(B, c, queue(where)), scratch_width(B));
+  m.def("scratch", [=](const Distill& d, int dtype, int c, Where where) {
+    return kernels.scratch(d, DType(dtype), c, queue(where));
   });
 }
 
@@ -156,6 +157,13 @@ void bind_cuda(py::module_& m) {
            py::arg("group_temperature"), py::arg("divergence"), py::arg("grouping"), py::arg("group_value"),
            py::arg("group_end"), py::arg("sample"), py::arg("seed"), py::arg("seed_at"), py::arg("coef"),
            py::arg("coef_all"), py::arg("loss"));
+  emulated.def("emulate_with", &emulate_with);
+  // Of a row's scratch: bytes to `column` and to the ranks that draw() leaves, and bytes of an index.
+  emulated.def("row_layout", [](const Distill& d, int dtype) {
+    const int index = d.B > kMostNarrow ? 4 : 2;
+    const RowLayout layout(d.B, DType(dtype) == DType::f64 ? 8 : 4, index, few_groups(d.cut, d.B));
+    return std::make_tuple(layout.column, layout.ends, index);
+  });
   py::class_<Uniformity>(emulated, "Uniformity")
       .def(py::init([](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; }), py::kw_only(),
            py::arg("u"), py::arg("bias"), py::arg("sums"));

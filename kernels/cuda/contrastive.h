@@ -1,6 +1,7 @@
 // What the CUDA kernels are given. Plain data that travels by value; every pointer is the device's.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #include "../common/groups.h"
 
@@ -71,7 +72,7 @@ struct Distill {
 struct Teacher {
   const void* T = nullptr;
   int64_t ld = 0;
-  int* scratch = nullptr;                 // (rows, scratch_width(B)) or null: in shared memory
+  char* scratch = nullptr;                // (rows, row_bytes) or null: in shared memory
   int rows = 0;
 };
 
@@ -100,10 +101,6 @@ struct Uniformity {
   void* sums = nullptr;                   // (N) acc
 };
 
-// 32-bit words of scratch for a row's groups: seven arrays of B, each 16-byte aligned.
-constexpr int kGroupArrays = 7;
-PYCSE_HD constexpr int64_t scratch_width(int B) { return kGroupArrays * ((int64_t(B) + 3) / 4 * 4); }
-
 PYCSE_HD constexpr int ceil_div(int n, int d) { return n / d + (n % d != 0); }
 
 struct Queue {
@@ -123,8 +120,8 @@ struct Kernels {
   void (*project)(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
                   void* out, Queue);
   void (*distill)(const Distill&, DType, const Panel&, DType teacher_type, const Teacher&, bool grad, Queue);
-  // Rows of scratch that distill asks for; 0 where shared memory will do.
-  int (*scratch_rows)(int B, int c, Queue);
+  // Rows and bytes of scratch that distill asks for; 0 where shared memory will do.
+  std::pair<int, int64_t> (*scratch)(const Distill&, DType, int c, Queue);
   // Rows [i0, i0 + c) of S against the n keys from i0 on.
   void (*uniformity)(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
   void (*small)(Contrastive, DType, Small, Queue);
@@ -135,6 +132,8 @@ struct Kernels {
 int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool symmetric, bool dz1, bool dz2);
 
 const Kernels& emulated_kernels();
+// The emulation's thread block: so many fibers, which run in ascending order or in descending; 0 for one thread.
+void emulate_with(int threads, bool ascending);
 const Kernels& device_kernels();
 
 }  // namespace pycse::cuda

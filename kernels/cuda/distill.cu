@@ -1,5 +1,5 @@
-// Device side of distill.h: a thread block for a row, its groups in shared memory while they fit, else in scratch of which
-// each block in flight has a row.
+// Device side of distill.h: a thread block for a row, its arrays in shared memory while they fit, with indices of 16 bits; else
+// in scratch of which each block in flight has a row, with 32. (Each knows its address space: a generic atomic is two.)
 #include <algorithm>
 
 #include "device.h"
@@ -8,35 +8,42 @@
 
 namespace pycse::cuda {
 
-constexpr int kThreads = 512;  // 8 columns each: short rows leave room for several blocks, which hide each other's waits
-constexpr int kBlocks = 1;  // on a multiprocessor at least: up to 128 registers a thread, of 64 it would spill
+// A block has 8 columns a thread at least. Where a row takes more than half of a multiprocessor's shared memory, the block has all
+// the threads that 80 registers each allow (64 spill); else half as many, and two blocks hide each other's waits.
+template <class A> constexpr int kThreads = sizeof(A) == 8 ? 512 : 768;
+constexpr int kBlocks = 1;  // on a multiprocessor at least
 
-template <class T, class U>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-distill_kernel(const __grid_constant__ Distill d, const __grid_constant__ Panel panel, const Teacher teacher, bool grad) {
-  __shared__ Bins bins;
+template <class T, class U, class Index>
+__global__ void __launch_bounds__(kThreads<acc_t<T>>, kBlocks)
+distill_kernel(const __grid_constant__ Distill d, const __grid_constant__ Panel panel, const Teacher teacher, bool grad,
+               int64_t bytes) {
+  __shared__ RowTables few;
   extern __shared__ int4 shared[];
-  int* memory = teacher.scratch ? teacher.scratch + blockIdx.x * scratch_width(d.B) : reinterpret_cast<int*>(shared);
+  char* memory = sizeof(Index) == 2 ? reinterpret_cast<char*>(shared) : teacher.scratch + blockIdx.x * bytes;
   for (int k = blockIdx.x; k < panel.c; k += gridDim.x)
-    distill_row<T, U>(ThreadBlock(), d, panel, teacher, k, grad, bins, memory);
+    distill_row<T, U, Index>(ThreadBlock(), d, panel, teacher, k, grad, few, memory);
 }
 
-constexpr int kStatic = sizeof(Bins) + 2048;  // the reductions take 1 KB
+// Of sums and scans, static; 14 B + 2 KB fits on sm_90 up to B = 16384.
+constexpr int kStatic = sizeof(RowTables) + 1536;
 
-int scratch_rows(int B, int c, Queue queue) {
-  if (scratch_width(B) * 4 + kStatic <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device)) return 0;
-  return std::min(c, kBlocks * attribute(cudaDevAttrMultiProcessorCount, queue.device));
+std::pair<int, int64_t> scratch(const Distill& d, DType dtype, int c, Queue queue) {
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device) - kStatic;
+  if (d.B <= kMostNarrow && row_bytes(d, dtype, 2) <= most) return {0, 0};
+  return {std::min(c, kBlocks * attribute(cudaDevAttrMultiProcessorCount, queue.device)), row_bytes(d, dtype, 4)};
 }
 
 void distill(const Distill& d, DType dtype, const Panel& panel, DType teacher_type, const Teacher& teacher, bool grad,
              Queue queue) {
-  distill_variant(dtype, teacher_type, [&](auto type, auto teachers) {
-    const auto kernel = distill_kernel<decltype(type), decltype(teachers)>;
-    const bool shared = d.cut.kind != GroupKind::none && !teacher.scratch;
-    const int bytes = shared ? int(scratch_width(d.B) * 4) : 0, blocks = teacher.scratch ? teacher.rows : panel.c;
+  distill_variant(dtype, teacher_type, teacher.scratch != nullptr, [&](auto type, auto teachers, auto index) {
+    const auto kernel = distill_kernel<decltype(type), decltype(teachers), decltype(index)>;
+    const int64_t row = row_bytes(d, dtype, sizeof index);
+    const int bytes = teacher.scratch ? 0 : int(row), blocks = teacher.scratch ? teacher.rows : panel.c;
+    const int memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, queue.device);
+    const int most = kThreads<acc_t<decltype(type)>> / (row > memory / 2 - kStatic ? 1 : 2);
     launch_on(queue, "distill", [&](cudaStream_t stream) {
       if (bytes > 0) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
-      kernel<<<std::min(blocks, panel.c), threads_for(d.B, 8, kThreads), bytes, stream>>>(d, panel, teacher, grad);
+      kernel<<<std::min(blocks, panel.c), threads_for(d.B, 8, most), bytes, stream>>>(d, panel, teacher, grad, row);
     });
   });
 }

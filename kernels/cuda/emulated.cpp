@@ -1,5 +1,5 @@
-// The CUDA kernels' bodies on the host, a row at a time by one thread: what the tests run where there is no GPU. Pointers
-// are the host's, the queue is ignored.
+// The CUDA kernels' bodies on the host: what the tests run where there is no GPU. By one thread, or (emulate_with) by a thread
+// block of fibers that takes all rows in turn. Pointers are the host's, the queue is ignored.
 #include "distill.h"
 #include "norms.h"
 #include "small.h"
@@ -9,73 +9,117 @@
 
 namespace pycse::cuda {
 
+static int block_threads = 0;  // 0: one thread
+static bool ascending = true;
+
+void emulate_with(int threads, bool in_ascending_order) {
+  if (threads % 32 || threads < 0 || threads > 1024) throw std::invalid_argument("threads of a block: whole warps, at most 1024");
+  block_threads = threads, ascending = in_ascending_order;
+}
+
+// f(block, k) for every k < n.
+template <class F>
+static void blocks(int n, F f) {
+  if (block_threads == 0) {
+    for (int k = 0; k < n; ++k) f(OneThread(), k);
+  } else {
+    Fibers().run(block_threads, ascending, [&] {
+      for (int k = 0; k < n; ++k) f(ThreadBlock(), k);
+    });
+  }
+}
+
+template <class F>
+static void warps(int n, F f) {
+  if (block_threads == 0) return blocks(n, f);
+  Fibers().run(block_threads, ascending, [&] {
+    for (int k = thread_index() / 32; k < n; k += thread_count() / 32) f(Warp(), k);
+  });
+}
+
+// Columns side by side, in slices of the rows.
+template <class F>
+static void columns_of(int n, F f) {
+  constexpr int kColumns = 16, kSlices = 4;
+  if (block_threads == 0) return blocks(n, f);
+  Fibers().run(kColumns * kSlices, ascending, [&] {
+    for (int j = 0; j < n; j += kColumns) f(Slice<kColumns, kSlices>(), j + thread_index() % kColumns);
+  });
+}
+
 static void rows(const Contrastive& p, DType dtype, const Panel& panel, bool grad, Queue) {
   rows_variant(p, dtype, grad, [&](auto type, auto grad, auto params, auto masked) {
     using T = decltype(type);
-    for (int k = 0; k < panel.c; ++k)
-      row<T, decltype(grad)::value, decltype(params)::value, decltype(masked)::value>(OneThread(), p, panel, k);
+    blocks(panel.c, [&](auto block, int k) {
+      row<T, decltype(grad)::value, decltype(params)::value, decltype(masked)::value>(block, p, panel, k);
+    });
   });
 }
 
 static void columns(const Contrastive& p, DType dtype, const Panel& panel, Queue) {
   columns_variant(p, dtype, [&](auto type, auto masked) {
-    for (int j = 0; j < p.N; ++j) column<decltype(type), decltype(masked)::value>(OneThread(), p, panel, j);
+    columns_of(p.N, [&](auto slice, int j) { column<decltype(type), decltype(masked)::value>(slice, p, panel, j); });
   });
 }
 
 static void symmetric(const Contrastive& p, DType dtype, const Panel& panel, Queue) {
   symmetric_variant(p, dtype, [&](auto type, auto params, auto masked) {
-    for (int k = 0; k < panel.c; ++k)
-      symmetric_row<decltype(type), decltype(params)::value, decltype(masked)::value>(OneThread(), p, panel, k);
+    blocks(panel.c, [&](auto block, int k) {
+      symmetric_row<decltype(type), decltype(params)::value, decltype(masked)::value>(block, p, panel, k);
+    });
   });
 }
 
 static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors z2, int i0, Queue) {
   with_type(dtype, [&](auto type) {
-    for (int k = 0; k < z1hat.n; ++k) positive_row<decltype(type)>(OneThread(), p, z1hat, z2, i0, k);
+    warps(z1hat.n, [&](auto warp, int k) { positive_row<decltype(type)>(warp, p, z1hat, z2, i0, k); });
   });
 }
 
 static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue) {
   with_type(dtype, [&](auto type) {
-    for (int i = 0; i < z.n; ++i) normalize_row<decltype(type)>(OneThread(), z, i, r, out, ld_out, factor);
+    warps(z.n, [&](auto warp, int i) { normalize_row<decltype(type)>(warp, z, i, r, out, ld_out, factor); });
   });
 }
 
 static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
                     void* out, Queue) {
   project_variant(z_type, g_type, [&](auto type, auto gradient) {
-    for (int i = 0; i < z.n; ++i)
-      project_row<decltype(type), decltype(gradient)>(OneThread(), z, i, g, r, f, scaled, out);
+    warps(z.n, [&](auto warp, int i) {
+      project_row<decltype(type), decltype(gradient)>(warp, z, i, g, r, f, scaled, out);
+    });
   });
 }
 
 static void distill(const Distill& d, DType dtype, const Panel& panel, DType teacher_type, const Teacher& teacher,
                     bool grad, Queue) {
-  distill_variant(dtype, teacher_type, [&](auto type, auto teachers) {
-    Bins bins;
-    for (int k = 0; k < panel.c; ++k)
-      distill_row<decltype(type), decltype(teachers)>(OneThread(), d, panel, teacher, k, grad, bins, teacher.scratch);
+  distill_variant(dtype, teacher_type, d.B > kMostNarrow, [&](auto type, auto teachers, auto index) {
+    RowTables few;
+    blocks(panel.c, [&](auto block, int k) {
+      distill_row<decltype(type), decltype(teachers), decltype(index)>(block, d, panel, teacher, k, grad, few,
+                                                                       teacher.scratch);
+    });
   });
 }
 
-static int scratch_rows(int, int, Queue) { return 1; }
+static std::pair<int, int64_t> scratch(const Distill& d, DType dtype, int, Queue) {
+  return {1, row_bytes(d, dtype, d.B > kMostNarrow ? 4 : 2)};
+}
 
 static void uniformity(const Uniformity& p, DType dtype, const Panel& panel, int n, bool grad, Queue) {
   uniformity_variant(dtype, grad, [&](auto type, auto grad) {
-    for (int k = 0; k < panel.c; ++k)
-      uniformity_row<decltype(type), decltype(grad)::value>(OneThread(), p, panel, n, k);
+    blocks(panel.c, [&](auto block, int k) {
+      uniformity_row<decltype(type), decltype(grad)::value>(block, p, panel, n, k);
+    });
   });
 }
 
 // Every phase's items in turn, none before all of the phase before are done.
 struct HostGrid {
   int bytes;
-  template <class F> void warps(int n, F f) const { blocks(n, f); }
-  template <class F> void columns(int n, F f) const { blocks(n, f); }
-  template <class F> void blocks(int n, F f) const {
-    for (int k = 0; k < n; ++k) f(OneThread(), k);
-  }
+  template <class F> void warps(int n, F f) const { cuda::warps(n, f); }
+  template <class F> void columns(int n, F f) const { columns_of(n, f); }
+  template <class F> void blocks(int n, F f) const { cuda::blocks(n, f); }
   template <class F> void threads(int n, F f) const {
     for (int k = 0; k < n; ++k) f(k);
   }
@@ -109,7 +153,7 @@ int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool s
 
 const Kernels& emulated_kernels() {
   static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
-                                    distill, scratch_rows, uniformity, small, small_runs};
+                                    distill, scratch, uniformity, small, small_runs};
   return table;
 }
 

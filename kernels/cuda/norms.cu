@@ -6,23 +6,24 @@
 namespace pycse::cuda {
 
 constexpr int kRows = 4;
+constexpr int kBlocks = 8;  // on a multiprocessor at least: 64 registers a thread. Left to itself ptxas takes 32 and spills.
 
 __device__ __forceinline__ int warp_row() { return blockIdx.x * kRows + threadIdx.y; }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kRows)
+__global__ void __launch_bounds__(32 * kRows, kBlocks)
 normalize_kernel(Vectors z, void* r, void* out, int64_t ld_out, double factor) {
   if (warp_row() < z.n) normalize_row<T>(Warp(), z, warp_row(), r, out, ld_out, factor);
 }
 
 template <class T, class G>
-__global__ void __launch_bounds__(32 * kRows)
+__global__ void __launch_bounds__(32 * kRows, kBlocks)
 project_kernel(Vectors z, const void* g, const void* r, const void* f, bool scaled, void* out) {
   if (warp_row() < z.n) project_row<T, G>(Warp(), z, warp_row(), g, r, f, scaled, out);
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kRows)
+__global__ void __launch_bounds__(32 * kRows, kBlocks)
 positives_kernel(const __grid_constant__ Contrastive p, Vectors z1hat, Vectors z2, int i0) {
   if (warp_row() < z1hat.n) positive_row<T>(Warp(), p, z1hat, z2, i0, warp_row());
 }
@@ -55,7 +56,7 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
 }
 
 const Kernels& device_kernels() {
-  static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch_rows,
+  static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch,
                                 uniformity,
                                 small, small_runs};
   return table;

@@ -36,9 +36,10 @@ class Kernels(Norms, panel.Kernels):
         )
 
     def rows(self, S: Tensor, T: Tensor, i0: int, grad: bool) -> None:
-        c, B = S.shape
+        c = S.shape[0]
         if self.scratch is None and self.d.cut is not None:  # the first panel has the most rows
-            self.scratch = torch.empty(self.kernels.scratch(B, c, self.queue), dtype=torch.int32, device=S.device)
+            size = self.kernels.scratch(self.problem, self.code, c, self.queue)
+            self.scratch = self.empty(*size, dtype=torch.uint8)
         rows = 0 if self.scratch is None else self.scratch.shape[0]
         self.kernels.distill(
             self.problem, self.code, S.data_ptr(), S.stride(0), i0, c, CODES[T.dtype], T.data_ptr(), T.stride(0),
