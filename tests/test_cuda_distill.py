@@ -259,8 +259,8 @@ def test_permutations_by_a_thread_block(cut, B, steps, thread_block):
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("divergence", ["kl", "js"])
 def test_a_thread_block(divergence, shuffle, emulated, thread_block):
-    for grouping in ({"group_p": 0.1}, {"group_size": 2}):
-        check(Case(21, {"divergence": divergence, "shuffle": shuffle, **grouping}), "cpu", torch.float64)
+    for groups in ({"group_p": 0.1}, {"group_size": 2}):
+        check(Case(21, {"divergence": divergence, "shuffle": shuffle, **groups}), "cpu", torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -6,7 +6,7 @@
 namespace pycse::cuda {
 
 constexpr int kRows = 4;
-constexpr int kBlocks = 8;  // on a multiprocessor at least: 64 registers a thread. Left to itself ptxas takes 32 and spills.
+constexpr int kBlocks = 6;  // on a multiprocessor at least: 80 registers a thread. With fewer, or left to itself, ptxas spills.
 
 __device__ __forceinline__ int warp_row() { return blockIdx.x * kRows + threadIdx.y; }
 
