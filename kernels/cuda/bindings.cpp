@@ -82,6 +82,14 @@ static void bind(py::module_ m, const Kernels& kernels) {
           kernels.small(p, DType(dtype), q, queue(where));
         },
         nogil());
+  m.def("fused",
+        [=](const Contrastive& p, Address z1hat, int64_t ld1, Address z2, int64_t ld2, int D, Address S, int64_t ld, int i0,
+            int c, Address f, Address partial, bool grad, Where where) {
+          kernels.fused(p, vectors(z1hat, ld1, c, D), vectors(z2, ld2, p.N, D), panel(S, ld, i0, c, f), at(partial), grad,
+                        queue(where));
+        },
+        nogil());
+  m.def("fused_runs", [=](Where where) { return kernels.fused_runs(queue(where)); });
   m.def("small_runs", [=](Where where) { return kernels.small_runs(queue(where)); });
   m.def("small_work_size", [](int B, int N, int D, int dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
     return small_work_size(B, N, D, DType(dtype), normalize, symmetric, dz1, dz2);

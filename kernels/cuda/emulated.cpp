@@ -1,6 +1,7 @@
 // The CUDA kernels' bodies on the host: what the tests run where there is no GPU. By one thread, or (emulate_with) by a thread
 // block of fibers that takes all rows in turn. Pointers are the host's, the queue is ignored.
 #include "distill.h"
+#include "fused.h"
 #include "norms.h"
 #include "small.h"
 #include "sparse.h"
@@ -140,6 +141,87 @@ static void small(Contrastive p, DType dtype, Small q, Queue) {
   });
 }
 
+// The copy engine: the box of `rows` x 64 elements at (column, row) to 128-byte rows, swizzled; zeros outside. `at` stands for the
+// address in shared memory.
+static void load_box(std::vector<bf16>& memory, uint32_t at, const Vectors& matrix, int rows, int row, int column) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < kTileK; ++c) {
+      const bool inside = row + r < matrix.n && column + c < matrix.D;
+      memory[swizzled(at + r * 128 + c * 2) / 2] =
+          inside ? static_cast<const bf16*>(matrix.z)[(row + r) * matrix.ld + column + c] : bf16{0};
+    }
+}
+
+// wgmma m64n256k16: element (row, k) of an operand where its descriptor says. The address advances within a row before the
+// swizzle, which is of the address itself.
+static float operand(const std::vector<bf16>& memory, uint64_t descriptor, int row, int k) {
+  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) throw std::logic_error("not the 128-byte swizzle");
+  return load(memory[swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2) / 2]);
+}
+
+static void wgmma(const std::vector<bf16>& memory, uint64_t a, uint64_t b, std::vector<float>& d) {
+  std::vector<float> left(kGroupRows * 16), right(kTileN * 16);
+  for (int k = 0; k < 16; ++k) {
+    for (int m = 0; m < kGroupRows; ++m) left[m * 16 + k] = operand(memory, a, m, k);
+    for (int n = 0; n < kTileN; ++n) right[n * 16 + k] = operand(memory, b, n, k);
+  }
+  for (int m = 0; m < kGroupRows; ++m)
+    for (int n = 0; n < kTileN; ++n)
+      for (int k = 0; k < 16; ++k) d[m * kTileN + n] += left[m * 16 + k] * right[n * 16 + k];
+}
+
+static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, Queue) {
+  const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
+  const int down = ceil_div(q.c, kTileM), across = ceil_div(p.N, kTileN);
+  fused_variant(p, grad, [&](auto grad, auto masked) {
+    constexpr bool kGrad = decltype(grad)::value;
+    std::vector<bf16> memory((1024 + kStepBytes) / 2, bf16{0xffff});
+    const uint32_t a = 1024, b = a + kBytesA;
+    for (int tile = 0; tile < down * across; ++tile) {
+      const TileAt at = tile_at(tile, down, across);
+      std::vector<float> d[2] = {std::vector<float>(kGroupRows * kTileN), std::vector<float>(kGroupRows * kTileN)};
+      for (int k = 0; k < q.D; k += kTileK) {
+        load_box(memory, a, z1hat, kTileM, at.m, k);
+        load_box(memory, b, z2, kTileN, at.n, k);
+        for (int group = 0; group < 2; ++group)
+          for (int part = 0; part < kTileK / 16; ++part)
+            wgmma(memory, descriptor(a + group * kGroupRows * 128) + 2 * part, descriptor(b) + 2 * part, d[group]);
+      }
+      for (int group = 0; group < 2; ++group) {
+        const int k0 = at.m + group * kGroupRows;
+        std::vector<float> sums(128 * 2);
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          alignas(16) char staging[kChunkBytes];
+          memset(staging, 0xff, sizeof staging);
+          const int j0 = at.n + chunk * kChunk;
+          for (int thread = 0; thread < 128; ++thread) {
+            float acc[32];  // PTX ISA, figure of the D fragment
+            for (int n = 0; n < 32; ++n)
+              acc[n] = d[group][(16 * (thread / 32) + thread % 32 / 4 + (n % 4 < 2 ? 0 : 8)) * kTileN + 64 * chunk + n / 4 * 8 +
+                                2 * (thread % 4) + (n & 1)];
+            fused_chunk<kGrad, decltype(masked)::value>(p, q, FusedRows(p, q, thread, k0), thread, k0, j0, acc, staging,
+                                                        &sums[2 * thread]);
+          }
+          for (int r = 0; kGrad && r < kGroupRows && k0 + r < q.c; ++r)
+            for (int n = 0; n < kChunk && j0 + n < p.N; ++n)
+              memcpy(static_cast<bf16*>(panel.S) + (k0 + r) * panel.ld + j0 + n, staging + swizzled(r * 128 + n * 2), 2);
+        }
+        for (int thread = 0; thread < 128; thread += 4)
+          for (int half = 0; half < 2; ++half) {
+            const int row = k0 + sums_row(thread, 2 * half);
+            float sum = 0;
+            for (int lane = 0; lane < 4; ++lane) sum += sums[2 * (thread + lane) + half];
+            if (row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
+          }
+      }
+    }
+    columns_of(panel.c, [&](auto slice, int k) { finish_row<kGrad>(slice, p, panel, q.partial, k); });
+  });
+}
+
+static bool fused_runs(Queue) { return true; }
+
 static bool small_runs(Queue) { return true; }
 
 int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
@@ -153,7 +235,7 @@ int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool s
 
 const Kernels& emulated_kernels() {
   static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
-                                    distill, scratch, uniformity, small, small_runs};
+                                    distill, scratch, uniformity, small, fused, fused_runs, small_runs};
   return table;
 }
 

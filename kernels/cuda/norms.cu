@@ -55,10 +55,17 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
   });
 }
 
+#ifndef PYCSE_HOPPER
+void fused(const Contrastive&, Vectors, Vectors, const Panel&, void*, bool, Queue) {
+  throw std::logic_error("pycse: fused was not compiled: no 90a among the architectures");
+}
+bool fused_runs(Queue) { return false; }
+#endif
+
 const Kernels& device_kernels() {
   static const Kernels table = {rows, columns, symmetric, positives, normalize, project, distill, scratch,
                                 uniformity,
-                                small, small_runs};
+                                small, fused, fused_runs, small_runs};
   return table;
 }
 

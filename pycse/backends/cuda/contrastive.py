@@ -19,6 +19,10 @@ from pycse.problem import Contrastive, Result
 # match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates, not yet measured.
 SMALL = {torch.float32: 1 << 28, torch.bfloat16: 1 << 30}
 SMALL_ROWS = 2048  # a row is one block's
+# Whether panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0. Off
+# until it has run on a GPU: it is compiled, and emulated but for its pipeline.
+FUSED = False
+FUSED_COLUMNS = 256  # of its tile
 
 
 def _problem(
@@ -83,7 +87,31 @@ class Kernels(Norms, panel.Kernels):
     def symmetric(self, S: Tensor, i0: int) -> None:
         self.kernels.symmetric(self.problem, *self._panel(S, i0), self.queue)
 
+    def _fuses(self, z1hat: Tensor) -> bool:
+        """The epilogue sees a tile at a time: no row maximum, no threshold. The copy engine takes rows at 16-byte addresses."""
+        p, out = self.p, self.state
+        if not FUSED or p.z1.dtype != torch.bfloat16 or p.shift is None or p.exclude_above is not None:
+            return False
+        if out.dtau is not None or out.dm is not None or out.sums is not None or p.z2.shape[0] % 8:
+            return False
+        wide = all(z.data_ptr() % 16 == 0 and z.stride(0) % 8 == 0 for z in (z1hat, p.z2))
+        return wide and self.kernels.fused_runs(self.queue)
+
+    def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
+        if not self._fuses(z1hat):
+            return super().fused_rows(z1hat, S, i0, grad)
+        z2, (c, N) = self.p.z2, S.shape
+        f = self.empty(c, dtype=self.p.acc) if grad else None
+        partial = self.empty(-(-N // FUSED_COLUMNS), c, dtype=self.p.acc)
+        self.kernels.fused(
+            self.problem, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), z2.shape[1], S.data_ptr(),
+            S.stride(0), i0, c, pointer(f), partial.data_ptr(), grad, self.queue,
+        )  # fmt: skip
+        return f
+
     def positives(self, z1hat: Tensor, i0: int) -> None:
+        if self._fuses(z1hat):  # the tile that holds the positive knows it in full precision
+            return
         n, D = z1hat.shape
         z2 = self.p.z2
         self.kernels.positives(

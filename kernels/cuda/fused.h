@@ -1,0 +1,137 @@
+// The panel's GEMM with the row kernel as its epilogue, for sm_90a: S = z1hat z2^T stays in registers, fixed shift only.
+//
+// Symbols and formulas as in rows.h. Of a tile of kTileM rows x kTileN keys:
+//   G_ij       = e_ij tau l'_ij r_j over the negatives, 0 at the positive          written once, bf16
+//   partial_tk = sum of e over row k's negatives in column tile t                  s_pos,i by the tile that holds it
+//   finish_row z_neg = sum_t partial_tk in order; loss, f, and G at the positive
+// A thread block of three warpgroups takes tiles in turn. One thread of the first has the copy engine (TMA) fetch operands,
+// kSteps ahead, through mbarriers; the others multiply 64 rows each (wgmma m64n256k16, fp32 sums in 128 registers), apply the
+// epilogue to 64 columns at a time and have the copy engine store them from shared memory.
+// Stored: G (not in forward only), partial (column tiles, c), s_pos, loss, f. S is never written. Traffic: operands from L2,
+// G to memory. No atomics.
+//
+// Here is what the host can run too (emulated.cpp models the copy engine and wgmma by the PTX manual): addresses,
+// descriptors, the epilogue. The pipeline around it stands in fused.cu.
+#pragma once
+#include "rows.h"
+
+namespace pycse::cuda {
+
+constexpr int kTileM = 128, kTileN = 256, kTileK = 64;  // K: rows of 128 bytes, one swizzle
+constexpr int kSteps = 4;                               // in flight: 192 KB
+constexpr int kGroupRows = 64, kChunk = 64;             // rows of a warpgroup; columns of a store
+constexpr int kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2, kStepBytes = kBytesA + kBytesB;
+constexpr int kChunkBytes = kGroupRows * kChunk * 2, kChunks = kTileN / kChunk;
+constexpr int kTileGroup = 16;  // row tiles that share their column tiles in L2: 2048 rows
+
+struct Fused {
+  int c = 0, i0 = 0, D = 0;
+  float* partial = nullptr;  // (column tiles, c)
+};
+
+// Where a byte of a tile of 128-byte rows stands: 16-byte chunks of a row are permuted by the row's last three bits (PTX ISA,
+// "128-byte swizzle": address bits 4-6 are XORed with bits 7-9). The tile begins at a multiple of 1024.
+PYCSE_HD uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 7 & 7) << 4; }
+
+// A wgmma matrix descriptor for K-major operands in such rows (PTX ISA, "matrix descriptor"): bits 0-13 the address / 16;
+// 16-29 the leading offset, unused with a swizzle; 32-45 bytes / 16 from 8 rows to the next 8; 62-63 1: 128-byte swizzle.
+// K advances by 16 elements with 32 bytes of address.
+PYCSE_HD uint64_t descriptor(uint32_t address) {
+  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Row and column in a warpgroup's 64 x 256 sums of register n of a thread (PTX ISA, "D fragment of wgmma m64nNk16").
+PYCSE_HD int sums_row(int thread, int n) { return thread / 32 * 16 + thread % 32 / 4 + n / 2 % 2 * 8; }
+PYCSE_HD int sums_column(int thread, int n) { return n / 4 * 8 + thread % 4 * 2 + n % 2; }
+
+struct TileAt { int m, n; };
+
+// Tiles in the order of their numbers: down kTileGroup row tiles, then the next column tile.
+PYCSE_HD TileAt tile_at(int tile, int down, int across) {
+  const int group = tile / (kTileGroup * across), first = group * kTileGroup;
+  const int rows = down - first < kTileGroup ? down - first : kTileGroup, within = tile - group * kTileGroup * across;
+  return {(first + within % rows) * kTileM, within / rows * kTileN};
+}
+
+// The two rows of a thread, k0 its warpgroup's first row of the panel.
+struct FusedRows {
+  int positive[2];  // -1 also behind the panel's last row
+  int64_t id[2];
+
+  PYCSE_BODY FusedRows(const Contrastive& p, const Fused& q, int thread, int k0) {
+    PYCSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int k = k0 + sums_row(thread, 2 * half);
+      const bool here = k < q.c;
+      positive[half] = here ? positive_of(p, q.i0 + k) : -1;
+      id[half] = here && p.query_ids ? p.query_ids[q.i0 + k] : 0;
+    }
+  }
+};
+
+// The epilogue for one thread's 32 sums of the 64 columns from j0: adds e to sums[half], and with Grad writes G to `staging`,
+// 64 rows of 128 swizzled bytes. N is a multiple of 8, so that a pair of columns is there as a whole or not at all.
+template <bool Grad, bool Masked>
+PYCSE_BODY void fused_chunk(const Contrastive& p, const Fused& q, const FusedRows& rows, int thread, int k0, int j0,
+                            const float* acc, char* staging, float* sums) {
+  const float inv_tau = inverse(float(p.tau.value));
+  const Logit<float> logit = negative_logit<float>(p.focal, float(p.m.value), inv_tau);
+  const Bits<float> bits(logit);
+  const float top = float(p.shift * kLog2e);
+  const float* r2 = static_cast<const float*>(p.r2);
+  PYCSE_UNROLL
+  for (int n = 0; n < 32; n += 4) {
+    const int column = sums_column(thread, n), j = j0 + column;
+    const bool here = j < p.N;
+    float r[2] = {0, 0};
+    if (here) r[0] = r2[j], r[1] = r2[j + 1];
+    PYCSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int k = sums_row(thread, n + 2 * half), i = q.i0 + k0 + k;
+      const float s[2] = {acc[n + 2 * half] * r[0], acc[n + 2 * half + 1] * r[1]};
+      float x[2] = {-infinity<float>(), -infinity<float>()};
+      if (here) {
+        x[0] = bits(s[0]) - top, x[1] = bits(s[1]) - top;
+        const Negatives<float, Masked> negatives = {rows.positive[half], p.key_ids, rows.id[half], false, 0.0f,
+                                                    float(p.hard_weight * kLog2e), i, p.B};
+        negatives.template apply<2>(s, j, x);
+        if (rows.positive[half] == j) static_cast<float*>(p.s_pos)[i] = s[0];
+        if (rows.positive[half] == j + 1) static_cast<float*>(p.s_pos)[i] = s[1];
+      }
+      const float e[2] = {exp2_(x[0]), exp2_(x[1])};
+      sums[half] += e[0] + e[1];
+      if constexpr (Grad) {
+        const uint32_t G = pack_bf16(e[0] * logit.slope(s[0]) * r[0], e[1] * logit.slope(s[1]) * r[1]);
+        *reinterpret_cast<uint32_t*>(staging + swizzled(uint32_t(k * 2 * kChunk + 2 * column))) = G;
+      }
+    }
+  }
+}
+
+// Row k of the panel, from its partial sums; the threads share the column tiles.
+template <bool Grad, class Block>
+PYCSE_BODY void finish_row(Block block, const Contrastive& p, const Panel& panel, const float* partial, int k) {
+  const bool inside = k < panel.c;
+  float z_neg = 0;
+  if (inside)
+    for (int t = block.index(); t < ceil_div(p.N, kTileN); t += block.size()) z_neg += partial[int64_t(t) * panel.c + k];
+  z_neg = block.sum(z_neg);
+  if (!inside || block.index() != 0) return;
+  const int i = panel.i0 + k, positive = positive_of(p, i);
+  const float inv_tau = inverse(float(p.tau.value)), r_pos = positive >= 0 ? static_cast<const float*>(p.r2)[positive] : 0;
+  const float s_pos = positive >= 0 ? static_cast<const float*>(p.s_pos)[i] : nan<float>();
+  const RowLoss<float> result(z_neg, float(p.shift * kLog2e), s_pos, r_pos, positive_logit<float>(p.focal, inv_tau),
+                              coef_of<float>(p, i));
+  static_cast<float*>(p.loss)[i] = result.loss;
+  if constexpr (Grad) {
+    if (positive >= 0) store(static_cast<bf16*>(panel.S)[k * panel.ld + positive], result.g_pos);
+    static_cast<float*>(panel.f)[k] = result.f;
+  }
+}
+
+template <class Run>
+void fused_variant(const Contrastive& p, bool grad, Run run) {
+  with_flag(p.query_ids != nullptr, [&](auto masked) { with_flag(grad, [&](auto grad) { run(grad, masked); }); });
+}
+
+}  // namespace pycse::cuda
