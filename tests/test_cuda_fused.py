@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from pycse.kernels import native
+from test_cuda import compiled, cuobjdump
 
 from pycse import backends, fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
@@ -19,7 +20,6 @@ from pycse.problem import Contrastive
 
 import cases
 from oracle import Case, check, run
-from test_cuda import compiled, cuobjdump  # isort: skip
 
 
 class Emulated(cuda.Kernels):
