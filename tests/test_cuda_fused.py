@@ -46,7 +46,7 @@ def emulate(p: Contrastive):
 @pytest.fixture
 def emulated(monkeypatch):
     monkeypatch.setattr(cpu, "contrastive", emulate)
-    monkeypatch.setattr(cuda, "FUSED", True)
+    monkeypatch.setattr(cuda, "FUSED", 1)
     Emulated.used = 0
 
 
@@ -90,7 +90,7 @@ def test_forward_alone(emulated):
 
 @pytest.mark.parametrize("bad", [-1, 16, 2**40])
 def test_a_positive_out_of_range_gives_a_nan_row(bad, monkeypatch):
-    monkeypatch.setattr(cuda, "FUSED", True)
+    monkeypatch.setattr(cuda, "FUSED", 1)
     z1, z2 = (z.bfloat16() for z in Case(6, 16, 16).embeddings())
     result = emulate(Contrastive(z1, z2, 0.05, 0.3, True, positives=torch.tensor([0, 1, bad, 3, 8, 5])))
     assert result.rows.isnan().tolist() == [k == 2 for k in range(6)]
@@ -108,7 +108,7 @@ def test_what_it_does_not_take_goes_another_way(case, emulated):
 
 
 def test_off_by_default():
-    assert cuda.FUSED is False
+    assert cuda.FUSED == 0
 
 
 def test_compiled_kernel_multiplies_by_wgmma_and_copies_by_tma():
@@ -132,9 +132,9 @@ if no_gpu is None and torch.cuda.get_device_capability() != (9, 0):
 on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"the fused GEMM cannot run here: {no_gpu}")
 
 
-@pytest.fixture
-def switched_on(monkeypatch):
-    monkeypatch.setattr(cuda, "FUSED", True)
+@pytest.fixture(params=[1, 2], ids=["blocks", "clusters"])
+def switched_on(request, monkeypatch):
+    monkeypatch.setattr(cuda, "FUSED", request.param)
     monkeypatch.setattr(cuda, "fits", lambda p: False)
 
 

@@ -84,9 +84,9 @@ static void bind(py::module_ m, const Kernels& kernels) {
         nogil());
   m.def("fused",
         [=](const Contrastive& p, Address z1hat, int64_t ld1, Address z2, int64_t ld2, int D, Address S, int64_t ld, int i0,
-            int c, Address f, Address partial, bool grad, Where where) {
+            int c, Address f, Address partial, bool grad, int cluster, Where where) {
           kernels.fused(p, vectors(z1hat, ld1, c, D), vectors(z2, ld2, p.N, D), panel(S, ld, i0, c, f), at(partial), grad,
-                        queue(where));
+                        cluster, queue(where));
         },
         nogil());
   m.def("fused_runs", [=](Where where) { return kernels.fused_runs(queue(where)); });

@@ -171,7 +171,8 @@ static void wgmma(const std::vector<bf16>& memory, uint64_t a, uint64_t b, std::
       for (int k = 0; k < 16; ++k) d[m * kTileN + n] += left[m * 16 + k] * right[n * 16 + k];
 }
 
-static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, Queue) {
+// In clusters the tiles are the same.
+static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, int, Queue) {
   const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
   const int down = ceil_div(q.c, kTileM), across = ceil_div(p.N, kTileN);
   fused_variant(p, grad, [&](auto grad, auto masked) {
@@ -179,7 +180,7 @@ static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& 
     std::vector<bf16> memory((1024 + kStepBytes) / 2, bf16{0xffff});
     const uint32_t a = 1024, b = a + kBytesA;
     for (int tile = 0; tile < down * across; ++tile) {
-      const TileAt at = tile_at(tile, down, across);
+      const TileAt place = tile_at(tile, down, across), at = {place.m * kTileM, place.n * kTileN};
       std::vector<float> d[2] = {std::vector<float>(kGroupRows * kTileN), std::vector<float>(kGroupRows * kTileN)};
       for (int k = 0; k < q.D; k += kTileK) {
         load_box(memory, a, z1hat, kTileM, at.m, k);

@@ -1,7 +1,7 @@
 // Device side of fused.h: the pipeline. Compiled for sm_90a alone. It has not yet run on a GPU.
 //
 //   full[s]    operands of step s have arrived      1 arrival (the producer) and kStepBytes
-//   empty[s]   both warpgroups have multiplied it   8 arrivals, one a warp
+//   empty[s]   both warpgroups of all blocks of the cluster have multiplied it   8 arrivals a block, one a warp
 // Step number `step` counts on over all of a block's tiles: slot step % kSteps, phase step / kSteps.
 #include <algorithm>
 
@@ -31,36 +31,53 @@ struct Shared {
   __device__ __forceinline__ uint64_t* empty(int slot) const { return full(kSteps + slot); }
 };
 
-template <bool Grad, bool Masked>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int Cluster, bool Grad, bool Masked>
+__global__ void __cluster_dims__(Cluster, 1, 1) __launch_bounds__(kThreads, 1)
 fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
              const __grid_constant__ CUtensorMap map_G, const __grid_constant__ Contrastive p, const __grid_constant__ Fused q) {
   extern __shared__ char anywhere[];
   const Shared shared = {anywhere + (1024 - shared_address(anywhere) % 1024) % 1024};
-  const int down = ceil_div(q.c, kTileM), across = ceil_div(p.N, kTileN), tiles = down * across;
+  // Of the cluster: Cluster row tiles at a time, this block's by its rank.
+  const int down = ceil_div(q.c, Cluster * kTileM), across = ceil_div(p.N, kTileN), tiles = down * across;
+  const int first = blockIdx.x / Cluster, stride = gridDim.x / Cluster;
   const int steps = ceil_div(q.D, kTileK), warpgroup = threadIdx.x / 128;
+  const int rank = blockIdx.x % Cluster;  // in a cluster along x
+  const auto place = [&](int tile) {
+    const TileAt at = tile_at(tile, down, across);
+    return TileAt{(at.m * Cluster + rank) * kTileM, at.n * kTileN};
+  };
+  const auto sync_all = [] {
+    if constexpr (Cluster > 1) sync_cluster();
+    else __syncthreads();
+  };
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSteps; ++slot) {
       init(shared.full(slot), 1);
-      init(shared.empty(slot), 8);
+      init(shared.empty(slot), 8 * Cluster);
     }
     fence_init();
   }
-  __syncthreads();
+  sync_all();
 
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) {
       uint32_t step = 0;
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const TileAt at = tile_at(tile, down, across);
+      for (int tile = first; tile < tiles; tile += stride) {
+        const TileAt at = place(tile);
         for (int k = 0; k < steps; ++k, ++step) {
           const int slot = step % kSteps;
           wait(shared.empty(slot), step / kSteps % 2 ^ 1);  // the first time round all slots are free
           arrive_expecting(shared.full(slot), kStepBytes);
           load_box(shared.a(slot), &map_a, k * kTileK, at.m, shared.full(slot));
-          load_box(shared.b(slot), &map_b, k * kTileK, at.n, shared.full(slot));
+          if constexpr (Cluster == 1) {
+            load_box(shared.b(slot), &map_b, k * kTileK, at.n, shared.full(slot));
+          } else {  // this block's part of the keys, for all; the others' parts count for this barrier too
+            constexpr int kPart = kTileN / Cluster;
+            load_box_for_all(shared.b(slot) + rank * (kBytesB / Cluster), &map_b, k * kTileK, at.n + rank * kPart,
+                             shared.full(slot), (1 << Cluster) - 1);
+          }
         }
       }
     }
@@ -70,8 +87,14 @@ fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ 
     const bool leads = thread == 0, leads_warp = thread % 32 == 0;
     float acc[128];
     uint32_t step = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const TileAt at = tile_at(tile, down, across);
+    const auto release = [&](int slot) {
+      if (!leads_warp) return;
+      if constexpr (Cluster == 1) arrive(shared.empty(slot));
+      else
+        for (int block = 0; block < Cluster; ++block) arrive_at(shared.empty(slot), block);
+    };
+    for (int tile = first; tile < tiles; tile += stride) {
+      const TileAt at = place(tile);
       for (int k = 0; k < steps; ++k, ++step) {
         const int slot = step % kSteps;
         wait(shared.full(slot), step / kSteps % 2);
@@ -83,10 +106,10 @@ fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ 
           wgmma(acc, a + 2 * part, b + 2 * part, k > 0 || part > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the step before has been multiplied
-        if (k > 0 && leads_warp) arrive(shared.empty((step - 1) % kSteps));
+        if (k > 0) release((step - 1) % kSteps);
       }
       wgmma_wait<0>();
-      if (leads_warp) arrive(shared.empty((step - 1) % kSteps));
+      release((step - 1) % kSteps);
 
       const int k0 = at.m + group * kGroupRows;
       const FusedRows rows(p, q, thread, k0);
@@ -120,6 +143,7 @@ fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ 
     }
     if (Grad && leads) wait_stored();
   }
+  if constexpr (Cluster > 1) sync_all();  // no block leaves while another's copies or arrivals are on their way to it
 }
 
 constexpr int kRows = 32, kSlices = 8;
@@ -168,21 +192,28 @@ bool fused_runs(Queue queue) {
          attribute(cudaDevAttrComputeCapabilityMinor, queue.device) == 0;
 }
 
-void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, Queue queue) {
+void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, int cluster,
+           Queue queue) {
   const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
-  fused_variant(p, grad, [&](auto grad, auto masked) {
+  const auto launch = [&](auto size, auto grad, auto masked) {
+    constexpr int kCluster = decltype(size)::value;
     constexpr bool kGrad = decltype(grad)::value;
-    const auto kernel = fused_kernel<kGrad, decltype(masked)::value>;
+    const auto kernel = fused_kernel<kCluster, kGrad, decltype(masked)::value>;
     launch_on(queue, "fused", [&](cudaStream_t stream) {
       const CUtensorMap a = tensor_map(z1hat.z, z1hat.ld, panel.c, z1hat.D, kTileM);
-      const CUtensorMap b = tensor_map(z2.z, z2.ld, p.N, z2.D, kTileN);
+      const CUtensorMap b = tensor_map(z2.z, z2.ld, p.N, z2.D, kTileN / kCluster);
       const CUtensorMap G = tensor_map(panel.S, panel.ld, panel.c, p.N, kGroupRows);
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "fused: shared memory");
-      const int tiles = ceil_div(panel.c, kTileM) * ceil_div(p.N, kTileN);
-      kernel<<<std::min(tiles, attribute(cudaDevAttrMultiProcessorCount, queue.device)), kThreads, kBytes, stream>>>(a, b, G, p, q);
+      const int tiles = ceil_div(panel.c, kCluster * kTileM) * ceil_div(p.N, kTileN);
+      const int clusters = std::min(tiles, attribute(cudaDevAttrMultiProcessorCount, queue.device) / kCluster);
+      kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a, b, G, p, q);
       check(cudaGetLastError(), "fused");
       finish_rows_kernel<kGrad><<<ceil_div(panel.c, kRows), kRows * kSlices, 0, stream>>>(p, panel, q.partial);
     });
+  };
+  fused_variant(p, grad, [&](auto grad, auto masked) {
+    if (cluster == 2) launch(Count<2>(), grad, masked);
+    else launch(Count<1>(), grad, masked);
   });
 }
 

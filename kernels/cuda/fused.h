@@ -6,7 +6,8 @@
 //   finish_row z_neg = sum_t partial_tk in order; loss, f, and G at the positive
 // A thread block of three warpgroups takes tiles in turn. One thread of the first has the copy engine (TMA) fetch operands,
 // kSteps ahead, through mbarriers; the others multiply 64 rows each (wgmma m64n256k16, fp32 sums in 128 registers), apply the
-// epilogue to 64 columns at a time and have the copy engine store them from shared memory.
+// epilogue to 64 columns at a time and have the copy engine store them from shared memory. In clusters of two, blocks with
+// neighbouring row tiles each fetch half of the keys' tile for both: 131 operations a byte from L2 instead of 87.
 // Stored: G (not in forward only), partial (column tiles, c), s_pos, loss, f. S is never written. Traffic: operands from L2,
 // G to memory. No atomics.
 //
@@ -46,11 +47,11 @@ PYCSE_HD int sums_column(int thread, int n) { return n / 4 * 8 + thread % 4 * 2 
 
 struct TileAt { int m, n; };
 
-// Tiles in the order of their numbers: down kTileGroup row tiles, then the next column tile.
+// The place, counted in tiles, of a number: down kTileGroup row tiles, then the next column tile.
 PYCSE_HD TileAt tile_at(int tile, int down, int across) {
   const int group = tile / (kTileGroup * across), first = group * kTileGroup;
   const int rows = down - first < kTileGroup ? down - first : kTileGroup, within = tile - group * kTileGroup * across;
-  return {(first + within % rows) * kTileM, within / rows * kTileN};
+  return {first + within % rows, within / rows};
 }
 
 // The two rows of a thread, k0 its warpgroup's first row of the panel.

@@ -24,6 +24,15 @@ __device__ __forceinline__ void arrive(uint64_t* barrier) {
 __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
+// At the same barrier of another block of the cluster.
+__device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)), "r"(block) : "memory");
+}
 // Until the phase of this parity has ended: a fresh barrier is in phase 0, and phase -1 (parity 1) has.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -45,6 +54,13 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, int c
                    shared_address(to)),
                "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
+// The same for every block of the cluster whose bit is set: to the same place of its shared memory, for its barrier there.
+__device__ __forceinline__ void load_box_for_all(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier,
+                                                 uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], "
+      "%5;" ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
 // What this thread's block wrote to shared memory before a barrier is seen by the copy engine after it.
 __device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int column, int row) {
@@ -57,6 +73,13 @@ template <int Left> __device__ __forceinline__ void wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Left) : "memory");
 }
 __device__ __forceinline__ void wait_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// --- clusters ---
+
+// All threads of all its blocks.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 // --- warpgroups ---
 

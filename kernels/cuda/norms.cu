@@ -56,7 +56,7 @@ static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors 
 }
 
 #ifndef PYCSE_HOPPER
-void fused(const Contrastive&, Vectors, Vectors, const Panel&, void*, bool, Queue) {
+void fused(const Contrastive&, Vectors, Vectors, const Panel&, void*, bool, int, Queue) {
   throw std::logic_error("pycse: fused was not compiled: no 90a among the architectures");
 }
 bool fused_runs(Queue) { return false; }

@@ -19,9 +19,9 @@ from pycse.problem import Contrastive, Result
 # match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates, not yet measured.
 SMALL = {torch.float32: 1 << 28, torch.bfloat16: 1 << 30}
 SMALL_ROWS = 2048  # a row is one block's
-# Whether panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0. Off
-# until it has run on a GPU: it is compiled, and emulated but for its pipeline.
-FUSED = False
+# Panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0: 1, or 2 in
+# clusters of two blocks that share the keys' tiles. 0, off, until it has run on a GPU: compiled, and emulated but for its pipeline.
+FUSED = 0
 FUSED_COLUMNS = 256  # of its tile
 
 
@@ -105,7 +105,7 @@ class Kernels(Norms, panel.Kernels):
         partial = self.empty(-(-N // FUSED_COLUMNS), c, dtype=self.p.acc)
         self.kernels.fused(
             self.problem, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), z2.shape[1], S.data_ptr(),
-            S.stride(0), i0, c, pointer(f), partial.data_ptr(), grad, self.queue,
+            S.stride(0), i0, c, pointer(f), partial.data_ptr(), grad, FUSED, self.queue,
         )  # fmt: skip
         return f
 
