@@ -193,7 +193,16 @@ def growth(results: Results) -> str:
     rows = []
     for N, seconds in curve["seconds"]["pycse"].items():
         r = Row(results, f"focal-{N}x768-fp32")
-        rows.append([str(N), f"{seconds * 1e3:.3g}", r.share, r.ratio("eager"), r.megabytes(), r.megabytes("eager")])
+        rows.append(
+            [
+                str(N),
+                f"{seconds * 1e3:{'.2f' if seconds < 0.1 else ',.0f'}}",
+                r.share,
+                r.ratio("eager"),
+                r.megabytes(),
+                r.megabytes("eager"),
+            ]
+        )
     form = lambda p: "–" if p is None else f"{p:.2f}"  # noqa: E731
     of = curve["exponents"]
     fits = [
@@ -204,13 +213,16 @@ def growth(results: Results) -> str:
             (f"memory, N ≥ {LARGE}", "memory"),
         )
     ]
-    begins = curve["floor begins"]
-    said = f"From N = {begins} on" if begins else "Nowhere yet"
+    said = f"Nowhere is pycse within {NEAR:.0%} of its floor."
+    if near := curve["near floor"]:
+        said = f"Within {NEAR:.0%} of its floor from N = {near[0]}, below which the overhead of a call decides"
+        beyond = near[1] < max(curve["shares"])
+        said += f", to {near[1]}, beyond which panels of few rows do, the price of little memory." if beyond else "."
     return "\n\n".join(
         [
             markdown("N | ms | share of the floor | eager | MB | MB of eager", rows),
             markdown("exponent of N | pycse | its floor | eager", fits),
-            f"{said} pycse stays within {NEAR:.0%} of its floor: below, overhead of a call decides; above, the products.",
+            said,
             f"![Time and memory over N](../benchmarks/results/{results['stem']}-growth.png)",
         ]
     )

@@ -21,14 +21,16 @@ def exponent(points: dict[int, float]) -> float | None:
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys)) / sum((x - mx) ** 2 for x in xs)
 
 
-def floor_begins(shares: dict[int, float]) -> int | None:
-    """The smallest N from which on pycse stays within NEAR of its floor."""
-    begin = None
-    for N in sorted(shares, reverse=True):
-        if shares[N] < NEAR:
-            break
-        begin = N
-    return begin
+def near_floor(shares: dict[int, float]) -> tuple[int, int] | None:
+    """The smallest and largest N of the longest stretch within NEAR of the floor."""
+    stretches: list[list[int]] = [[]]
+    for N in sorted(shares):
+        if shares[N] >= NEAR:
+            stretches[-1].append(N)
+        else:
+            stretches.append([])
+    longest = max(stretches, key=len)
+    return (longest[0], longest[-1]) if longest else None
 
 
 def curves(rows: dict[str, Any]) -> dict[str, Any]:
@@ -64,13 +66,14 @@ def curves(rows: dict[str, Any]) -> dict[str, Any]:
             "time large": {name: exponent(large(curve)) for name, curve in seconds.items()},
             "memory": {name: exponent(large(curve)) for name, curve in memory.items()},
         },
-        "floor begins": floor_begins(shares),
+        "near floor": near_floor(shares),
     }
 
 
 def pictures(results: dict[str, Any], stem: Path) -> list[Path]:
     """``stem``-growth.png and ``stem``-share.png."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     grown = curves(results["rows"])
     colours = {"pycse": "tab:blue", "eager": "tab:orange", "floor": "tab:gray"}
@@ -88,12 +91,13 @@ def pictures(results: dict[str, Any], stem: Path) -> list[Path]:
                     list(curve), [y / unit for y in curve.values()], "o-", color=colours[name], label=label, ms=4
                 )
         axes.set_xlabel("N")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     time.set_title("seconds, forward + backward")
     memory.set_title("peak MB beyond inputs and gradients")
-    if begin := grown["floor begins"]:
-        time.axvline(begin, color="tab:gray", linestyle=":")
+    for N in grown["near floor"] or ():
+        time.axvline(N, color="tab:gray", linestyle=":")
     figure.suptitle(f"Focal-InfoNCE, D = 768, float32; exponents from N = {LARGE} on")
 
     shares = {name: row["share"] for name, row in results["rows"].items() if row.get("share") is not None}

@@ -273,9 +273,10 @@ class TestGrowth:
         assert growth.exponent({256: 5.0, 512: 5.0}) == pytest.approx(0)
         assert growth.exponent({256: 1.0}) is None and growth.exponent({}) is None
 
-    def test_where_the_floor_begins(self):
-        assert growth.floor_begins({64: 0.4, 512: 0.95, 1024: 0.85, 2048: 0.93, 4096: 0.97}) == 2048
-        assert growth.floor_begins({64: 0.4}) is None
+    def test_where_the_floor_is_near(self):
+        assert growth.near_floor({64: 0.4, 512: 0.95, 1024: 0.85, 2048: 0.93, 4096: 0.97, 8192: 0.8}) == (2048, 4096)
+        assert growth.near_floor({64: 0.4, 128: 0.9}) == (128, 128)
+        assert growth.near_floor({64: 0.4}) is None
 
 
 class TestDocuments:

@@ -27,6 +27,7 @@ from pycse.panels.norms import Norms
 from pycse.problem import Contrastive, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
+INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
 KEY_BLOCK = 4096  # keys of one product S on a CPU
 
 
@@ -126,11 +127,12 @@ def similarities(z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
 
 
 def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
-    """c: how many rows fit in PANEL_BYTES, between 64 and 2048; on a GPU, products.panel_rows."""
+    """c: how many rows fit in a panel's bytes, between 64 and 2048; on a GPU, products.panel_rows."""
     if p.z1.is_cuda:
         return products.panel_rows(B, N, p.z1.shape[1], p.z1.element_size())
     row_bytes = N * (p.z1.element_size() + temporaries * p.acc.itemsize)
-    c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 1024, PANEL_BYTES // row_bytes))
+    most = max(PANEL_BYTES, (B + N) * p.z1.shape[1] * p.z1.element_size() // INPUT_SHARE)
+    c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 1024, most // row_bytes))
     return B if c >= B else c
 
 
