@@ -49,9 +49,10 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[train,test,lint]"
 	touch $(VENV)/train $@
 
-# The extra's packages alone: pycse itself is built. open_clip without what it depends on: torchvision from PyPI does not load beside every torch, and the losses do not use it.
+# The extra's packages alone: pycse itself is built. open_clip without what it depends on: torchvision from PyPI does not load
+# beside every torch, and the losses do not use it.
 $(VENV)/bench: $(VENV)/test
-	$(PIP) $$($(RUN) -c "from importlib.metadata import requires as r; print(*(x.split(';')[0] for x in r('pycse') if 'bench\"' in x))")
+	$(PIP) $$($(RUN) -c "from importlib.metadata import requires as r; print(*(x.split(';')[0] for x in r('pycse-kernels') if 'bench\"' in x))")
 	$(PIP) --no-deps "open_clip_torch==3.3.0"
 	touch $@
 
