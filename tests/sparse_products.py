@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cuda_graphs import capture, never_waits
 from torch import Tensor
 
 from pycse.backends.reference import sparse as reference
@@ -190,19 +191,8 @@ def check_capture(case: Case, backend: Any) -> None:
             backend.masked_dw(dy, x, kept),
         )
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    never_waits(step)
+    replay = capture(step)
     x.normal_()
-    graph.replay()
-    for a, b in zip(captured, step()):
+    for a, b in zip(replay(), step()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -10,14 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
+from cuda_graphs import capture, never_waits
 from pycse.kernels import native
 
 from pycse import fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
-from pycse.ops import fused
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
@@ -54,9 +55,7 @@ def emulate(p: Contrastive):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """backend="cpu" runs the emulation, which reads temperature and m through their addresses as a GPU would."""
-    monkeypatch.setattr(cpu, "contrastive", emulate)
-    monkeypatch.setattr(fused, "value", lambda tensor, value: value if tensor is None else tensor.detach())
+    emulation.instead(monkeypatch, cpu, "contrastive", emulate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -261,23 +260,12 @@ def test_waits_for_nothing_and_is_captured(panels):
     def step():
         return torch.autograd.grad(fused_focal_infonce(z1, z2, tau, backend="cuda"), (z1, z2, tau))
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    never_waits(step)
+    replay = capture(step)
     with torch.no_grad():
         z1.normal_()
         tau.fill_(0.08)
-    graph.replay()
-    for x, y in zip(captured, step()):
+    for x, y in zip(replay(), step()):
         torch.testing.assert_close(x, y)
 
 

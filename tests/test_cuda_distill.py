@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import emulation
 import pytest
 import torch
 from pycse.kernels import native
@@ -15,7 +16,6 @@ from pycse import fused_distill, fused_distillcse, grouping
 from pycse.backends.cpu import distill as cpu
 from pycse.backends.cuda import distill as cuda
 from pycse.backends.torch import distill as eager
-from pycse.ops import fused
 from pycse.panels import distill as panel
 from pycse.problem import Distillation, Grouping
 
@@ -43,9 +43,7 @@ class Emulated(cuda.Kernels):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """backend="cpu" runs the emulation, which reads the seed through its address as a GPU would."""
-    monkeypatch.setattr(cpu, "distill", lambda d: panel.distill(d, Emulated))
-    monkeypatch.setattr(fused, "value", lambda tensor, value: value if tensor is None else tensor.detach())
+    emulation.instead(monkeypatch, cpu, "distill", lambda d: panel.distill(d, Emulated))
 
 
 def student(B: int, D: int = 12, seed: int = 0) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import cuda_graphs
 import pytest
 import torch
 from torch import Tensor
@@ -30,23 +31,7 @@ def device_of(backend: str) -> str:
 
 
 def capture(step: Callable[[], Any], backend: str) -> Callable[[], Any]:
-    """A function that replays ``step`` and returns its results, in the memory they were captured with."""
-    if backend == "torch":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(), step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
+    return step if backend == "torch" else cuda_graphs.capture(step)
 
 
 def same(replayed: Iterable[Tensor], called: Iterable[Tensor]) -> None:

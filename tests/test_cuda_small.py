@@ -3,6 +3,7 @@ the float64 reference over the table of every backend; with a GPU also as the co
 
 from __future__ import annotations
 
+import emulation
 import pytest
 import torch
 from pycse.kernels import native
@@ -11,7 +12,6 @@ from pycse import backends, fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
 from pycse.backends.cuda.norms import Norms
-from pycse.ops import fused
 from pycse.problem import Contrastive, Needs
 
 import cases
@@ -36,10 +36,7 @@ class Emulated(Norms):
         return native().emulated
 
     def empty(self, *shape, dtype):
-        """Poisoned: what a phase does not write is NaN to the next."""
-        memory = torch.empty(shape, dtype=dtype)
-        memory.view(torch.uint8).fill_(0xFF)
-        return memory
+        return emulation.poisoned(*shape, dtype=dtype)
 
 
 def emulate(p: Contrastive):
@@ -48,8 +45,7 @@ def emulate(p: Contrastive):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(cpu, "contrastive", emulate)
-    monkeypatch.setattr(fused, "value", lambda tensor, value: value if tensor is None else tensor.detach())
+    emulation.instead(monkeypatch, cpu, "contrastive", emulate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

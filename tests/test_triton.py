@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
+from cuda_graphs import capture
 from interpreter import CUDA, INTERPRETED, in_another_process, run_interpreted
 
 from pycse import fused_focal_infonce
@@ -390,19 +391,11 @@ def test_cuda_graph(options, cuda):
         loss.backward()
         return loss
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(), step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    replay = capture(step)
     captured = z1.grad, z2.grad
     with torch.no_grad():
         z1.copy_(torch.randn_like(z1))
-    graph.replay()
-    replayed = loss.detach().clone(), captured[0].clone(), captured[1].clone()
+    replayed = replay().detach().clone(), captured[0].clone(), captured[1].clone()
     eager = step().detach()
     for x, y in zip(replayed, (eager, z1.grad, z2.grad)):
         assert torch.equal(x, y)

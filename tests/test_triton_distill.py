@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'pycse-kernels[triton]'")
 
+from cuda_graphs import capture
 from interpreter import INTERPRETED, run_interpreted
 
 from pycse import fused_distill, fused_distillcse, grouping
@@ -322,18 +323,10 @@ def test_cuda_graph_draws_anew_when_the_seed_changes(options, cuda):
         loss.backward()
         return loss
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(), step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    replay = capture(step)
     captured = z.grad
     for s in (3, 2**40 + 1):
         seed.fill_(s)
-        graph.replay()
-        replayed = loss.detach().clone(), captured.clone()
+        replayed = replay().detach().clone(), captured.clone()
         eager = step().detach()
         assert torch.equal(replayed[0], eager) and torch.equal(replayed[1], z.grad)
