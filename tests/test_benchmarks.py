@@ -315,19 +315,33 @@ def test_the_stages_of_a_call_add_up():
 
 
 def test_a_slower_row_kernel_is_caught(tmp_path, monkeypatch, capfd):
-    """The real commands: a baseline, a check that passes, and one with a kernel that does 30% more work."""
+    """The real commands: a baseline, a check that passes, and one that fails on a kernel that does 30% more work.
+
+    What else runs on a machine moves a ratio by up to 20%, either way, so the three are tried again where one went astray.
+    """
     file = tmp_path / "baseline.json"
     monkeypatch.setattr(command, "SECONDS", 1.0)
-    monkeypatch.setattr(command, "ATTEMPTS", 1)
-    command.update(ROWS, file)
-    monkeypatch.setattr(command, "ATTEMPTS", 3)
-    command.check(ROWS, file)
-    monkeypatch.setattr(command, "ATTEMPTS", 1)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p slow_rows")
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
-    with pytest.raises(command.typer.Exit) as done:
-        command.check(ROWS, file)
-    assert done.value.exit_code == 1
+
+    def check_fails(attempts: int) -> bool:
+        monkeypatch.setattr(command, "ATTEMPTS", attempts)
+        try:
+            command.check(ROWS, file)
+        except command.typer.Exit as done:
+            return done.exit_code == 1
+        return False
+
+    def caught() -> bool:
+        monkeypatch.setattr(command, "ATTEMPTS", 1)
+        command.update(ROWS, file)
+        if check_fails(attempts=3):
+            return False
+        with monkeypatch.context() as slow:
+            slow.setenv("PYTEST_ADDOPTS", "-p slow_rows")
+            slow.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
+            capfd.readouterr()
+            return check_fails(attempts=1)
+
+    assert any(caught() for _ in range(8))
     known = json.loads(file.read_text())["ratios"][ROWS]["yardstick"]
     assert f"slower: {ROWS}: yardstick/pycse is" in (said := capfd.readouterr().err) and f"baseline {known:.3f}" in said
 
