@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from pycse.ops import sparse as ops
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import BREAK_EVEN, Pattern, choose, pack_mask, unpack_mask
+from pycse.sparse.pattern import Pattern, break_even, choose, pack_mask, unpack_mask
 
 BACKENDS = ["torch", "cpu"]
 BLOCKS = [1, 16, 32, 64]
@@ -120,7 +120,7 @@ def test_bit_masks(T, out, in_, dtype, backend):
         check(T, out, in_, 1, density, dtype, backend, masked=True)
 
 
-@pytest.mark.parametrize("isa", ["portable", "v3", "v4"])
+@pytest.mark.parametrize("isa", ["portable", "v3", "v4", "amx"])
 def test_every_instruction_set(isa, tmp_path):
     from pycse.kernels import native
 
@@ -139,6 +139,9 @@ def test_every_instruction_set(isa, tmp_path):
         "        check(T, out, in_, 1, 0.2, dtype, 'cpu')\n"
         "        check(T, out, in_, 1, 0.2, dtype, 'cpu', masked=True)\n"
         "for block in BLOCKS: check(4128, 1024, 64, block, 0.1, torch.float32, 'cpu')\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for T in (64, 301):\n"
+        "        for block in (32, 64): check(T, 256, 1536, block, 0.6, dtype, 'cpu'), check(T, 1536, 256, block, 0.6, dtype, 'cpu')\n"
         "print('checked')\n"
     )
     done = subprocess.run(
@@ -150,6 +153,52 @@ def test_every_instruction_set(isa, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "checked" in done.stdout
+
+
+def one_block(T, dtype=torch.float32, scale=1.0):
+    """x (T, 64), a weight (64, 64) of whole blocks, and their product in float64."""
+    x, weight, _, _ = tensors(T, 64, 64, torch.float32)
+    x = (x * scale).to(dtype)
+    which = (*Pattern.from_mask(torch.ones(64, 64, dtype=torch.bool), 32).tensors, 32)
+    return x, weight.to(dtype), which
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e35])
+def test_blocks_of_small_and_large_numbers(scale):
+    """As precise as float32 at any magnitude, and where magnitudes differ within a sum."""
+    x, weight, which = one_block(300, scale=scale)
+    x[:, ::3] *= 1e-3
+    x[::2] *= 1e-2
+    truth = x.double() @ weight.double().t()
+    y = ops.sparse_linear(x, weight, None, *which, "cpu")
+    eager = F.linear(x, weight)
+    rows = truth.norm(dim=1)
+    assert ((y - truth).norm(dim=1) / rows).max() <= 2 * ((eager - truth).norm(dim=1) / rows).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_blocks_keep_what_is_not_finite_in_its_row(bad, dtype):
+    x, weight, which = one_block(300, dtype)
+    x[7, 5] = bad
+    y = ops.sparse_linear(x, weight, None, *which, "cpu")
+    assert not y[7].isfinite().any()
+    rest = torch.arange(300) != 7
+    assert torch.equal(y[rest], ops.sparse_linear(x[rest].contiguous(), weight, None, *which, "cpu"))
+    dy = torch.ones(300, 64, dtype=dtype)
+    dy[7, 5] = bad
+    leaf = weight.clone().requires_grad_()
+    ops.sparse_linear(torch.ones(300, 64, dtype=dtype), leaf, None, *which, "cpu").backward(dy)
+    assert not leaf.grad[5].isfinite().any() and leaf.grad[torch.arange(64) != 5].isfinite().all()
+
+
+def test_pytorch_keeps_its_own_tiles():
+    """AMX registers are a thread's, and PyTorch configures them too."""
+    x, weight, which = one_block(300, torch.bfloat16)
+    before = F.linear(x, weight)
+    for _ in range(3):
+        ops.sparse_linear(x, weight, None, *which, "cpu")
+        assert torch.equal(F.linear(x, weight), before)
 
 
 def layer(out=64, in_=96, block=16, density=0.3, backend="auto", dtype=torch.float32, pattern=None, bias=True):
@@ -531,7 +580,7 @@ def test_repr_says_pattern_density_and_why_dense():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_choice(block):
-    limit = BREAK_EVEN["cpu"][torch.float32][NAMES[block]]
+    limit = break_even("cpu", torch.float32)[NAMES[block]]
     sides = 640 // block
     kept = torch.zeros(sides * sides, dtype=torch.bool)
     kept[
@@ -543,7 +592,7 @@ def test_choice(block):
     assert choice.pattern == "dense" and "sparse pays below" in choice.reason
     assert choose(mask, torch.float32, "mps").pattern == "dense"
     thin = choose(torch.ones(48, 48, dtype=torch.bool), torch.float32, "cpu")  # only blocks of 16 fit
-    assert thin.reason.endswith(f"below a density of {BREAK_EVEN['cpu'][torch.float32]['block16']:.0%}")
+    assert thin.reason.endswith(f"below a density of {break_even('cpu', torch.float32)['block16']:.0%}")
 
 
 @pytest.mark.parametrize("block", BLOCKS)

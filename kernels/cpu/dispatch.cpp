@@ -10,6 +10,12 @@ namespace portable { Kernels kernels(); }
 namespace v3 { Kernels kernels(); }
 namespace v4 { Kernels kernels(); }
 #endif
+#ifdef PYCSE_AMX
+namespace amx {
+bool available();
+Kernels kernels(const Kernels& v4);
+}  // namespace amx
+#endif
 
 static std::vector<Kernels> usable() {
   std::vector<Kernels> found;
@@ -18,8 +24,12 @@ static std::vector<Kernels> usable() {
   const bool v3_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("bmi2");
   if (v3_ok && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(v4::kernels());
+#ifdef PYCSE_AMX
+    if (amx::available()) found.insert(found.begin(), amx::kernels(found.front()));
+#endif
+  }
   if (v3_ok) found.push_back(v3::kernels());
 #endif
   found.push_back(portable::kernels());

@@ -12,15 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pycse.kernels import native
+
 BLOCKS = (16, 32, 64)
 # Names that SparseLinear takes, and the side of their blocks. "2:4" and "dense" have no index.
 SIDES = {"unstructured": 1, **{f"block{b}": b for b in BLOCKS}}
 PATTERNS = ("auto", *SIDES, "2:4", "dense")
 
 # Density below which a pattern's forward + backward beats F.linear: {device type: {dtype: {pattern: density}}}. Measured
-# 2026-11-21 on one AVX-512 core with AMX, 2048 tokens, 768 -> 3072 and back (docs/performance.md), the worse of both and
-# rounded down (not measured and taken from block32: block64 in bfloat16, block16 and block64 in float64). bfloat16 competes
-# with AMX. A device or dtype that is not listed stays dense; float16 on the CPU is float32.
+# 2026-11-21 on AVX-512 cores with AMX, 2048 tokens, 768 -> 3072 and back (docs/performance.md), the worse of both and
+# rounded down (not measured and taken from block32: block64 in bfloat16 without AMX, block16 and block64 in float64). PyTorch's
+# bfloat16 uses AMX in all rows. A device or dtype that is not listed stays dense; float16 on the CPU is float32.
 BREAK_EVEN: dict[str, dict[torch.dtype, dict[str, float]]] = {
     "cpu": {
         torch.float32: {"block64": 0.75, "block32": 0.8, "block16": 0.75, "unstructured": 0.3},
@@ -29,6 +31,20 @@ BREAK_EVEN: dict[str, dict[torch.dtype, dict[str, float]]] = {
     },
     "cuda": {},
 }
+# Blocks of 32 and 64 in AMX tiles: float32 by way of bfloat16, faster than dense with every block kept.
+BREAK_EVEN["cpu with amx"] = {
+    torch.float32: BREAK_EVEN["cpu"][torch.float32] | {"block64": 1.0, "block32": 1.0},
+    torch.float64: BREAK_EVEN["cpu"][torch.float64],
+    torch.bfloat16: BREAK_EVEN["cpu"][torch.bfloat16] | {"block64": 0.8, "block32": 0.8},
+}
+
+
+def break_even(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
+    """The row of :data:`BREAK_EVEN` for this machine: {pattern: density}."""
+    where = torch.device(device).type
+    if where == "cpu" and native().cpu_isa() == "amx":
+        where = "cpu with amx"
+    return BREAK_EVEN.get(where, {}).get(torch.float32 if dtype == torch.float16 else dtype, {})
 
 
 @dataclass
@@ -152,7 +168,7 @@ def choose(mask: Tensor, dtype: torch.dtype, device: torch.device | str) -> Choi
     """
     device = torch.device(device)
     density = mask.count_nonzero().item() / mask.numel() if mask.numel() else 1.0
-    limits = BREAK_EVEN.get(device.type, {}).get(torch.float32 if dtype == torch.float16 else dtype, {})
+    limits = break_even(device, dtype)
     refused = {}
     for name in ("block64", "block32", "block16"):
         try:
