@@ -170,6 +170,20 @@ PYBIND11_MODULE(_native, m) {
         cpu_kernels().mask_weight(DType(dtype), at(w), ldw, at<int32_t>(bits), out, in, at(result), threads);
       },
       nogil());
+  m.def("has_dense_products", [] { return cpu_kernels().dense_product != nullptr; });
+  m.def(
+      "dense_product",
+      [](Address x, int64_t ldx, Address w, int64_t ldw, int64_t out, int64_t in, Address y, int64_t ldy, int64_t n, bool transposed,
+         bool add, int threads) {
+        cpu_kernels().dense_product(at<float>(x), ldx, at<float>(w), ldw, out, in, at<float>(y), ldy, n, transposed, add, threads);
+      },
+      nogil());
+  m.def(
+      "dense_outer",
+      [](Address dy, int64_t ldy, Address x, int64_t ldx, int64_t out, int64_t in, Address dw, int64_t n, bool add, int threads) {
+        cpu_kernels().dense_outer(at<float>(dy), ldy, at<float>(x), ldx, out, in, at<float>(dw), n, add, threads);
+      },
+      nogil());
   m.def("prefer_huge_pages", &prefer_huge_pages);
 #ifdef PYCSE_WITH_CUDA
   m.def("cuda_compiled", [] { return true; });

@@ -75,48 +75,42 @@ PYCSE_INLINE void left_row(const T* x, int t, bf16* tiles) {
   for (int p = 0; p < kParts<T>; ++p) std::memcpy(tiles + (2 * p * kTile + t) * kDepth, &part[p], sizeof part[p]);
 }
 
-// tiles[part][h][j] = lane j of pairs(h, 0), pairs(h, 1), ... pairs(h, 15).
-template <class T, class Pairs>
-PYCSE_INLINE void transposed_tiles(Pairs pairs_of, bf16* tiles) {
+// tile[j] = lane j of every row.
+PYCSE_INLINE void transposed_tile(const uvec* rows, bf16* tile) {
+  vec m[kTile];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) m[i] = (vec)rows[i];
+  transpose<float>(m);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) store_lanes(reinterpret_cast<float*>(tile) + i * kTile, m[i]);
+}
+
+// tiles[part][h] = right operands x^T, of x (32 results, 32).
+template <class T>
+PYCSE_NOINLINE void right_transposed(const T* x, int64_t ld, bf16* tiles) {
   for (int h = 0; h < 2; ++h) {
     uvec rows[kParts<T>][kTile];
     for (int i = 0; i < kTile; ++i) {
       uvec part[kParts<T>];
-      pairs_of(h, i, part);
+      row_pairs(x + (h * kTile + i) * ld, part);
       for (int p = 0; p < kParts<T>; ++p) rows[p][i] = part[p];
     }
-    for (int p = 0; p < kParts<T>; ++p) {
-      vec m[kTile];
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) m[i] = (vec)rows[p][i];
-      transpose<float>(m);
-      float* tile = reinterpret_cast<float*>(tiles + (2 * p + h) * kTileNumbers);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) store_lanes(tile + i * kTile, m[i]);
-    }
+    for (int p = 0; p < kParts<T>; ++p) transposed_tile(rows[p], tiles + (2 * p + h) * kTileNumbers);
   }
 }
-
-// The right operands x^T: of x (32 results, 32).
+// Rows [k0, k1) of tiles[part][h] = right operands x, of x (32, 32 results).
 template <class T>
-PYCSE_NOINLINE void right_transposed(const T* x, int64_t ld, bf16* tiles) {
-  transposed_tiles<T>([&](int h, int i, uvec* part) { row_pairs(x + (h * kTile + i) * ld, part); }, tiles);
+PYCSE_INLINE void right_rows(const T* x, int64_t ld, int h, int k0, int k1, bf16* tiles) {
+  for (int k = k0; k < k1; ++k) {
+    uvec part[kParts<T>];
+    column_pairs(x + h * kTile, ld, k, part);
+    for (int p = 0; p < kParts<T>; ++p)
+      std::memcpy(tiles + (2 * p + h) * kTileNumbers + k * kDepth, &part[p], sizeof part[p]);
+  }
 }
-// The left operands x^T: of x (32, 32 rows of the product).
-template <class T>
-PYCSE_NOINLINE void left_transposed(const T* x, int64_t ld, bf16* tiles) {
-  transposed_tiles<T>([&](int h, int k, uvec* part) { column_pairs(x + h * kTile, ld, k, part); }, tiles);
-}
-// The right operands x: (32, 32 results).
 template <class T>
 PYCSE_NOINLINE void right_straight(const T* x, int64_t ld, bf16* tiles) {
-  for (int h = 0; h < 2; ++h)
-    for (int k = 0; k < kTile; ++k) {
-      uvec part[kParts<T>];
-      column_pairs(x + h * kTile, ld, k, part);
-      for (int p = 0; p < kParts<T>; ++p)
-        std::memcpy(tiles + (2 * p + h) * kTileNumbers + k * kDepth, &part[p], sizeof part[p]);
-    }
+  for (int h = 0; h < 2; ++h) right_rows(x, ld, h, 0, kTile, tiles);
 }
 
 // The tile registers: 0 to 3 are a (32, 32) sum, 4 and 5 the left operands, 6 and 7 the right ones. The compiler does not know

@@ -15,7 +15,6 @@ projection, instead of a second visit of the panel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,12 +22,11 @@ import torch
 from torch import Tensor
 
 from pycse.panels import products
-from pycse.panels.norms import Norms
+from pycse.panels.products import Products
 from pycse.problem import Contrastive, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
 INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
-KEY_BLOCK = 4096  # keys of one product S on a CPU
 
 
 @dataclass
@@ -63,7 +61,7 @@ class State:
     sums: LogSums | None = None
 
 
-class Kernels(Norms):
+class Kernels(Products):
     """What a backend brings. All work in place on tensors of the driver's; ``i0`` is the panel's first row."""
 
     temporaries: ClassVar[int] = 0
@@ -73,7 +71,7 @@ class Kernels(Norms):
         raise NotImplementedError
 
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
-        return similarities(z1hat, z2, out)
+        return self.product(z1hat, z2.t(), out)
 
     def fused_rows(self, z1hat: Tensor, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         """similarities and rows in one kernel, or the two in turn."""
@@ -115,15 +113,6 @@ class Kernels(Norms):
 
     p: Contrastive
     state: State
-
-
-def similarities(z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
-    """out = z1hat z2^T; fp32 on a CPU in blocks of keys, which keeps MKL's packing buffers small."""
-    if z2.device.type != "cpu" or z2.dtype == torch.bfloat16 or z2.shape[0] <= 2 * KEY_BLOCK:
-        return torch.mm(z1hat, z2.t(), out=out)
-    for j in range(0, z2.shape[0], KEY_BLOCK):
-        torch.mm(z1hat, z2[j : j + KEY_BLOCK].t(), out=out[:, j : j + KEY_BLOCK])
-    return out
 
 
 def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
@@ -176,7 +165,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         _log_sums(p, k, state, panels)
 
     dz1 = k.empty(B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2 = KeyGradient(z2, k.empty, single=c == B) if p.needs.z2 else None
+    g2 = KeyGradient(z2, k, single=c == B) if p.needs.z2 else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
@@ -186,7 +175,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
                 part = dz1[i0 : i0 + S.shape[0]]
-                g1 = torch.mm(S, z2, out=part)
+                g1 = k.product(S, z2, part)
                 if p.normalize:
                     k.project(z, g1, r, part, f)
                 elif f is not None:
@@ -221,8 +210,8 @@ class KeyGradient:
     (docs/performance.md).
     """
 
-    def __init__(self, keys: Tensor, empty: Callable[..., Tensor], single: bool) -> None:
-        (self.N, self.D), self.dtype, self.empty, self.single = keys.shape, keys.dtype, empty, single
+    def __init__(self, keys: Tensor, kernels: Products, single: bool) -> None:
+        (self.N, self.D), self.dtype, self.k, self.single = keys.shape, keys.dtype, kernels, single
         self.wide = self.dtype in (torch.float32, torch.float64)
         self.transposed = not self.wide and keys.device.type == "cpu" and self.N >= 1024
         self.sum: Tensor | None = None
@@ -231,32 +220,32 @@ class KeyGradient:
     def add(self, G: Tensor, z1hat: Tensor) -> None:
         if self.wide:
             if self.sum is None:
-                self.sum = torch.mm(G.t(), z1hat, out=self.empty(self.N, self.D, dtype=self.dtype))
+                self.sum = self.k.product(G.t(), z1hat, self.k.empty(self.N, self.D, dtype=self.dtype))
             else:
-                self.sum.addmm_(G.t(), z1hat)
+                self.k.add_product(self.sum, G.t(), z1hat)
             return
         if not self.single and products.sums_in_float32(G.device):
             if self.sum is None:
-                self.sum = self.empty(self.N, self.D, dtype=torch.float32)
+                self.sum = self.k.empty(self.N, self.D, dtype=torch.float32)
                 torch.mm(G.t(), z1hat, out_dtype=torch.float32, out=self.sum)
             else:
-                products.add_product(self.sum, G.t(), z1hat)
+                self.k.add_product(self.sum, G.t(), z1hat)
             return
         left, right = (z1hat.t().contiguous(), G) if self.transposed else (G.t(), z1hat)
         if self.product is None:
             shape = (self.D, self.N) if self.transposed else (self.N, self.D)
-            self.product = self.empty(*shape, dtype=self.dtype)
+            self.product = self.k.empty(*shape, dtype=self.dtype)
         torch.mm(left, right, out=self.product)
         if self.sum is not None:
             self.sum.add_(self.product)
         else:
             self.sum = self.product
             if not self.single:
-                self.sum = self.empty(*self.product.shape, dtype=torch.float32).copy_(self.product)
+                self.sum = self.k.empty(*self.product.shape, dtype=torch.float32).copy_(self.product)
 
     def add_rows(self, i0: int, G: Tensor, keys: Tensor) -> None:
         """G keys to the rows from i0 on, where rows are keys too; after the first ``add``."""
-        products.add_product(self.total[i0 : i0 + G.shape[0]], G, keys)
+        self.k.add_product(self.total[i0 : i0 + G.shape[0]], G, keys)
 
     @property
     def total(self) -> Tensor:

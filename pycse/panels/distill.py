@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pycse.panels import products
-from pycse.panels.contrastive import KeyGradient, similarities
-from pycse.panels.norms import Norms
+from pycse.panels.contrastive import KeyGradient
+from pycse.panels.products import Products
 from pycse.problem import Distillation, Result
 
 PANEL_BYTES = 48 << 20  # of S and T together
@@ -36,7 +36,7 @@ class State:
     loss: Tensor  # (B,)
 
 
-class Kernels(Norms):
+class Kernels(Products):
     """What a backend brings: ``rows`` turns S into G in place, given T, and fills the panel's part of state.loss."""
 
     temporaries: ClassVar[int] = 0
@@ -69,14 +69,14 @@ def joins(d: Distillation) -> bool:
     return d.z1.is_cuda
 
 
-def gram(unit: Tensor, out: Tensor, block: int = SYMMETRIC_BLOCK) -> Tensor:
+def gram(k: Products, unit: Tensor, out: Tensor, block: int = SYMMETRIC_BLOCK) -> Tensor:
     """out = unit unit^T: the blocks from the diagonal on, mirrored."""
     B = unit.shape[0]
     if 2 * block > B or unit.is_cuda:  # half the arithmetic is not worth the launches
-        return torch.mm(unit, unit.t(), out=out)
+        return k.product(unit, unit.t(), out)
     for i in range(0, B, block):
         j = min(i + block, B)
-        torch.mm(unit[i:j], unit[i:].t(), out=out[i:j, i:])
+        k.product(unit[i:j], unit[i:].t(), out[i:j, i:])
         out[j:, i:j].copy_(out[i:j, j:].t())
     return out
 
@@ -113,13 +113,17 @@ class Teachers:
         if d.logits is not None:
             return out.copy_(d.logits[i0 : i0 + n])
         if self.units is not None:
-            return gram(self.units, out) if n == self.B else torch.mm(self.units[i0 : i0 + n], self.units.t(), out=out)
+            return (
+                gram(self.k, self.units, out)
+                if n == self.B
+                else self.k.product(self.units[i0 : i0 + n], self.units.t(), out)
+            )
         out.zero_()
         for e, w in zip(self.teachers, d.teacher_weights):
             rows = self._unit(e[i0 : i0 + n], w**0.5)
             for j in range(0, self.B, self.block):
                 keys = self._unit(e[j : j + self.block], w**0.5)
-                products.add_product(out[:, j : j + self.block], rows, keys.t())
+                self.k.add_product(out[:, j : j + self.block], rows, keys.t())
         return out
 
     def _side_by_side(self, widths: list[int], dtype: torch.dtype) -> Tensor:
@@ -155,17 +159,17 @@ def distill(d: Distillation, kernels: type[Kernels]) -> Result:
     c = panel_rows(d, k.temporaries)
     teachers, S = Teachers(d, k, c), k.empty(c, B, dtype=z.dtype)
     if c == B:
-        gram(zhat, S)
+        gram(k, zhat, S)
         k.rows(S, teachers.panel(0, B), 0, d.need)
         if not d.need:
             return Result(state.loss)
-        total = torch.mm(k.symmetrize(S), zhat)
+        total = k.product(k.symmetrize(S), zhat, k.empty(B, D, dtype=z.dtype))
     else:
-        g = KeyGradient(zhat, k.empty, single=False)
+        g = KeyGradient(zhat, k, single=False)
         for i0 in range(0, B, c):
             part = zhat[i0 : i0 + c]
             n = part.shape[0]
-            similarities(part, zhat, S[:n])
+            k.product(part, zhat.t(), S[:n])
             k.rows(S[:n], teachers.panel(i0, n), i0, d.need)
             if d.need:
                 g.add(S[:n], part)

@@ -1,5 +1,5 @@
-"""Products of panels on a GPU: how many rows a panel has there, how its rows are laid out, and how sums of products stay in
-float32."""
+"""Products of panels: PyTorch's, which a backend may replace; on a GPU also how many rows a panel has, how its rows are laid
+out, and how sums of products stay in float32."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import math
 import torch
 from torch import Tensor
 
+from pycse.panels.norms import Norms
+
 PANEL_BYTES = 1 << 30  # of a panel, at most
 LEAST_ROWS = 1024  # a panel is a dozen launches; below, a product of it does not fill the multiprocessors
 ROUND_ROWS = 128  # a tile of the products
+KEY_BLOCK = 4096  # keys of one product with transposed keys on a CPU: keeps MKL's packing buffers small
 ROUND_BYTES = 128  # of a panel's row: what a transaction, and the hardware that copies tiles, ask for
 
 
@@ -48,12 +51,24 @@ def sums_in_float32(device: torch.device) -> bool:
     return True
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b. Of 16-bit factors in one pass where that is possible: otherwise the product is rounded, written and read
-    once more."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif sums_in_float32(total.device):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b))
+class Products(Norms):
+    """PyTorch's GEMMs."""
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """out = a b."""
+        N = b.shape[1]
+        if b.device.type != "cpu" or b.dtype == torch.bfloat16 or N <= 2 * KEY_BLOCK or b.stride(0) != 1:
+            return torch.mm(a, b, out=out)
+        for j in range(0, N, KEY_BLOCK):
+            torch.mm(a, b[:, j : j + KEY_BLOCK], out=out[:, j : j + KEY_BLOCK])
+        return out
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a b. Of 16-bit factors in one pass where that is possible: otherwise the product is rounded, written and
+        read once more."""
+        if total.dtype == a.dtype:
+            total.addmm_(a, b)
+        elif sums_in_float32(total.device):
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            total.add_(torch.mm(a, b))

@@ -20,13 +20,13 @@ from torch import Tensor
 from pycse.panels import products
 from pycse.panels.contrastive import PANEL_BYTES
 from pycse.panels.distill import gram
-from pycse.panels.norms import Norms
+from pycse.panels.products import Products
 from pycse.problem import Result, Uniformity
 
 LOG2E = 1 / math.log(2)
 
 
-class Kernels(Norms):
+class Kernels(Products):
     """What a backend brings besides norms."""
 
     temporaries = 0
@@ -66,7 +66,7 @@ def uniformity(p: Uniformity, kernels: type[Kernels]) -> Result:
         for i0 in range(0, N, c):
             rows = min(c, N - i0)
             S = panel[: rows * (N - i0)].view(rows, N - i0)  # contiguous: shorter rows pack closer
-            yield i0, gram(zhat, S) if c == N else torch.mm(zhat[i0 : i0 + rows], zhat[i0:].t(), out=S)
+            yield i0, gram(k, zhat, S) if c == N else k.product(zhat[i0 : i0 + rows], zhat[i0:].t(), S)
 
     # The exponent 2t s - t |zhat_i|^2 - t |zhat_j|^2 is moved to the middle of its range, [-2t, 2t] for unit rows.
     squares = (r != 0).to(p.acc) if r is not None else torch.linalg.vector_norm(z, dim=1, dtype=p.acc).square_()
@@ -86,7 +86,7 @@ def uniformity(p: Uniformity, kernels: type[Kernels]) -> Result:
     for i0, S in panels():
         k.rows(S, i0, p.need)
         if g is not None:
-            _accumulate(g, S, zhat, i0)
+            _accumulate(k, g, S, zhat, i0)
         if mass is not None:
             c = S.shape[0]
             mass[i0 : i0 + c].add_(S.sum(1, dtype=p.acc))
@@ -104,23 +104,23 @@ def uniformity(p: Uniformity, kernels: type[Kernels]) -> Result:
     return Result(sums, g.addcmul_(z, mass[:, None], value=-1).mul_(f).to(z.dtype), loss=loss)
 
 
-def _accumulate(g: Tensor, E: Tensor, zhat: Tensor, i0: int) -> None:
+def _accumulate(k: Products, g: Tensor, E: Tensor, zhat: Tensor, i0: int) -> None:
     """The panel's part of g, in the accumulation type; the first panel writes instead of adding."""
     c = E.shape[0]
     own, keys, rows = g[i0 : i0 + c], zhat[i0:], zhat[i0 : i0 + c]
     behind, mirrored = g[i0 + c :], E[:, c:]
     if g.dtype == E.dtype:
         if i0 == 0:
-            torch.mm(E, keys, out=own)
-            torch.mm(mirrored.t(), rows, out=behind)
+            k.product(E, keys, own)
+            k.product(mirrored.t(), rows, behind)
         else:
-            own.addmm_(E, keys)
-            behind.addmm_(mirrored.t(), rows)
+            k.add_product(own, E, keys)
+            k.add_product(behind, mirrored.t(), rows)
         return
     if i0 == 0:
         g.zero_()
-    products.add_product(own, E, keys)
+    k.add_product(own, E, keys)
     if g.device.type == "cpu":  # oneDNN is slow on a transposed E (panels/contrastive.py)
         behind.add_(torch.mm(rows.t().contiguous(), mirrored).t())
     else:
-        products.add_product(behind, mirrored.t(), rows)
+        k.add_product(behind, mirrored.t(), rows)

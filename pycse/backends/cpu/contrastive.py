@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pycse.backends.addresses import CODES, pointer
-from pycse.backends.cpu.norms import Norms
+from pycse.backends.cpu.products import Products
 from pycse.kernels import native
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
@@ -35,7 +35,7 @@ def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
     )
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Products, panel.Kernels):
     statistics = torch.float64
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:

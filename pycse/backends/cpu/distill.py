@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pycse.backends.addresses import CODES, DIVERGENCES, GROUPINGS, pointer
-from pycse.backends.cpu.norms import Norms
+from pycse.backends.cpu.products import Products
 from pycse.kernels import native
 from pycse.panels import distill as panel
 from pycse.problem import Distillation, Result
@@ -34,7 +34,7 @@ def _problem(d: Distillation, coef: Tensor | float, loss: Tensor):
     )
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Products, panel.Kernels):
     def __init__(self, d: Distillation, state: panel.State) -> None:
         super().__init__(d.z1)
         self.d, self.state = d, state

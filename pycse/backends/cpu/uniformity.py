@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pycse.backends.cpu.norms import Norms
+from pycse.backends.cpu.products import Products
 from pycse.panels import alignment as pairs
 from pycse.panels import uniformity as panel
 from pycse.problem import Alignment, Result, Uniformity
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Products, panel.Kernels):
     def __init__(self, p: Uniformity, bias: Tensor, sums: Tensor) -> None:
         super().__init__(p.z)
         self.problem = self.native.Uniformity(2 * p.t * panel.LOG2E, bias.data_ptr(), sums.data_ptr())
@@ -24,4 +24,4 @@ def uniformity(p: Uniformity) -> Result:
 
 
 def alignment(p: Alignment) -> Result:
-    return pairs.alignment(p, Norms(p.x))
+    return pairs.alignment(p, Products(p.x))
