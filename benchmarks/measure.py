@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pycse.kernels import native
 
 T = TypeVar("T")
 BATCH = 0.01  # seconds; short calls are timed in batches of about that
@@ -181,6 +182,7 @@ def machine() -> str:
                 name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
         except (OSError, StopIteration):
             pass
+        name += f" ({native().cpu_isa()})"  # one name may stand for several processors
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

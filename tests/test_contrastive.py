@@ -196,7 +196,7 @@ def test_confident_rows_keep_their_digits(backend):
     torch.testing.assert_close(da.double(), a, rtol=1e-2, atol=1e-3 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("isa", ["portable", "v3", "v4"])
+@pytest.mark.parametrize("isa", ["portable", "v3", "v4", "amx"])
 def test_every_instruction_set(isa, tmp_path):
     """The whole table again in a process that is told to use one instruction set."""
     import os

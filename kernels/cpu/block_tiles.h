@@ -151,13 +151,13 @@ void tiled_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
 #pragma omp parallel num_threads(threads)
   {
     const Tiles registers;
-    const int64_t me = thread_index();
+    const int64_t me = thread_index(), team = team_size();
     bf16 *panel = scratch.get() + me * 2 * panel_size, *other = panel + panel_size;
     bf16* mine = packed.get() + (by_columns ? 0 : me * most * block);
     for (int64_t part = 0; part < parts; ++part) {
       // This thread's tiles of tokens: by columns always the same, whose sums it holds; by rows a share of all parts' tiles.
       const auto share = [&](int64_t i) {
-        return by_columns ? tiles * i / threads : std::clamp<int64_t>(parts * tiles * i / threads - part * tiles, 0, tiles);
+        return by_columns ? tiles * i / team : std::clamp<int64_t>(parts * tiles * i / team - part * tiles, 0, tiles);
       };
       const int64_t t0 = share(me), t1 = share(me + 1), c0 = by_columns ? bounds[part] : 0, c1 = by_columns ? bounds[part + 1] : columns;
       const auto pack = [&](int64_t r, bf16* out) {
@@ -177,7 +177,7 @@ void tiled_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
       if (by_columns) {
 #pragma omp barrier
         for (int64_t r = 0; r < rows; out += (end(part)[r] - begin(part)[r]) * block, ++r)
-          if (r % threads == me) pack(r, out);
+          if (r % team == me) pack(r, out);
 #pragma omp barrier
       } else if (t0 < t1) {
         for (int64_t r = r0(part); r < r1(part); out += (ptr[r + 1] - ptr[r]) * block, ++r) pack(r, out);
@@ -265,7 +265,7 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
 #pragma omp parallel num_threads(threads)
   {
     const Tiles registers;
-    const int64_t me = thread_index();
+    const int64_t me = thread_index(), team = team_size();
     if (!add) {
 #pragma omp for schedule(static) nowait
       for (int64_t r = 0; r < p.out / b; ++r) clear_dropped<b>(p, r, dw);
@@ -281,7 +281,7 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
     for (int64_t k = 0; k < spans * narrow; ++k)
       to_come(whole + k % narrow * kDepth, ld_whole, k / narrow, 1, !by_rows, wholes.get() + k * length * kStride<T>).finish();
     const auto bound = [&](int64_t i) {
-      return i == threads ? owners : std::lower_bound(ptr, ptr + owners, int32_t(int64_t(ptr[owners]) * i / threads)) - ptr;
+      return i == team ? owners : std::lower_bound(ptr, ptr + owners, int32_t(int64_t(ptr[owners]) * i / team)) - ptr;
     };
     const int64_t o0 = bound(me), o1 = bound(me + 1);
     const auto own_to_come = [&](int64_t span, int64_t o, bf16* operands) {

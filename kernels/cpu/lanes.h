@@ -19,6 +19,15 @@ PYCSE_INLINE int thread_index() {
 #endif
 }
 
+// How many there are: not always as many as were asked for.
+PYCSE_INLINE int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 template <class A> constexpr int kLanes = kWidth * 4 / int(sizeof(A));
 template <class A> struct Vec { typedef A type __attribute__((vector_size(kWidth * 4))); };
 template <class A> using vec_t = typename Vec<A>::type;
