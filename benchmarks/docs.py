@@ -347,7 +347,7 @@ def readme_speed(results: Results) -> str:
         large = N == 8192
         both = lambda peer: f"{plain.ratio(peer)} / {raised.ratio(peer)}" if large else plain.ratio(peer)  # noqa: E731, B023
         rows.append([str(N), str(D), dtype, both("eager"), both("compile"), plain.percent])
-    header = "N | D | dtype | times eager PyTorch | times torch.compile | share of the time PyTorch's GEMMs need"
+    header = "N | D | dtype | times eager PyTorch | times torch.compile | speed against PyTorch's products alone"
     return markdown(header, rows)
 
 
