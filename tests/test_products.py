@@ -37,6 +37,22 @@ def factors(M, K, N, layout, dtype=torch.float32):
     return left(a), right(b)
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7FC00000, 0x7FFF8000, 0x7F800001])
+def test_nan_stays_nan(bits):
+    a, b = factors(256, 256, 256, "x w^T")
+    a[5, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    ours = Products(a).product(a, b, torch.empty(256, 256))
+    assert ours[5].isnan().all() and ours[torch.arange(256) != 5].isfinite().all()
+
+
+def test_the_largest_numbers():
+    a, b = factors(256, 256, 256, "x w^T")
+    a[5], b = torch.finfo(torch.float32).max, b * 1e-3
+    a[6] = -a[5]
+    ours = Products(a).product(a, b, torch.empty(256, 256))
+    assert off(ours, a.double() @ b.double()) < 1e-6
+
+
 def off(ours, truth):
     return ((ours - truth).norm() / truth.norm()).item()
 

@@ -192,6 +192,29 @@ def test_blocks_keep_what_is_not_finite_in_its_row(bad, dtype):
     assert not leaf.grad[5].isfinite().any() and leaf.grad[torch.arange(64) != 5].isfinite().all()
 
 
+def test_blocks_of_one_owner_and_parts_of_columns():
+    """A thread with one block over many tokens; empty block rows inside parts of a wide weight, and a ragged last tile."""
+    for T, out, in_, kept in ((2100, 64, 64, [(1, 0)]), (2100, 64, 32, [(0, 0), (1, 0)])):
+        mask = torch.zeros(out, in_, dtype=torch.bool)
+        for r, c in kept:
+            mask[r * 32 : r * 32 + 32, c * 32 : c * 32 + 32] = True
+        x, weight, bias, dy = tensors(T, out, in_, torch.float32)
+        leaf = weight.clone().requires_grad_()
+        ops.sparse_linear(x, leaf, bias, *Pattern.from_mask(mask, 32).tensors, 32, "cpu").backward(dy)
+        truth = (dy.double().t() @ x.double()) * mask
+        assert (leaf.grad - truth).norm() < 1e-5 * truth.norm()
+    mask = torch.zeros(96, 8192, dtype=torch.bool)
+    mask[:32], mask[64:], mask[32:64, :320] = True, True, True
+    for m in (mask, mask.t().contiguous()):
+        for T in (530, 1100):
+            x, weight, bias, dy = (t.requires_grad_() for t in tensors(T, *m.shape, torch.float32))
+            y = ops.sparse_linear(x, weight, bias, *Pattern.from_mask(m, 32).tensors, 32, "cpu")
+            y.backward(dy)
+            w = weight.detach().double() * m
+            for ours, truth in ((y, x.detach().double() @ w.t() + bias.detach()), (x.grad, dy.detach().double() @ w)):
+                assert (ours - truth).norm() < 2e-6 * truth.norm()
+
+
 def test_pytorch_keeps_its_own_tiles():
     """AMX registers are a thread's, and PyTorch configures them too."""
     x, weight, which = one_block(300, torch.bfloat16)

@@ -9,6 +9,8 @@
 #include "block_tiles.h"
 #include "sparse.h"
 
+namespace pycse::v4 { Kernels kernels(); }
+
 namespace pycse::PYCSE_ISA {
 
 // The processor has tiles for bf16, and Linux lets this process use them.
@@ -20,16 +22,19 @@ bool available() {
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-static Kernels v4;
+static const Kernels& without() {
+  static const Kernels table = v4::kernels();
+  return table;
+}
 
 // Tiles take blocks of 32 and more; few tokens do not pay for making the operands.
-static bool fits(const SparsePattern& p, DType dtype, int64_t n, int threads) {
-  return p.block >= 32 && dtype != DType::f64 && n >= (dtype == DType::f32 ? 64 * std::min(threads, 4) : kSquare);
+static bool fits(const SparsePattern& p, DType dtype, int64_t n) {
+  return p.block >= 32 && dtype != DType::f64 && n >= (dtype == DType::f32 ? 4 * kSquare : kSquare);
 }
 
 static void product(const SparsePattern& p, DType dtype, const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias,
                     void* y, int64_t n, bool transposed, int threads) {
-  if (!fits(p, dtype, n, threads)) return v4.sparse_product(p, dtype, x, ldx, w, ldw, bias, y, n, transposed, threads);
+  if (!fits(p, dtype, n)) return without().sparse_product(p, dtype, x, ldx, w, ldw, bias, y, n, transposed, threads);
   const auto run = [&](auto type) {
     using T = decltype(type);
     (p.block == 32 ? tiled_product<32, T> : tiled_product<64, T>)(
@@ -42,7 +47,7 @@ static void product(const SparsePattern& p, DType dtype, const void* x, int64_t 
 
 static void outer(const SparsePattern& p, DType dtype, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw, int64_t n,
                   int threads) {
-  if (!fits(p, dtype, n, threads)) return v4.sparse_outer(p, dtype, dy, ldy, x, ldx, dw, n, threads);
+  if (!fits(p, dtype, n)) return without().sparse_outer(p, dtype, dy, ldy, x, ldx, dw, n, threads);
   const auto run = [&](auto type) {
     using T = decltype(type);
     (p.block == 32 ? tiled_outer<32, T> : tiled_outer<64, T>)(p, static_cast<const T*>(dy), ldy, static_cast<const T*>(x), ldx,
@@ -70,9 +75,8 @@ static void dense_outer(const float* dy, int64_t ldy, const float* x, int64_t ld
   tiled_outer<32, float>(EveryBlock(out, in).pattern, dy, ldy, x, ldx, dw, n, add, threads);
 }
 
-Kernels kernels(const Kernels& without) {
-  v4 = without;
-  Kernels with = without;
+Kernels kernels() {
+  Kernels with = without();
   with.isa = "amx";
   with.sparse_product = product;
   with.sparse_outer = outer;

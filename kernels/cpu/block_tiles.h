@@ -5,14 +5,13 @@
 // tile of y stays in registers over its block row, and is written during the next one's products. A part is some block rows;
 // or some block columns where x is the wider side and y can take sums, so that x is read once.
 #pragma once
-#include <vector>
-
 #include "tiles.h"
 
 namespace pycse::PYCSE_ISA {
 
 constexpr int64_t kPartBytes = 1400 << 10;    // of L2: a part's weights, and two panels
 constexpr int kSquare = 2 * kTile;            // tokens, and results, of a sum
+constexpr int64_t kColumnTiles = 16;          // times 32 tokens, shared out over the threads: fewer go by rows
 constexpr int64_t kSpanBytes = 1200 << 10;    // of L2: what is made operands whole, of a span of tokens
 constexpr int64_t kDeepest = 1024;            // features of a dense product at a time, two panels in L2
 template <class T> constexpr int64_t kStride = 2 * kParts<T> * kTileNumbers;  // of operands: 32 x 32 numbers
@@ -47,24 +46,30 @@ struct PanelToCome {
   __attribute__((noinline)) void finish() { while (units > 0) unit(); }
 };
 
-// Rows of a finished sum that are still to be written.
+// Rows of a finished sum that are still to be written, or added: long sums are sums of parts, which keeps their rounding errors
+// small.
 template <bool stream, class T>
 struct Unwritten {
   const float* sums = nullptr;
   T* y = nullptr;
-  int64_t ldy = 0, n = 0, t = 0;
+  int64_t ldy = 0, n = 0;
+  bool add = false;
+  int64_t t = 0;
 
   __attribute__((always_inline)) void write(int64_t rows) {
     for (const int64_t end = std::min(n, t + rows); t < end; ++t)
       for (int v = 0; v < kSquare; v += kTile) {
-        if constexpr (stream) stream_lanes(y + t * ldy + v, load_lanes(sums + t * kSquare + v));
-        else store_lanes(y + t * ldy + v, load_lanes(sums + t * kSquare + v));
+        vec sum = load_lanes(sums + t * kSquare + v);
+        if constexpr (std::is_same_v<T, float>)  // 16 bits: sums wait elsewhere
+          if (add) sum += load_lanes(y + t * ldy + v);
+        if constexpr (stream) stream_lanes(y + t * ldy + v, sum);
+        else store_lanes(y + t * ldy + v, sum);
       }
   }
 };
 
 // n <= 32 tokens of y over a part: for the block rows [r0, r1) the blocks begin[r] to end[r], whose weights follow each other
-// from w on. The sums start from `start`, one row for all tokens, or where it is null from y.
+// from w on. The sums start from `start`, one row for all tokens; where it is null they are added to y.
 template <int b, bool stream, class T>
 PYCSE_NOINLINE void tiled_rows(const bf16* panel, const int32_t* begin, const int32_t* end, const int32_t* cols, int64_t r0, int64_t r1,
                                const bf16* w, const float* start, T* y, int64_t ldy, int64_t n, PanelToCome<T> next) {
@@ -74,18 +79,12 @@ PYCSE_NOINLINE void tiled_rows(const bf16* panel, const int32_t* begin, const in
   const int64_t all = next.units;
   int at = 0;
   for (int64_t r = r0; r < r1; ++r)
-    for (int o = int(r) * b; o < (r + 1) * b; o += kSquare, at ^= 1) {
+    for (int o = int(r) * b; o < (r + 1) * b; o += kSquare) {
       if (!start && begin[r] == end[r]) continue;
-      if (start) {
-        sum_from(start + o, 0);
-      } else if constexpr (std::is_same_v<T, float>) {
-        if (n == kSquare) {  // not by way of memory just written, for which the tiles would have to wait
-          sum_from(y + o, ldy);
-        } else {
-          for (int64_t t = 0; t < n; ++t) std::memcpy(sums[at] + t * kSquare, y + t * ldy + o, kSquare * sizeof(float));
-          sum_from(sums[at], kSquare);
-        }
-      }
+      if (start) sum_from(start + o, 0);
+      else sum_from_zero();
+      if (!start)
+        for (int64_t t = 0; t < n; ++t) __builtin_prefetch(y + t * ldy + o, 1), __builtin_prefetch(y + t * ldy + o + kTile, 1);
       for (int64_t j = begin[r]; j < end[r]; ++j)
         for (int k = 0; k < deep; ++k, w += kStride<T>)
           add_product<T>(panel + (cols[j] * deep + k) * kStride<T>, w, [&](int step) __attribute__((always_inline)) {
@@ -95,7 +94,8 @@ PYCSE_NOINLINE void tiled_rows(const bf16* panel, const int32_t* begin, const in
           });
       unwritten.write(kSquare);
       sum_to(sums[at], kSquare);
-      unwritten = {sums[at], y + o, ldy, n};
+      unwritten = {sums[at], y + o, ldy, n, !start};
+      at ^= 1;
     }
   unwritten.write(kSquare);
   next.finish();
@@ -113,13 +113,15 @@ void tiled_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
   const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out;
   const int64_t rows = results / b, columns = features / b, kept = ptr[rows], tiles = (n + kSquare - 1) / kSquare;
   if (n == 0 || rows == 0) return;
-  by_columns = by_columns && fp32 && features > results && tiles >= threads;
+  by_columns = by_columns && fp32 && features > results && tiles >= kColumnTiles;
   const int64_t panels = 2 * features / kDepth * kStride<T> * int64_t(sizeof(bf16)), weights = kept * block * int64_t(sizeof(bf16));
   const int64_t parts = by_columns ? std::min(columns, (weights + panels) / kPartBytes + 1)
                                    : std::min(rows, std::max(weights / std::max(kPartBytes - panels, kPartBytes / 2) + 1, 2 * threads / tiles));
   // A part's blocks of row r: firsts[part][r] to firsts[part + 1][r] by columns, ptr[r] to ptr[r + 1] by rows.
-  std::vector<int32_t> firsts(by_columns ? (parts + 1) * rows : 0);
-  std::vector<int64_t> bounds(parts + 1);
+  Scratch<int32_t> firsts_(by_columns ? (parts + 1) * rows : 0);
+  Scratch<int64_t> bounds_(parts + 1);
+  int32_t* firsts = firsts_.get();
+  int64_t* bounds = bounds_.get();
   int64_t most = 0, widest = columns;  // blocks, and block columns, of a part
   if (by_columns) widest = (columns + parts - 1) / parts;
   for (int64_t part = 0; part <= parts; ++part) {
@@ -131,8 +133,8 @@ void tiled_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
       bounds[part] = part == parts ? rows : std::lower_bound(ptr, ptr + rows, int32_t(kept * part / parts)) - ptr;
     }
   }
-  const auto begin = [&](int64_t part) { return by_columns ? firsts.data() + part * rows : ptr; };
-  const auto end = [&](int64_t part) { return by_columns ? firsts.data() + (part + 1) * rows : ptr + 1; };
+  const auto begin = [&](int64_t part) { return by_columns ? firsts + part * rows : ptr; };
+  const auto end = [&](int64_t part) { return by_columns ? firsts + (part + 1) * rows : ptr + 1; };
   const auto r0 = [&](int64_t part) { return by_columns ? 0 : bounds[part]; };
   const auto r1 = [&](int64_t part) { return by_columns ? rows : bounds[part + 1]; };
   const auto blocks = [&](int64_t part) {
@@ -252,6 +254,7 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
   constexpr bool fp32 = std::is_same_v<T, float>;
   constexpr int deep = b / kDepth;
   constexpr int64_t square = kSquare * kSquare;
+  if (p.out == 0 || p.in == 0) return;
   const bool by_rows = p.out >= p.in;
   const int32_t *ptr = by_rows ? p.ptr : p.t_ptr, *index = by_rows ? p.cols : p.t_rows;
   const T *whole = by_rows ? x : dy, *part = by_rows ? dy : x;
@@ -316,15 +319,14 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
         return dw + r * p.in + (by_rows ? index[j] : o) * b + (by_rows ? other : mine) * kDepth;
       };
       for (int64_t j = ptr[o]; j < ptr[o + 1]; ++j)
-        for (int s = 0; s < deep * deep; ++s, at ^= 1) {
+        for (int s = 0; s < deep * deep; ++s) {
           const int mine = s / deep, other = s % deep;
           const bf16* theirs = wholes.get() + (span * narrow + index[j] * deep + other) * length * kStride<T>;
           const bf16* ours = own + mine * length * kStride<T>;
           const bf16 *left = by_rows ? ours : theirs, *right = by_rows ? theirs : ours;
           T* out = out_of(j, mine, other);
           float* sum = partial.get() + (j * deep * deep + s) * square;
-          if (span == 0 && !add) sum_from_zero();
-          else if constexpr (fp32) sum_from(out, p.in);
+          if (fp32 || span == 0) sum_from_zero();
           else sum_from(sum, kSquare);
           const T* soon = out_of(j + (s + 1 == deep * deep && j + 1 < ptr[o + 1]), (s + 1) / deep % deep, (s + 1) % deep);
           int row = 0;
@@ -340,7 +342,8 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
           unwritten.write(kSquare);
           if (fp32 || span + 1 == spans) {
             sum_to(sums[at], kSquare);
-            unwritten = {sums[at], out, p.in, kSquare};
+            unwritten = {sums[at], out, p.in, kSquare, fp32 && (add || span > 0)};
+            at ^= 1;
           } else {
             sum_to(sum, kSquare);
           }
@@ -355,15 +358,16 @@ void tiled_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, i
 
 // All blocks of 32 of a (out, in) weight, in the order of a pattern.
 struct EveryBlock {
-  std::vector<int32_t> ptr, cols, t_ptr, t_rows;
+  Scratch<int32_t> ptr, cols, t_ptr, t_rows;
   SparsePattern pattern;
 
-  EveryBlock(int64_t out, int64_t in) {
+  EveryBlock(int64_t out, int64_t in)
+      : ptr(out / kSquare + 1), cols(out / kSquare * (in / kSquare)), t_ptr(in / kSquare + 1), t_rows(out / kSquare * (in / kSquare)),
+        pattern{out, in, kSquare, ptr.get(), cols.get(), t_ptr.get(), t_rows.get(), nullptr} {
     const int64_t rows = out / kSquare, columns = in / kSquare;
-    for (int64_t r = 0; r <= rows; ++r) ptr.push_back(int32_t(r * columns));
-    for (int64_t c = 0; c <= columns; ++c) t_ptr.push_back(int32_t(c * rows));
-    for (int64_t j = 0; j < rows * columns; ++j) cols.push_back(int32_t(j % columns)), t_rows.push_back(int32_t(j % rows));
-    pattern = {out, in, kSquare, ptr.data(), cols.data(), t_ptr.data(), t_rows.data(), nullptr};
+    for (int64_t r = 0; r <= rows; ++r) ptr.get()[r] = int32_t(r * columns);
+    for (int64_t c = 0; c <= columns; ++c) t_ptr.get()[c] = int32_t(c * rows);
+    for (int64_t j = 0; j < rows * columns; ++j) cols.get()[j] = int32_t(j % columns), t_rows.get()[j] = int32_t(j % rows);
   }
 };
 

@@ -13,7 +13,7 @@ namespace v4 { Kernels kernels(); }
 #ifdef PYCSE_AMX
 namespace amx {
 bool available();
-Kernels kernels(const Kernels& v4);
+Kernels kernels();
 }  // namespace amx
 #endif
 
@@ -27,7 +27,7 @@ static std::vector<Kernels> usable() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(v4::kernels());
 #ifdef PYCSE_AMX
-    if (amx::available()) found.insert(found.begin(), amx::kernels(found.front()));
+    if (amx::available()) found.insert(found.begin(), amx::kernels());
 #endif
   }
   if (v3_ok) found.push_back(v3::kernels());

@@ -2,8 +2,8 @@
 //
 //   x = x1 + x2 + x3 exactly, each a bf16;  x w = x1 w1 + x1 w2 + x2 w1 + x2 w2 + x1 w3 + x3 w1, but for 2^-24 of it
 //
-// which is as precise as fp32, and six such products are still faster than one of the fp32 units. The lowest part of numbers
-// below 1e-33 is lost, and infinities make NaN.
+// which is as precise as fp32, and six such products are still faster than one of the fp32 units. Infinities make NaN. Parts
+// below 1.2e-38 count as 0: numbers lose bits, eight at a time, from 1e-33 down.
 #pragma once
 #include <immintrin.h>
 
@@ -38,12 +38,18 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
+// Rounded to bf16; towards zero where that would leave the finite numbers, or where a NaN is to stay one.
+PYCSE_INLINE uvec to_bf16(uvec u, bool any) {
+  if (!any) return (u + 0x8000u) & 0xffff0000u;
+  return (u + ((uvec)((u & 0x7fffffffu) < 0x7f7f8000u) & 0x8000u)) & 0xffff0000u;
+}
+
 // Pairs of numbers as bf16, one in each half of a lane: part[p] of (low, high). The processor multiplies pair by pair, so any
 // order of the depth will do that both operands have.
 PYCSE_INLINE void pairs(vec low, vec high, uvec* part) {
 #pragma GCC unroll 3
   for (int p = 0; p < 3; ++p) {
-    const uvec l = ((uvec)low + 0x8000u) & 0xffff0000u, h = ((uvec)high + 0x8000u) & 0xffff0000u;
+    const uvec l = to_bf16((uvec)low, p == 0), h = to_bf16((uvec)high, p == 0);
     part[p] = l >> 16 | h;
     low -= (vec)l, high -= (vec)h;
   }
