@@ -106,7 +106,7 @@ def pictures(results: dict[str, Any], stem: Path) -> list[Path]:
     drawn = axes.barh(list(shares), list(shares.values()), color="tab:blue")
     axes.bar_label(drawn, [f"{share:.2f}" for share in shares.values()], padding=2, fontsize=6)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0, 1.25)
+    axes.set_xlim(0, max(1.25, 1.1 * max(shares.values(), default=0)))
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
