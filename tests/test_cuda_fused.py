@@ -10,6 +10,7 @@ import subprocess
 import emulation
 import pytest
 import torch
+from cuda_graphs import capture
 from pycse.kernels import native
 from test_cuda import compiled, cuobjdump
 
@@ -158,15 +159,8 @@ def test_is_captured(switched_on):
     def step():
         return torch.autograd.grad(fused_focal_infonce(z1, z2, backend="cuda"), (z1, z2))
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = capture(step)
     with torch.no_grad():
         z1.normal_()
-    graph.replay()
-    for x, y in zip(captured, step()):
+    for x, y in zip(replay(), step()):
         assert torch.equal(x, y)

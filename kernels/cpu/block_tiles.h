@@ -1,10 +1,11 @@
-// The products of block_sparse.h in AMX tiles, for blocks of 32 and 64, fp32 and bf16.
+// The products of block_sparse.h in AMX tiles, for blocks of 32 and 64, fp32 and bf16; dense products keep every block.
 //
 // The weights are made right operands once, in parts that stay in L2. 32 tokens at a time are made left operands, a panel
 // [32 features][part][32 tokens], while the products of the 32 before them run, and stream past a part's weights. A (32, 32)
 // tile of y stays in registers over its block row, and is written during the next one's products. A part is some block rows;
 // or some block columns where x is the wider side and y can take sums, so that x is read once.
 #pragma once
+#include "block_sparse.h"
 #include "tiles.h"
 
 namespace pycse::PYCSE_ISA {

@@ -7,8 +7,8 @@
 #pragma once
 #include <immintrin.h>
 
-#include "block_sparse.h"
 #include "lanes.h"
+#include "transpose.h"
 
 namespace pycse::PYCSE_ISA {
 

@@ -1,4 +1,4 @@
-"""The C++ kernels of kernels/cpu around PyTorch's GEMMs; small batches in one native call."""
+"""The C++ kernels of kernels/cpu around the products of products.py; small batches in one native call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ row kernel of kernels/cpu/distill.h around PyTorch's GEMMs; small batches in one native call."""
+"""The C++ row kernel of kernels/cpu/distill.h around the products of products.py; small batches in one native call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ row kernel of kernels/cpu/uniformity.h around PyTorch's GEMMs."""
+"""The C++ row kernel of kernels/cpu/uniformity.h around the products of products.py."""
 
 from __future__ import annotations
 
