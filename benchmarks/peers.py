@@ -89,7 +89,7 @@ def _pycse(w: Workload, x: Inputs) -> Alternative:
         with torch.no_grad():
             dense.weight.copy_(weight)
             dense.bias.copy_(x.leaves[2])
-        layer = SparseLinear.from_dense(dense, mask, w.pattern)
+        layer = SparseLinear.from_dense(dense, mask, w.pattern).train(w.backward)
         return Alternative(lambda: layer(x.leaves[0]), [x.leaves[0], layer.weight, layer.bias], x.upstream)
     if w.op == "contrastive-rows":
         return _contrastive_rows(w, x)

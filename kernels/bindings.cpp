@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cpu/dispatch.h"
 #include "cpu/pages.h"
 
@@ -148,10 +150,12 @@ PYBIND11_MODULE(_native, m) {
   });
   py::class_<SparsePattern>(m, "SparsePattern")
       .def(py::init([](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows,
-                       Address t_at) {
+                       Address plan, Address t_plan, Address packed) {
         return SparsePattern{out, in, block, at<int32_t>(ptr), at<int32_t>(cols), at<int32_t>(t_ptr), at<int32_t>(t_rows),
-                             at<int32_t>(t_at)};
+                             at<int32_t>(plan), at<int32_t>(t_plan), at(packed)};
       }));
+  m.attr("SPARSE_CHUNK") = kSparseChunk;
+  m.attr("SPARSE_AT_STEP") = kAtStep;
   m.def(
       "sparse_product",
       [](const SparsePattern& p, int dtype, Address x, int64_t ldx, Address w, int64_t ldw, Address bias, Address y, int64_t n,
@@ -164,6 +168,22 @@ PYBIND11_MODULE(_native, m) {
       [](const SparsePattern& p, int dtype, Address dy, int64_t ldy, Address x, int64_t ldx, Address dw, int64_t n,
          int threads) { cpu_kernels().sparse_outer(p, DType(dtype), at(dy), ldy, at(x), ldx, at(dw), n, threads); },
       nogil());
+  m.def(
+      "sparse_pack",
+      [](const SparsePattern& p, int dtype, Address w, int64_t ldw, Address packed, int threads) {
+        cpu_kernels().sparse_pack(p, DType(dtype), at(w), ldw, at(packed), threads);
+      },
+      nogil());
+  // A few hundred numbers of a tensor, spread over it: another value shows that somebody wrote to it.
+  m.def("fingerprint", [](Address begin, size_t bytes) {
+    uint64_t hash = 14695981039346656037u, word = 0;  // FNV-1a, by words
+    const size_t words = bytes / sizeof word, step = (words / 512) | 1;  // odd: not one column of a weight
+    for (size_t i = 0; i < words; i += step) {
+      std::memcpy(&word, at<char>(begin) + i * sizeof word, sizeof word);
+      hash = (hash ^ word) * 1099511628211u;
+    }
+    return hash;
+  });
   m.def(
       "mask_weight",
       [](int dtype, Address w, int64_t ldw, Address bits, int64_t out, int64_t in, Address result, int threads) {

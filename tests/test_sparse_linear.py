@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from pycse.kernels import native
+from torch import nn
 
 from pycse.ops import sparse as ops
 from pycse.sparse import SparseLinear, masked_linear
@@ -626,8 +628,113 @@ def test_patterns_are_lists_by_rows_and_by_columns(block):
     t = Pattern.from_mask(mask.t(), block)
     assert torch.equal(p.t_ptr, t.ptr) and torch.equal(p.t_rows, t.cols)
     assert all(i.dtype == torch.int32 for i in p.tensors)
-    rows = torch.arange(192 // block).repeat_interleave(p.ptr.long().diff())
-    assert torch.equal(rows[p.t_at.long()].int(), p.t_rows)
+    assert torch.equal(p.t_plan, t.plan) or block == 1  # which differ in where a weight stands in the list by rows
+    assert (p.plan.numel() == 0) == (block > 1)
+
+
+@pytest.mark.parametrize(
+    "out, in_, density", [(5, 300, 0.3), (200, 128, 0.1), (64, 7, 1), (9, 129, 0), (3, 0, 1), (0, 4, 1)]
+)
+def test_plans_use_every_kept_weight_once(out, in_, density):
+    mask = random_mask(out, in_, 1, density)
+    p = Pattern.from_mask(mask)
+    rows = torch.arange(out).repeat_interleave(p.ptr.long().diff())
+    for plan, results, features, transposed in ((p.plan, out, in_, False), (p.t_plan, in_, out, True)):
+        chunk, step = native().SPARSE_CHUNK, native().SPARSE_AT_STEP
+        chunks = max(1, -(-features // chunk))
+        lengths, order, source, at = plan.split(
+            [chunks * (chunk + 1), chunks * results, p.nnz, -(-p.nnz // 2)]  # 16-bit places, two in each
+        )
+        place, used = at.view(torch.int16)[: p.nnz].long() // step, []
+        for q, (many, of) in enumerate(zip(lengths.view(chunks, -1), order.view(chunks, results))):
+            assert sorted(of.tolist()) == list(range(results)) and many.sum() == results
+            counts = torch.arange(chunk + 1).repeat_interleave(many.long())
+            used += [torch.stack([of.long().repeat_interleave(counts), torch.full((int(counts.sum()),), q * chunk)])]
+        result, begin = torch.cat(used, 1)
+        feature, source = begin + place, source.long()
+        row, column = (feature, result) if transposed else (result, feature)
+        assert torch.equal(row, rows[source]) and torch.equal(column, p.cols[source].long())
+        assert torch.equal(source.sort().values, torch.arange(p.nnz))
+
+
+def fixed_layer(**options):
+    torch.manual_seed(0)
+    layer = SparseLinear.from_dense(nn.Linear(200, 96), random_mask(96, 200, 1, 0.3), "unstructured", **options)
+    return layer.eval(), torch.randn(150, 200)
+
+
+def changed_values(layer):
+    """Ways in which a weight changes, as (name, change)."""
+    optimizer = torch.optim.SGD([layer.weight], 0.1)
+
+    def step():
+        with torch.enable_grad():
+            layer(torch.randn(150, 200)).square().mean().backward()
+        optimizer.step()
+
+    def reload():
+        layer.load_state_dict(SparseLinear.from_dense(nn.Linear(200, 96), layer.mask).state_dict())
+
+    return [
+        ("step", step),
+        ("add", lambda: layer.weight.add_(1)),
+        ("data written", lambda: layer.weight.data.mul_(2)),
+        ("data replaced", lambda: setattr(layer.weight, "data", torch.randn(96, 200))),
+        ("parameter replaced", lambda: setattr(layer, "weight", nn.Parameter(torch.randn(96, 200)))),
+        ("state_dict", reload),
+        ("mask", lambda: layer.mask.copy_(random_mask(96, 200, 1, 0.2))),
+        ("columns", lambda: setattr(layer.weight, "data", torch.randn(200, 96).t())),
+    ]
+
+
+@torch.no_grad()
+def test_weights_that_stay_are_packed_once_and_again_when_they_change():
+    layer, x = fixed_layer()
+    layer.train()
+    before = layer(x)
+    assert layer._made is None
+    assert torch.equal(layer.eval()(x), before) and layer._made is not None
+    packed = layer._made[1].packed
+    assert packed.shape == (layer.mask.sum(),) and torch.equal(layer(x), before) and layer._made[1].packed is packed
+    for name, change in changed_values(layer):
+        change()
+        expected = F.linear(x, layer.weight.masked_fill(~layer.mask, 0), layer.bias)
+        torch.testing.assert_close(layer(x), expected, msg=lambda m, name=name: f"{name}: {m}")
+    layer.weight.data[0, layer.mask[0].nonzero()[0]] = 100  # one weight, which may go unnoticed until then
+    expected = F.linear(x, layer.weight.masked_fill(~layer.mask, 0), layer.bias)
+    torch.testing.assert_close(layer.eval()(x), expected)
+
+
+def test_packed_weights_are_for_plain_inference():
+    layer, x = fixed_layer()
+    layer(x).sum().backward()
+    assert layer._made is None and layer.weight.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        exact = layer(x)
+        torch.testing.assert_close(
+            torch.func.functional_call(layer, {"weight": 2 * layer.weight}, x), 2 * exact - layer.bias
+        )
+        assert torch.equal(copy.deepcopy(layer)(x), exact) and copy.deepcopy(layer)._made is None
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            other = copy.deepcopy(layer).to(dtype)
+            torch.testing.assert_close(other(x.to(dtype)).float(), exact, atol=0.05, rtol=0.05)
+            assert other._made[1].packed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for backend in ("torch", "reference"):
+            plain, _ = fixed_layer(backend=backend)
+            torch.testing.assert_close(plain(x), exact)
+            assert plain._made[1].packed is None
+        blocks = SparseLinear.from_dense(nn.Linear(64, 64), torch.ones(64, 64, dtype=torch.bool), "block32").eval()
+        blocks(torch.randn(70, 64))
+        assert blocks._made is None
+    with torch.inference_mode():
+        assert torch.equal(layer(x), exact)
+        made_here = SparseLinear.from_dense(nn.Linear(200, 96), layer.mask, "unstructured").eval()
+        made_here.weight.copy_(layer.weight), made_here.bias.copy_(layer.bias)
+        assert torch.equal(made_here(x), exact)
+        made_here.weight.mul_(3)
+        torch.testing.assert_close(made_here(x), 3 * exact - 2 * layer.bias)
 
 
 @pytest.mark.parametrize("in_", [0, 1, 31, 32, 33, 64, 100])

@@ -108,9 +108,13 @@ struct Uniformity {
 struct SparsePattern {
   int64_t out = 0, in = 0;
   int block = 1;
-  const int32_t *ptr = nullptr, *cols = nullptr;                            // (out/block + 1), (nnz)
-  const int32_t *t_ptr = nullptr, *t_rows = nullptr, *t_at = nullptr;       // (in/block + 1), (nnz), (nnz)
+  const int32_t *ptr = nullptr, *cols = nullptr;         // (out/block + 1), (nnz)
+  const int32_t *t_ptr = nullptr, *t_rows = nullptr;     // (in/block + 1), (nnz)
+  const int32_t *plan = nullptr, *t_plan = nullptr;      // single weights: the order of their use for y, for dx
+  const void* packed = nullptr;                          // (nnz) acc: single weights in that order for y; null: they are in W
 };
+constexpr int64_t kSparseChunk = 128;  // features that single weights are planned by: with their tokens at most 32 KB
+constexpr int kAtStep = 32;  // a feature's place in a plan: the processor multiplies it by up to 8
 
 // The table that each instruction-set variant fills.
 struct Kernels {
@@ -136,6 +140,7 @@ struct Kernels {
                          const void* bias, void* y, int64_t n, bool transposed, int threads);
   void (*sparse_outer)(const SparsePattern&, DType, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw,
                        int64_t n, int threads);
+  void (*sparse_pack)(const SparsePattern&, DType, const void* w, int64_t ldw, void* packed, int threads);
   void (*mask_weight)(DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
                       int threads);
   // Dense products in fp32, faster than the fp32 units'; null where the processor has no means for them. w is (out, in), both

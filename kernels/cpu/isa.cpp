@@ -18,6 +18,6 @@
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
   return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill,
-          uniformity, sparse_product, sparse_outer, mask_weight};
+          uniformity, sparse_product, sparse_outer, sparse_pack, mask_weight};
 }
 }  // namespace pycse::PYCSE_ISA

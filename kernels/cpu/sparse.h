@@ -50,6 +50,14 @@ inline void sparse_outer(const SparsePattern& p, DType dtype, const void* dy, in
   });
 }
 
+// SparsePattern::packed of a pattern of single weights.
+inline void sparse_pack(const SparsePattern& p, DType dtype, const void* w, int64_t ldw, void* packed, int threads) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    unstructured_pack<T>(p, static_cast<const T*>(w), ldw, static_cast<acc_t<T>*>(packed), threads);
+  });
+}
+
 template <class T>
 PYCSE_INLINE void mask_word(const T* w, uint32_t bits, int n, T* result) {
   for (int j = 0; j < n; ++j) result[j] = (bits >> j) & 1u ? w[j] : T{};

@@ -3,10 +3,11 @@
 //   y = x W^T + bias        dx = dy W        dW = dy^T x at the kept weights, 0 elsewhere
 //
 // Tokens are lanes: a panel of kTokens<A> tokens is stored [feature][token], and a kept weight is one broadcast times V vectors. The
-// features are taken in chunks that stay in L1; in each, the kept weights are first copied in the order of their use, result
-// by result, results with equally many together: the innermost loop then ends where the processor expects it (random lengths
-// cost as much in mispredicted branches as in arithmetic). One panel alone reads the weights where they are. dx is the same
-// product by the transposed list. dW sums dots over panels of tokens. Scratch: kept weights, and panels of x and y for each
+// features are taken in chunks that stay in L1, the next on its way to L2. The kept weights are first copied in the order of
+// their use, chunk by chunk and in each result by result, results with equally many together: the innermost loop then ends
+// where the processor expects it (random lengths cost as much in mispredicted branches as in arithmetic). That order is
+// listed once for a mask (pycse/sparse/pattern.py). One panel alone reads the weights where they are. dx is the same product by
+// the transposed list. dW sums dots over panels of tokens. Scratch: kept weights, and a chunk of x and a panel of y for each
 // thread. Everything is summed in a fixed order.
 #pragma once
 #include "block_sparse.h"
@@ -19,117 +20,114 @@ constexpr int kSparseVecs = 4, kDotVecs = 16;
 #else
 constexpr int kSparseVecs = 4, kDotVecs = 8;
 #endif
-constexpr int64_t kChunkBytes = 32 << 10;  // of L1: the chunk of x that a result's kept weights choose from
 constexpr int64_t kPanelBytes = 512 << 10;  // of L2: a panel of x, in dW
 template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
 
-// The kept weights in the order of their use: chunk by chunk, in each by how many a result has, then by result.
-template <class A>
+// The order in which the kept weights are used: Pattern.plan of pycse/sparse/pattern.py.
 struct Plan {
-  int64_t results, chunk, chunks;
-  Scratch<A> values;           // by rows of W
-  Scratch<int32_t> first;      // (chunks + 1, results): where a result's kept weights of a chunk begin in the list
-  Scratch<int32_t> lengths;    // (chunks, chunk + 1): how many results have so many
-  Scratch<int32_t> order;      // (chunks, results)
-  Scratch<int64_t> base;       // (chunks + 1) of kept
-  Scratch<uint8_t> ats;        // of each kept weight: its feature inside the chunk
-  Scratch<A> ws;
+  int64_t results, features, nnz, chunks;
+  const int32_t* lengths;      // (chunks, kSparseChunk + 1): how many results have so many kept weights in a chunk
+  const int32_t* order;        // (chunks, results)
+  const int32_t* source;       // (nnz): where each kept weight stands in the list by rows
+  const uint16_t* ats;         // (nnz): kAtStep times its feature inside the chunk
 
-  Plan(int64_t results_, int64_t features, int64_t nnz)
-      : results(results_), chunk(std::min<int64_t>(256, kChunkBytes / int64_t(sizeof(A)) / kTokens<A>)),
-        chunks(std::max<int64_t>(1, (features + chunk - 1) / chunk)), values(nnz), first((chunks + 1) * results),
-        lengths(chunks * (chunk + 1)), order(chunks * results), base(chunks + 1), ats(nnz), ws(nnz) {}
+  Plan(const SparsePattern& p, bool transposed)
+      : results(transposed ? p.in : p.out), features(transposed ? p.out : p.in), nnz(p.ptr[p.out]),
+        chunks(std::max<int64_t>(1, (features + kSparseChunk - 1) / kSparseChunk)), lengths(transposed ? p.t_plan : p.plan),
+        order(lengths + chunks * (kSparseChunk + 1)), source(order + chunks * results),
+        ats(reinterpret_cast<const uint16_t*>(source + nnz)) {}
 
-  // Called by every thread of a parallel region.
-  template <class T>
-  void fill(const SparsePattern& p, const T* w, int64_t ldw, bool transposed) {
-    const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *index = transposed ? p.t_rows : p.cols;
-#pragma omp for schedule(static) nowait
-    for (int64_t o = 0; o < p.out; ++o)
-      for (int64_t j = p.ptr[o]; j < p.ptr[o + 1]; ++j) values.get()[j] = load(w[o * ldw + p.cols[j]]);
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < results; ++o) {
-      int64_t j = ptr[o];
-      for (int64_t q = 0; q < chunks; ++q) {
-        first.get()[q * results + o] = int32_t(j);
-        while (j < ptr[o + 1] && index[j] < (q + 1) * chunk) ++j;
-      }
-      first.get()[chunks * results + o] = int32_t(j);
-    }
-#pragma omp single
-    {
-      base.get()[0] = 0;
-      for (int64_t q = 0; q < chunks; ++q) {
-        const int32_t *begin = first.get() + q * results, *end = begin + results;
-        int64_t n = 0;
-        for (int64_t o = 0; o < results; ++o) n += end[o] - begin[o];
-        base.get()[q + 1] = base.get()[q] + n;
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t q = 0; q < chunks; ++q) {
-      const int32_t *begin = first.get() + q * results, *end = begin + results;
-      int32_t *length = lengths.get() + q * (chunk + 1), *o_of = order.get() + q * results;
-      std::fill(length, length + chunk + 1, 0);
-      for (int64_t o = 0; o < results; ++o) ++length[end[o] - begin[o]];
-      int32_t at = 0;
-      for (int64_t n = 0; n <= chunk; ++n) at += length[n], length[n] = at - length[n];  // where each length starts
-      for (int64_t o = 0; o < results; ++o) o_of[length[end[o] - begin[o]]++] = int32_t(o);
-      for (int64_t n = chunk; n > 0; --n) length[n] -= length[n - 1];  // ends, and back to how many
-      int64_t k = base.get()[q];
-      for (int64_t i = 0; i < results; ++i)
-        for (int64_t j = begin[o_of[i]]; j < end[o_of[i]]; ++j, ++k) {
-          ats.get()[k] = uint8_t(index[j] - q * chunk);
-          ws.get()[k] = values.get()[transposed ? p.t_at[j] : j];
-        }
-    }
-  }
+  int64_t chunk(int64_t q) const { return std::min(kSparseChunk, features - q * kSparseChunk); }
 };
 
+// ws = the kept weights in that order, by way of the order in which W stores them. Called by every thread of a parallel region.
+template <class T, class A>
+void pack(const SparsePattern& p, const Plan& plan, const T* w, int64_t ldw, A* stored, A* ws) {
+#pragma omp for schedule(static)
+  for (int64_t o = 0; o < p.out; ++o) {
+    const T *row = w + o * ldw, *next = row + (o + 1 < p.out) * ldw;
+    for (int64_t c = 0; c < p.in; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + c, 0, 2);
+    for (int64_t j = p.ptr[o]; j < p.ptr[o + 1]; ++j) stored[j] = load(row[p.cols[j]]);
+  }
+#pragma omp for schedule(static)
+  for (int64_t k = 0; k < plan.nnz; ++k) ws[k] = stored[plan.source[k]];
+}
+
+// packed: what unstructured_product reads of W where it is not transposed; (nnz) of acc.
+template <class T>
+void unstructured_pack(const SparsePattern& p, const T* w, int64_t ldw, acc_t<T>* packed, int threads) {
+  const Plan plan(p, false);
+  Scratch<acc_t<T>> stored(plan.nnz);
+#pragma omp parallel num_threads(threads)
+  pack(p, plan, w, ldw, stored.get(), packed);
+}
+
+// The next chunk of x on its way to L2, `rows` tokens of it a cache line at a time.
+template <class T>
+struct Coming {
+  const T* line;
+  int64_t ld, rows, left, row = 0;
+  Coming(const T* x, int64_t ld_, int64_t rows_, int64_t features)
+      : line(x), ld(ld_), rows(rows_), left(rows * ((features * int64_t(sizeof(T)) + 63) / 64)) {}
+};
+template <class T>
+PYCSE_INLINE void fetch(Coming<T>& coming) {
+  if (coming.left <= 0) return;
+  __builtin_prefetch(coming.line, 0, 2);
+  coming.line += coming.ld, --coming.left;
+  if (++coming.row == coming.rows) coming.row = 0, coming.line += 64 / int64_t(sizeof(T)) - coming.rows * coming.ld;
+}
+
 // y[o] (+)= sum_k w_k x[at_k] for the results of one chunk; x is [feature][V vectors], y [result][V vectors]. The first chunk
-// starts from the bias.
+// starts from the bias. Kept weights are taken from k0 on; returns where the next chunk's begin.
 template <int V, bool first, class T, class A>
-PYCSE_NOINLINE void unstructured_chunk(const Plan<A>& plan, int64_t q, const A* x, const T* bias, A* y) {
+PYCSE_NOINLINE int64_t unstructured_chunk(const Plan& plan, const A* ws, int64_t q, int64_t k0, const A* x, const T* bias, A* y,
+                                          Coming<T> coming) {
   constexpr int64_t width = V * kLanes<A>, ahead = 4;
-  const int32_t *length = plan.lengths.get() + q * (plan.chunk + 1), *o = plan.order.get() + q * plan.results;
-  const uint8_t* at = plan.ats.get() + plan.base.get()[q];
-  const A* w = plan.ws.get() + plan.base.get()[q];
+  const int32_t *length = plan.lengths + q * (kSparseChunk + 1), *o = plan.order + q * plan.results;
+  const uint16_t* at = plan.ats + k0;
+  const A* w = ws + k0;
   const int32_t* last = o + plan.results - 1;
   if constexpr (!first) o += length[0];
-  for (int64_t n = first ? 0 : 1; n <= plan.chunk; ++n)
+  for (int64_t n = first ? 0 : 1; n <= kSparseChunk; ++n)
     for (int32_t i = 0; i < length[n]; ++i, ++o, at += n, w += n) {
       A *yo = y + *o * width, *next = y + o[std::min<int64_t>(ahead, last - o)] * width;  // y is in L2
+      fetch(coming);
       vec_t<A> acc[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         acc[v] = first ? vec_t<A>{} + (bias ? A(load(bias[*o])) : A(0)) : load_lanes(yo + v * kLanes<A>);
         __builtin_prefetch(next + v * kLanes<A>, 1);
       }
-      auto add = [&](uint32_t c, A wk) __attribute__((always_inline)) {
+      const auto add = [&](int64_t k) __attribute__((always_inline)) {
+        const A* xk = reinterpret_cast<const A*>(reinterpret_cast<const char*>(x) + at[k] * int(width * sizeof(A)) / kAtStep);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[v] += wk * load_lanes(x + c * width + v * kLanes<A>);
+        for (int v = 0; v < V; ++v) acc[v] += w[k] * load_lanes(xk + v * kLanes<A>);
       };
       int64_t k = 0;
-      for (; k + 4 <= n; k += 4) {  // the loads are the limit: four features in one
-        uint32_t four;
-        std::memcpy(&four, at + k, 4);
+      for (; k + 4 <= n; k += 4)
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u, four >>= 8) add(four & 255u, w[k + u]);
-      }
-      for (; k < n; ++k) add(at[k], w[k]);
+        for (int u = 0; u < 4; ++u) add(k + u);
+      for (; k < n; ++k) add(k);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) store_lanes(yo + v * kLanes<A>, acc[v]);
     }
+  return at - plan.ats;
 }
 
+// n tokens of y; `next` holds those that likely come after them in this thread.
 template <int V, class T, class A>
-PYCSE_INLINE void unstructured_panel(const Plan<A>& plan, const T* x, int64_t ldx, int64_t n, int64_t features, const T* bias, T* y,
-                               int64_t ldy, bool stream, A* xs, A* ys) {
+PYCSE_INLINE void unstructured_panel(const Plan& plan, const A* ws, const T* x, int64_t ldx, int64_t n, const T* next, int64_t n_next,
+                               const T* bias, T* y, int64_t ldy, A* xs, A* ys) {
   constexpr int64_t tokens = V * kLanes<A>;
-  to_lanes(x, ldx, n, tokens, features, xs);
-  unstructured_chunk<V, true>(plan, 0, xs, bias, ys);
-  for (int64_t q = 1; q < plan.chunks; ++q) unstructured_chunk<V, false>(plan, q, xs + q * plan.chunk * tokens, bias, ys);
-  (stream ? from_lanes<std::is_same_v<A, T>, T, A> : from_lanes<false, T, A>)(ys, tokens, n, plan.results, y, ldy);
+  for (int64_t q = 0, k = 0; q < plan.chunks; ++q) {
+    to_lanes(x + q * kSparseChunk, ldx, n, tokens, plan.chunk(q), xs);
+    const Coming<T> coming = q + 1 < plan.chunks ? Coming<T>(x + (q + 1) * kSparseChunk, ldx, n, plan.chunk(q + 1))
+                                                 : Coming<T>(next, ldx, n_next, plan.chunk(0));
+    k = q == 0 ? unstructured_chunk<V, true>(plan, ws, q, k, xs, bias, ys, coming)
+               : unstructured_chunk<V, false>(plan, ws, q, k, xs, bias, ys, coming);
+  }
+  from_lanes(ys, tokens, n, plan.results, y, ldy);
 }
 
 // y = start + sum_j w_j x[index_j] over a result's kept weights, read where they are, `step` apart; x is [feature][V vectors].
@@ -177,7 +175,7 @@ void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* 
       for (int64_t o = o0; o < o1; ++o)
         unstructured_result<V>(xs.get(), index + ptr[o], ptr[o + 1] - ptr[o], transposed ? w + o : w + o * ldw, transposed ? ldw : 1,
                                bias ? A(load(bias[o])) : A(0), ys + (o - o0) * tokens);
-      from_lanes<false>(ys, tokens, n, o1 - o0, y + o0, results);
+      from_lanes(ys, tokens, n, o1 - o0, y + o0, results);
     }
   }
 }
@@ -191,26 +189,26 @@ void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const
   if (n <= tokens / 4) return unstructured_few<kSparseVecs / 4>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
   if (n <= tokens / 2) return unstructured_few<kSparseVecs / 2>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
   if (n <= tokens) return unstructured_few<kSparseVecs>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
-  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out;
-  const bool stream = std::is_same_v<A, T> && n * results * int64_t(sizeof(T)) >= kStreamBytes &&
-                      results * sizeof(T) % 64 == 0 && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
-  Plan<A> plan(results, features, p.ptr[p.out]);
-  Scratch<A> scratch(threads * tokens * (features + results));
+  const Plan plan(p, transposed);
+  const A* packed = transposed ? nullptr : static_cast<const A*>(p.packed);
+  const int64_t results = plan.results, scratch_size = tokens * (kSparseChunk + results);
+  Scratch<A> scratch(threads * scratch_size), own(packed ? 0 : 2 * plan.nnz);
 #pragma omp parallel num_threads(threads)
   {
-    const int me = thread_index();
-    A *xs = scratch.get() + me * tokens * (features + results), *ys = xs + tokens * features;
-    plan.fill(p, w, ldw, transposed);
+    A *xs = scratch.get() + thread_index() * scratch_size, *ys = xs + tokens * kSparseChunk;
+    if (!packed) pack(p, plan, w, ldw, own.get() + plan.nnz, own.get());
     // The last panel as narrow as its tokens allow.
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < n; t += tokens) {
-      const int64_t nt = std::min(tokens, n - t);
-      auto run = [&](auto panel) { panel(plan, x + t * ldx, ldx, nt, features, bias, y + t * results, results, stream, xs, ys); };
+      const int64_t nt = std::min(tokens, n - t), t_next = std::min(n, t + threads * tokens);  // most likely this thread's
+      auto run = [&](auto panel) {
+        panel(plan, packed ? packed : own.get(), x + t * ldx, ldx, nt, x + t_next * ldx, std::min(tokens, n - t_next), bias,
+              y + t * results, results, xs, ys);
+      };
       if (nt > tokens / 2) run([](auto&&... a) { unstructured_panel<kSparseVecs>(a...); });
       else if (nt > tokens / 4) run([](auto&&... a) { unstructured_panel<kSparseVecs / 2>(a...); });
       else run([](auto&&... a) { unstructured_panel<kSparseVecs / 4>(a...); });
     }
-    stores_done();
   }
 }
 

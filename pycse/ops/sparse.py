@@ -17,7 +17,7 @@ from pycse import backends
 from pycse.ops.fused import library
 from pycse.sparse.pattern import Pattern
 
-_INDEX = "Tensor ptr, Tensor cols, Tensor t_ptr, Tensor t_rows, Tensor t_at, int block, str backend"
+_INDEX = "Tensor ptr, Tensor cols, Tensor t_ptr, Tensor t_rows, Tensor plan, Tensor t_plan, int block, str backend"
 _BITS = "Tensor bits, str backend"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -31,10 +31,22 @@ def _run(backend: str, like: Tensor, name: str) -> Callable[..., Tensor]:
     return getattr(backends.module(backend, like.device.type, "sparse"), name)
 
 
-def _sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *index: Any) -> Tensor:
+def _sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *index: Any, pattern: Pattern | None = None
+) -> Tensor:
+    *tensors, block, backend = index
+    pattern = pattern or Pattern((weight.shape[0], weight.shape[1]), block, *tensors)
+    return _run(backend, x, "linear")(_rows(x), _rows(weight), bias, pattern)
+
+
+def packed(weight: Tensor, *index: Any) -> Pattern:
+    """The pattern of an index, with all that the backend can make of a weight that stays as it is."""
     *tensors, block, backend = index
     pattern = Pattern((weight.shape[0], weight.shape[1]), block, *tensors)
-    return _run(backend, x, "linear")(_rows(x), _rows(weight), bias, pattern)
+    pack = getattr(backends.module(backend, weight.device.type, "sparse"), "pack", None)
+    if pack is not None:
+        pack(_rows(weight), pattern)
+    return pattern
 
 
 def _sparse_linear_dx(dy: Tensor, weight: Tensor, *index: Any) -> Tensor:
@@ -89,8 +101,11 @@ class _Products:
         library.impl(name, implementation, "CompositeExplicitAutograd")
         return getattr(torch.ops.pycse, name).default
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *which: Any) -> Tensor:
-        """The operator; without gradients, plain eager tensors skip the dispatcher, which costs more than small products."""
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *which: Any, **known: Any) -> Tensor:
+        """The operator; without gradients, plain eager tensors skip the dispatcher, which costs more than small products.
+
+        ``known`` is what the caller has made of the weight before, and spares that.
+        """
         plain = (
             not torch.compiler.is_compiling()
             and type(x) in _PLAIN
@@ -99,7 +114,7 @@ class _Products:
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         )
-        return self.forward(x, weight, bias, *which) if plain else self.op(x, weight, bias, *which)
+        return self.forward(x, weight, bias, *which, **known) if plain else self.op(x, weight, bias, *which)
 
     def _of_y(self, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *which = _saved(ctx)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from pycse import validation
 from pycse.backends import CHOICES
+from pycse.kernels import native
 from pycse.ops import sparse as ops
 from pycse.sparse import pattern as patterns
 from pycse.sparse.pattern import PATTERNS, SIDES, Pattern
 
-INDEX = ("ptr", "cols", "t_ptr", "t_rows", "t_at")  # buffers that are not saved; None where the pattern has no index
+# Buffers that are not saved; None where the pattern has no index.
+INDEX = ("ptr", "cols", "t_ptr", "t_rows", "plan", "t_plan")
 BITS = "mask_bits"  # what the mask is called in a state_dict, packed
 
 
@@ -72,6 +74,10 @@ class SparseLinear(nn.Linear):
     pattern's index is not saved: it is derived from the mask again when the mask, device or dtype changes
     (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps the mask that it was compiled with.
 
+    In ``eval()`` without gradients single weights are packed for the CPU kernel once, not at every call: density · out · in
+    numbers more, made again when the weight changes (through ``weight.data``: where one of some 500 numbers spread over it does,
+    else at the next ``train()`` or ``eval()``).
+
     Args:
         mask: bool (out, in), True where a weight is kept; default: every weight.
         pattern: "auto" (the fastest, or "dense" where sparse does not pay: ``repr`` says why), "unstructured", "block16",
@@ -93,7 +99,8 @@ class SparseLinear(nn.Linear):
         tuple[Tensor, int, torch.dtype, torch.device, torch.Size] | None
     )  # what pattern and index were derived from
     _zeroed: tuple[Tensor, int] | None  # the weight that is 0 outside the mask
-    _semi: tuple[int, Tensor] | None = None
+    # What tells that a weight changed, what a kernel reads in its place, and the weight.
+    _made: tuple[Any, Any, Tensor] | None = None
 
     def __init__(
         self,
@@ -156,21 +163,17 @@ class SparseLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._stale():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._stale():
             self._derive()
         validation.linear(input, self.weight, self.bias)
         if self.chosen in SIDES:
-            y = ops.sparse_linear(
-                input.reshape(-1, self.in_features),
-                self.weight,
-                self.bias,
-                *self._index(),
-                SIDES[self.chosen],
-                self.backend,
-            )
-            return y.view(*input.shape[:-1], self.out_features)
+            x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+            index = (*self._index(), SIDES[self.chosen], self.backend)
+            y = ops.sparse_linear(x, self.weight, self.bias, *index, pattern=None if compiling else self._fixed(index))
+            return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
         weight = self.weight
-        if not self._zero() and not torch.compiler.is_compiling():
+        if not self._zero() and not compiling:
             weight = weight.masked_fill(~self.mask, 0)
         elif torch.is_grad_enabled() and weight.requires_grad:
             weight = _KeptGradient.apply(weight, self.mask)
@@ -199,19 +202,15 @@ class SparseLinear(nn.Linear):
     def _stale(self) -> bool:
         if self._source is None:
             return True
-        mask, version, *rest = self._source
-        weight = self.weight
-        return (
-            mask is not self.mask
-            or version != _version(self.mask)
-            or rest != [weight.dtype, weight.device, weight.shape]
-        )
+        known, version, *rest = self._source
+        mask, weight = self.mask, self.weight
+        return mask is not known or _version(mask) != version or rest != [weight.dtype, weight.device, weight.shape]
 
     def _derive(self) -> None:
         """Pattern and index from the mask; the weight is set to 0 outside it."""
         mask, weight = self.mask, self.weight
         validation.linear_mask("mask", mask, weight)
-        self._semi = self._zeroed = None
+        self._made = self._zeroed = None
         for name in INDEX:
             self.register_buffer(name, None, persistent=False)
         self.chosen, self.reason, self._source = "dense", "", None
@@ -247,9 +246,22 @@ class SparseLinear(nn.Linear):
 
     def _semi_structured(self) -> Tensor:
         """PyTorch's compressed 2:4 weight; made again when the weight changes (a write to ``weight.data`` does not show)."""
-        if self._semi is None or self._semi[0] != _version(self.weight):
-            self._semi = _version(self.weight), torch.sparse.to_sparse_semi_structured(self.weight.detach())
-        return self._semi[1]
+        if self._made is None or self._made[0] != _version(self.weight):
+            made = torch.sparse.to_sparse_semi_structured(self.weight.detach())
+            self._made = _version(self.weight), made, self.weight
+        return self._made[1]
+
+    def _fixed(self, index: tuple[Any, ...]) -> Pattern | None:
+        """The pattern with the single weights as the CPU kernel reads them, while nothing trains; made again when they change."""
+        weight = self.weight
+        if self.training or torch.is_grad_enabled() or self.chosen != "unstructured":
+            return None
+        if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not weight.is_contiguous():
+            return None
+        of = (id(weight), weight.data_ptr(), _version(weight), native().fingerprint(weight.data_ptr(), weight.nbytes))
+        if self._made is None or self._made[0] != of:
+            self._made = of, ops.packed(weight, *index), weight  # alive, so that no other weight has its id
+        return self._made[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
@@ -261,7 +273,7 @@ class SparseLinear(nn.Linear):
         return self
 
     def train(self, mode: bool = True) -> SparseLinear:
-        self._semi = self._zeroed = None  # writes to weight.data do not show
+        self._made = self._zeroed = None  # writes to weight.data do not show
         return super().train(mode)
 
     def _load_from_state_dict(
@@ -297,7 +309,7 @@ class SparseLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {name: None if name in INDEX else t for name, t in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_source": None, "_zeroed": None, "_semi": None}
+        return {**self.__dict__, "_buffers": buffers, "_source": None, "_zeroed": None, "_made": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -7,11 +7,13 @@ blocks, so no kernel needs a transposed copy of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pycse import backends
 from pycse.kernels import native
 
 BLOCKS = (16, 32, 64)
@@ -52,8 +54,10 @@ class Pattern:
     """The kept blocks of a weight (out, in).
 
     ``ptr`` (out/block + 1) and ``cols`` (nnz) list the block columns of each block row, ascending; ``t_ptr``
-    (in/block + 1) and ``t_rows`` (nnz) the block rows of each block column, ascending, and ``t_at`` (nnz) where each of
-    those stands in ``cols``. All int32, on one device. ``block`` is 1 (single weights), 16, 32 or 64.
+    (in/block + 1) and ``t_rows`` (nnz) the block rows of each block column, ascending. ``plan`` and ``t_plan`` say in which
+    order the CPU kernels use single weights for y and for dX (:func:`_plan`); they are empty for blocks and other devices.
+    All int32, on one device. ``block`` is 1 (single weights), 16, 32 or 64. ``packed`` may hold the weights themselves in the
+    order of ``plan``, for y.
     """
 
     shape: tuple[int, int]
@@ -62,7 +66,10 @@ class Pattern:
     cols: Tensor
     t_ptr: Tensor
     t_rows: Tensor
-    t_at: Tensor
+    plan: Tensor
+    t_plan: Tensor
+    packed: Tensor | None = None
+    native: Any = None  # the CPU kernels' view of the above, once made
 
     @property
     def nnz(self) -> int:
@@ -75,8 +82,8 @@ class Pattern:
         return self.nnz * self.block**2 / max(1, self.shape[0] * self.shape[1])
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.ptr, self.cols, self.t_ptr, self.t_rows, self.t_at
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.ptr, self.cols, self.t_ptr, self.t_rows, self.plan, self.t_plan
 
     @staticmethod
     def from_mask(mask: Tensor, block: int = 1) -> Pattern:
@@ -89,7 +96,11 @@ class Pattern:
         if mask.numel() >= 2**31:
             raise ValueError(f"a pattern has 32-bit indices: fewer than 2**31 weights, got shape {tuple(mask.shape)}")
         rows, cols = kept.nonzero(as_tuple=True)
-        t_at = cols.argsort(stable=True)
+        t_at = cols.argsort(stable=True)  # where each kept block stands in ``cols``, in the order of columns
+        plan = t_plan = cols.new_empty(0, dtype=torch.int32)
+        if block == 1 and mask.device.type == "cpu" and backends.unusable("cpu") is None:
+            plan = _plan(rows, cols, torch.arange(cols.shape[0]), mask.shape[0], mask.shape[1])
+            t_plan = _plan(cols[t_at], rows[t_at], t_at, mask.shape[1], mask.shape[0])
         return Pattern(
             (mask.shape[0], mask.shape[1]),
             block,
@@ -97,7 +108,8 @@ class Pattern:
             cols.int(),
             _offsets(cols, kept.shape[1]),
             rows[t_at].int(),
-            t_at.int(),
+            plan,
+            t_plan,
         )
 
     def mask(self) -> Tensor:
@@ -108,6 +120,30 @@ class Pattern:
         kept = torch.zeros(out, in_, dtype=torch.bool, device=self.ptr.device)
         kept[rows, self.cols.long()] = True
         return kept.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
+
+
+def _plan(result: Tensor, feature: Tensor, source: Tensor, results: int, features: int) -> Tensor:
+    """The order in which a CPU kernel uses single weights: chunk of features by chunk, in each results with equally many kept
+    weights together, fewest first, then by result.
+
+    ``result`` and ``feature`` (nnz), sorted by result and then feature, are what each kept weight multiplies into and with;
+    ``source`` says where it stands in ``Pattern.cols``. One int32 tensor, its parts one after the other:
+
+    - lengths (chunks, chunk + 1): how many results have so many kept weights in a chunk,
+    - order (chunks, results): the results,
+    - source (nnz): in the order of use,
+    - at (nnz), 16-bit: in the order of use, ``SPARSE_AT_STEP`` times the feature's place inside its chunk.
+    """
+    chunk, step = native().SPARSE_CHUNK, native().SPARSE_AT_STEP
+    chunks = max(1, -(-features // chunk))
+    group = feature // chunk * results + result
+    many = torch.bincount(group, minlength=chunks * results).view(chunks, results)
+    lengths = many.new_zeros(chunks, chunk + 1).scatter_add_(1, many, torch.ones_like(many))
+    order = many.argsort(dim=1, stable=True)
+    turn = order.argsort(dim=1) + torch.arange(chunks)[:, None] * results
+    use = turn.flatten()[group].argsort(stable=True)
+    at = F.pad((feature[use] % chunk * step).short(), (0, use.shape[0] % 2)).view(torch.int32)
+    return torch.cat([*(t.flatten().int() for t in (lengths, order, source[use])), at])
 
 
 def _offsets(index: Tensor, size: int) -> Tensor:

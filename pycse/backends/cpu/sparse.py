@@ -27,18 +27,36 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _pattern(pattern: Pattern):
-    return native().SparsePattern(*pattern.shape, pattern.block, *(t.data_ptr() for t in pattern.tensors))
+    if pattern.native is None:
+        tensors = (t.data_ptr() for t in pattern.tensors)
+        pattern.native = native().SparsePattern(*pattern.shape, pattern.block, *tensors, pointer(pattern.packed))
+    return pattern.native
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, transposed: bool) -> Tensor:
     dtype = x.dtype
-    x, weight, bias = _wide(x), _wide(weight), None if bias is None else _wide(bias).contiguous()
+    if dtype == torch.float16:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+    bias = None if bias is None else bias.contiguous()
     y = _empty(x.shape[0], pattern.shape[1 if transposed else 0], x.dtype)
     native().sparse_product(
         _pattern(pattern), CODES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
         y.data_ptr(), x.shape[0], transposed, torch.get_num_threads(),
     )  # fmt: skip
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+def pack(weight: Tensor, pattern: Pattern) -> None:
+    """Gives a pattern of single weights ``packed``: the weights in the order in which ``linear`` uses them."""
+    if pattern.block > 1:
+        return
+    weight = _wide(weight)
+    packed = torch.empty(pattern.nnz, dtype=torch.promote_types(weight.dtype, torch.float32))
+    native().sparse_pack(
+        _pattern(pattern), CODES[weight.dtype], weight.data_ptr(), weight.stride(0), packed.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    pattern.packed, pattern.native = packed, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
