@@ -1,6 +1,6 @@
-"""The GEMM with the loss as its epilogue for sm_90a (kernels/cuda/fused.h). On the host its tiles run through models of the copy
-engine and of wgmma, by the PTX manual's formulas; the pipeline around them runs on a GPU only. It is off by default
-(pycse.backends.cuda.contrastive.FUSED); these tests switch it on."""
+"""The GEMM with the loss as its epilogue for sm_90a (kernels/cuda/fused.h). On the host its blocks and clusters run thread by
+thread on models of the barriers, the copy engine and wgmma, by the PTX manual; what is asynchronous happens as early as it may, or
+as late. It is off by default (pycse.backends.cuda.contrastive.FUSED); these tests switch it on."""
 
 from __future__ import annotations
 
@@ -43,11 +43,18 @@ def emulate(p: Contrastive):
     return panel.contrastive(p, Emulated)
 
 
-@pytest.fixture
-def emulated(monkeypatch):
+@pytest.fixture(
+    params=[(1, True), (2, True), (1, False), (2, False)],
+    ids=["blocks-early", "clusters-early", "blocks-late", "clusters-late"],
+)
+def emulated(request, monkeypatch):
+    cluster, early_copies = request.param
     monkeypatch.setattr(cpu, "contrastive", emulate)
-    monkeypatch.setattr(cuda, "FUSED", 1)
+    monkeypatch.setattr(cuda, "FUSED", cluster)
     Emulated.used = 0
+    native().emulated.emulate_with(0, early_copies)
+    yield
+    native().emulated.emulate_with(0, True)
 
 
 # Rows around the tile's 128 and a warpgroup's 64; keys around 256 and a store's 64; features around a step's 64.
@@ -58,6 +65,7 @@ TABLE = [
     Case(65, 256, 56),
     Case(129, 264, 128, focal=False),
     Case(130, 520, 24),
+    Case(300, 520, 328),  # more steps than slots, and tiles for every block
     Case(136, D=8, kind="zeros"),
     Case(40, D=64, kind="confident"),
     Case(40, D=64, kind="scales"),

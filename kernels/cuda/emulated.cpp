@@ -1,5 +1,10 @@
 // The CUDA kernels' bodies on the host: what the tests run where there is no GPU. By one thread, or (emulate_with) by a thread
 // block of fibers that takes all rows in turn. Pointers are the host's, the queue is ignored.
+#include <algorithm>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
 #include "distill.h"
 #include "fused.h"
 #include "norms.h"
@@ -160,64 +165,175 @@ static float operand(const std::vector<bf16>& memory, uint64_t descriptor, int r
   return load(memory[swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2) / 2]);
 }
 
-static void wgmma(const std::vector<bf16>& memory, uint64_t a, uint64_t b, std::vector<float>& d) {
-  std::vector<float> left(kGroupRows * 16), right(kTileN * 16);
-  for (int k = 0; k < 16; ++k) {
-    for (int m = 0; m < kGroupRows; ++m) left[m * 16 + k] = operand(memory, a, m, k);
-    for (int n = 0; n < kTileN; ++n) right[n * 16 + k] = operand(memory, b, n, k);
+// Hopper as fused_block sees it. What is asynchronous happens as early as it may (fibers in ascending order: copies; in descending
+// order: products and stores) or as late as it may: what is not waited for comes out wrong.
+struct MemoryBarrier {
+  int expected = 0, arrived = 0, bytes = 0, phase = 0;
+  void arrive(int copied) {
+    bytes -= copied;
+    if (arrived < expected || bytes != 0) return;
+    arrived = 0;
+    ++phase;
   }
-  for (int m = 0; m < kGroupRows; ++m)
-    for (int n = 0; n < kTileN; ++n)
-      for (int k = 0; k < 16; ++k) d[m * kTileN + n] += left[m * 16 + k] * right[n * 16 + k];
-}
+};
+struct SharedBlock {
+  static constexpr uint32_t kBase = 1024;  // its address
+  std::vector<bf16> memory = std::vector<bf16>((kBase + kSharedBytes) / 2, bf16{0xffff});
+  MemoryBarrier full[kSteps], empty[kSteps];
+  Fibers::Barrier groups[2];
+};
+struct Cluster {
+  std::vector<SharedBlock> blocks;
+  Vectors a, b;
+  const Panel& G;
+  int N, first, stride;
+  struct Copy {
+    MemoryBarrier* barrier;
+    std::function<void()> run;
+  };
+  std::vector<Copy> copies;  // on their way
+};
 
-// In clusters the tiles are the same.
-static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, int, Queue) {
-  const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
-  const int down = ceil_div(q.c, kTileM), across = ceil_div(p.N, kTileN);
-  fused_variant(p, grad, [&](auto grad, auto masked) {
-    constexpr bool kGrad = decltype(grad)::value;
-    std::vector<bf16> memory((1024 + kStepBytes) / 2, bf16{0xffff});
-    const uint32_t a = 1024, b = a + kBytesA;
-    for (int tile = 0; tile < down * across; ++tile) {
-      const TileAt place = tile_at(tile, down, across), at = {place.m * kTileM, place.n * kTileN};
-      std::vector<float> d[2] = {std::vector<float>(kGroupRows * kTileN), std::vector<float>(kGroupRows * kTileN)};
-      for (int k = 0; k < q.D; k += kTileK) {
-        load_box(memory, a, z1hat, kTileM, at.m, k);
-        load_box(memory, b, z2, kTileN, at.n, k);
-        for (int group = 0; group < 2; ++group)
-          for (int part = 0; part < kTileK / 16; ++part)
-            wgmma(memory, descriptor(a + group * kGroupRows * 128) + 2 * part, descriptor(b) + 2 * part, d[group]);
+class HostMachine {
+  Cluster& cluster_;
+  SharedBlock& block_;
+  const bool late_copies_ = !ascending;
+  struct Product {
+    uint64_t a, b;
+    int add;
+  };
+  std::vector<std::vector<Product>> products_{1};           // groups that are not yet waited for; the last is open
+  std::vector<std::vector<std::function<void()>>> stores_{1};
+
+  // A thread's part of D, by the PTX ISA's figure of the fragment.
+  void multiply_now(float* acc, const Product& now) const {
+    const int t = thread() % 128;
+    float left[2][16];
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k) left[half][k] = operand(block_.memory, now.a, 16 * (t / 32) + t % 32 / 4 + 8 * half, k);
+    for (int n = 0; n < 128; n += n % 2 ? 3 : 1) {  // registers n and n + 2 are of one column
+      const int column = n / 4 * 8 + 2 * (t % 4) + (n & 1);
+      float sum[2] = {now.add ? acc[n] : 0, now.add ? acc[n + 2] : 0};
+      for (int k = 0; k < 16; ++k) {
+        const float right = operand(block_.memory, now.b, column, k);
+        for (int half = 0; half < 2; ++half) sum[half] += left[half][k] * right;
       }
-      for (int group = 0; group < 2; ++group) {
-        const int k0 = at.m + group * kGroupRows;
-        std::vector<float> sums(128 * 2);
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          alignas(16) char staging[kChunkBytes];
-          memset(staging, 0xff, sizeof staging);
-          const int j0 = at.n + chunk * kChunk;
-          for (int thread = 0; thread < 128; ++thread) {
-            float acc[32];  // PTX ISA, figure of the D fragment
-            for (int n = 0; n < 32; ++n)
-              acc[n] = d[group][(16 * (thread / 32) + thread % 32 / 4 + (n % 4 < 2 ? 0 : 8)) * kTileN + 64 * chunk + n / 4 * 8 +
-                                2 * (thread % 4) + (n & 1)];
-            fused_chunk<kGrad, decltype(masked)::value>(p, q, FusedRows(p, q, thread, k0), thread, k0, j0, acc, staging,
-                                                        &sums[2 * thread]);
-          }
-          for (int r = 0; kGrad && r < kGroupRows && k0 + r < q.c; ++r)
-            for (int n = 0; n < kChunk && j0 + n < p.N; ++n)
-              memcpy(static_cast<bf16*>(panel.S) + (k0 + r) * panel.ld + j0 + n, staging + swizzled(r * 128 + n * 2), 2);
-        }
-        for (int thread = 0; thread < 128; thread += 4)
-          for (int half = 0; half < 2; ++half) {
-            const int row = k0 + sums_row(thread, 2 * half);
-            float sum = 0;
-            for (int lane = 0; lane < 4; ++lane) sum += sums[2 * (thread + lane) + half];
-            if (row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
-          }
+      acc[n] = sum[0], acc[n + 2] = sum[1];
+    }
+  }
+  void copy(std::vector<SharedBlock*> to, MemoryBarrier* (*barrier)(SharedBlock&, int), int slot, int at, const Vectors& matrix, int rows,
+            int row, int column) {
+    for (SharedBlock* block : to) {
+      const auto run = [=] {
+        load_box(block->memory, SharedBlock::kBase + at, matrix, rows, row, column);
+        barrier(*block, slot)->arrive(rows * 128);
+      };
+      if (late_copies_) cluster_.copies.push_back({barrier(*block, slot), run});
+      else run();
+    }
+  }
+  static MemoryBarrier* full_of(SharedBlock& block, int slot) { return &block.full[slot]; }
+
+ public:
+  HostMachine(Cluster& cluster) : cluster_(cluster), block_(cluster.blocks[rank()]) {}
+
+  int thread() const { return thread_index() % kThreads; }
+  int rank() const { return thread_index() / kThreads; }
+  int first() const { return cluster_.first; }
+  int stride() const { return cluster_.stride; }
+  char* memory() const { return reinterpret_cast<char*>(block_.memory.data()) + SharedBlock::kBase; }
+  uint32_t address(int at) const { return SharedBlock::kBase + at; }
+  void sync() const { Fibers::now().sync(); }
+  void sync_group(int group) const { Fibers::now().wait(block_.groups[group], 128); }
+  template <int> void give_registers() const {}
+  template <int> void take_registers() const {}
+
+  MemoryBarrier* full(int slot) const { return &block_.full[slot]; }
+  MemoryBarrier* empty(int slot) const { return &block_.empty[slot]; }
+  void init(MemoryBarrier* barrier, int arrivals) const { *barrier = {arrivals}; }
+  void fence_init() const {}
+  void wait(MemoryBarrier* barrier, uint32_t parity) {
+    for (int turns = 0; uint32_t(barrier->phase & 1) == parity; ++turns) {
+      if (turns > 10000) throw std::logic_error("a barrier's phase never ends");
+      auto& copies = cluster_.copies;
+      const auto mine = std::find_if(copies.begin(), copies.end(), [&](const auto& copy) { return copy.barrier == barrier; });
+      if (mine != copies.end()) {
+        const auto run = mine->run;
+        copies.erase(mine);
+        run();
+      } else {
+        Fibers::now().yield();
       }
     }
-    columns_of(panel.c, [&](auto slice, int k) { finish_row<kGrad>(slice, p, panel, q.partial, k); });
+  }
+  void arrive_expecting(MemoryBarrier* barrier, int bytes) const {
+    ++barrier->arrived;
+    barrier->arrive(-bytes);
+  }
+  void arrive_at(MemoryBarrier* barrier, int block) const {
+    MemoryBarrier& there = cluster_.blocks[block].empty[barrier - block_.empty];
+    if (++there.arrived > there.expected) throw std::logic_error("more arrivals than the barrier expects");
+    there.arrive(0);
+  }
+
+  void load_a(int at, int column, int row, MemoryBarrier* barrier) {
+    copy({&block_}, full_of, int(barrier - block_.full), at, cluster_.a, kTileM, row, column);
+  }
+  void load_b(int at, int column, int row, MemoryBarrier* barrier) {
+    std::vector<SharedBlock*> all;
+    for (SharedBlock& block : cluster_.blocks) all.push_back(&block);
+    copy(all, full_of, int(barrier - block_.full), at, cluster_.b, kTileN / int(all.size()), row, column);
+  }
+  void fence_stores() const {}
+  void store_G(int at, int column, int row) {
+    const auto run = [this, at, column, row] {
+      const Panel& G = cluster_.G;
+      for (int r = 0; r < kGroupRows && row + r < G.c; ++r)
+        for (int n = 0; n < kChunk && column + n < cluster_.N; ++n)
+          memcpy(static_cast<bf16*>(G.S) + (row + r) * G.ld + column + n, memory() + at + swizzled(r * 128 + n * 2), 2);
+    };
+    if (late_copies_) run();
+    else stores_.back().push_back(run);
+  }
+  void commit_stores() { stores_.emplace_back(); }
+  template <int Left> void wait_read() {
+    for (; stores_.size() > Left + 1; stores_.erase(stores_.begin()))
+      for (const auto& run : stores_.front()) run();
+  }
+  void wait_stored() { wait_read<0>(); }
+
+  void multiply_fence() const {}
+  void multiply(float (&acc)[128], uint64_t a, uint64_t b, int add) {
+    if (late_copies_) return multiply_now(acc, {a, b, add});
+    if (!add) std::fill_n(acc, 128, nan<float>());
+    products_.back().push_back({a, b, add});
+  }
+  void multiply_commit() { products_.emplace_back(); }
+  template <int Left> void multiply_wait(float (&acc)[128]) {
+    for (; products_.size() > Left + 1; products_.erase(products_.begin()))
+      for (const Product& now : products_.front()) multiply_now(acc, now);
+    Fibers::now().sync_warp();  // .sync.aligned
+  }
+};
+
+static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, int size, Queue) {
+  const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
+  const auto run = [&](auto size, auto grad, auto masked) {
+    constexpr int kSize = decltype(size)::value;
+    constexpr int kClusters = 2;
+    for (int first = 0; first < kClusters; ++first) {
+      Cluster cluster{std::vector<SharedBlock>(kSize), z1hat, z2, panel, p.N, first, kClusters, {}};
+      Fibers().run(kSize * kThreads, ascending, [&] {
+        HostMachine machine(cluster);
+        fused_block<kSize, decltype(grad)::value, decltype(masked)::value>(machine, p, q);
+      });
+      if (!cluster.copies.empty()) throw std::logic_error("a block ends before its copies");
+    }
+    columns_of(panel.c, [&](auto slice, int k) { finish_row<decltype(grad)::value>(slice, p, panel, q.partial, k); });
+  };
+  fused_variant(p, grad, [&](auto grad, auto masked) {
+    if (size == 2) run(std::integral_constant<int, 2>(), grad, masked);
+    else run(std::integral_constant<int, 1>(), grad, masked);
   });
 }
 

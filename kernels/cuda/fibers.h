@@ -16,10 +16,13 @@
 namespace pycse::cuda {
 
 class Fibers {
-  static constexpr size_t kStack = 128 << 10;
+ public:
   struct Barrier {
     int arrived = 0, round = 0;
   };
+
+ private:
+  static constexpr size_t kStack = 128 << 10;
   struct Fiber {
     jmp_buf at;
     std::unique_ptr<char[]> stack{new char[kStack]};
@@ -56,16 +59,6 @@ class Fibers {
     later.fibers_[later.current_].done = true;
     _longjmp(later.main_, 1);
   }
-  void wait(Barrier& barrier, int threads) {
-    Fiber& fiber = fibers_[current_];
-    fiber.before = &barrier, fiber.round = barrier.round;
-    if (++barrier.arrived == threads) {
-      barrier.arrived = 0;
-      ++barrier.round;
-      return;
-    }
-    if (_setjmp(fiber.at) == 0) _longjmp(main_, 1);
-  }
   void resume() {
     if (_setjmp(main_) == 0) _longjmp(fibers_[current_].at, 1);
   }
@@ -77,6 +70,27 @@ class Fibers {
   int size() const { return int(fibers_.size()); }
   void sync() { wait(block_, size()); }
   void sync_warp() { wait(warps_[current_ / 32], 32); }
+
+  // Here until `threads` threads are.
+  void wait(Barrier& barrier, int threads) {
+    if (++barrier.arrived == threads) {
+      barrier.arrived = 0;
+      ++barrier.round;
+    } else {
+      wait_round(barrier);
+    }
+  }
+  // The others' turn.
+  void yield() {
+    fibers_[current_].before = nullptr;
+    if (_setjmp(fibers_[current_].at) == 0) _longjmp(main_, 1);
+  }
+  // Until the round ends.
+  void wait_round(Barrier& barrier) {
+    Fiber& fiber = fibers_[current_];
+    fiber.before = &barrier, fiber.round = barrier.round;
+    if (_setjmp(fiber.at) == 0) _longjmp(main_, 1);
+  }
 
   // What every lane of the warp brings, for f(values), the warp's 32.
   template <class A, class F>

@@ -1,8 +1,4 @@
-// Device side of fused.h: the pipeline. Compiled for sm_90a alone. It has not yet run on a GPU.
-//
-//   full[s]    operands of step s have arrived      1 arrival (the producer) and kStepBytes
-//   empty[s]   both warpgroups of all blocks of the cluster have multiplied it   8 arrivals a block, one a warp
-// Step number `step` counts on over all of a block's tiles: slot step % kSteps, phase step / kSteps.
+// Device side of fused.h: its machine. Compiled for sm_90a alone. It has not yet run on a GPU.
 #include <algorithm>
 
 #include "device.h"
@@ -14,21 +10,58 @@ namespace pycse::cuda {
 
 using namespace hopper;
 
-constexpr int kThreads = 3 * 128;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 each at entry: 40 + 2 x 232 <= 3 x 168
-constexpr int kBuffers = 2;                                       // of chunks for a warpgroup: one is stored, one written
-constexpr int kBarriers = kSteps * kStepBytes + 2 * kBuffers * kChunkBytes;
-constexpr int kBytes = kBarriers + 2 * kSteps * 8 + 1024;  // and room to begin at a multiple of 1024
+constexpr int kBytes = kSharedBytes + 2 * kSteps * 8 + 1024;  // barriers, and room to begin at a multiple of 1024
 
-struct Shared {
-  char* memory;
-  __device__ __forceinline__ char* a(int slot) const { return memory + slot * kStepBytes; }
-  __device__ __forceinline__ char* b(int slot) const { return a(slot) + kBytesA; }
-  __device__ __forceinline__ char* chunk(int group, int buffer) const {
-    return memory + kSteps * kStepBytes + (group * kBuffers + buffer) * kChunkBytes;
+template <int Cluster>
+struct Hopper {
+  const CUtensorMap &map_a, &map_b, &map_G;
+  char* shared;  // at a multiple of 1024
+
+  __device__ __forceinline__ int thread() const { return threadIdx.x; }
+  __device__ __forceinline__ int rank() const { return blockIdx.x % Cluster; }  // in a cluster along x
+  __device__ __forceinline__ int first() const { return blockIdx.x / Cluster; }
+  __device__ __forceinline__ int stride() const { return gridDim.x / Cluster; }
+  __device__ __forceinline__ char* memory() const { return shared; }
+  __device__ __forceinline__ uint32_t address(int at) const { return shared_address(shared) + at; }
+  __device__ __forceinline__ void sync() const {
+    if constexpr (Cluster > 1) sync_cluster();
+    else __syncthreads();
   }
-  __device__ __forceinline__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(memory + kBarriers) + slot; }
+  __device__ __forceinline__ void sync_group(int group) const { hopper::sync_group(1 + group); }
+  template <int Registers> __device__ __forceinline__ void give_registers() const { hopper::give_registers<Registers>(); }
+  template <int Registers> __device__ __forceinline__ void take_registers() const { hopper::take_registers<Registers>(); }
+
+  __device__ __forceinline__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(shared + kSharedBytes) + slot; }
   __device__ __forceinline__ uint64_t* empty(int slot) const { return full(kSteps + slot); }
+  __device__ __forceinline__ void init(uint64_t* barrier, int arrivals) const { hopper::init(barrier, arrivals); }
+  __device__ __forceinline__ void fence_init() const { hopper::fence_init(); }
+  __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) const { hopper::wait(barrier, parity); }
+  __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) const { hopper::arrive_expecting(barrier, bytes); }
+  __device__ __forceinline__ void arrive_at(uint64_t* barrier, int block) const {
+    if constexpr (Cluster > 1) hopper::arrive_at(barrier, block);
+    else arrive(barrier);
+  }
+
+  __device__ __forceinline__ void load_a(int at, int column, int row, uint64_t* barrier) const {
+    load_box(shared + at, &map_a, column, row, barrier);
+  }
+  __device__ __forceinline__ void load_b(int at, int column, int row, uint64_t* barrier) const {
+    if constexpr (Cluster > 1) load_box_for_all(shared + at, &map_b, column, row, barrier, (1 << Cluster) - 1);
+    else load_box(shared + at, &map_b, column, row, barrier);
+  }
+  __device__ __forceinline__ void fence_stores() const { hopper::fence_stores(); }
+  __device__ __forceinline__ void store_G(int at, int column, int row) const { store_box(&map_G, shared + at, column, row); }
+  __device__ __forceinline__ void commit_stores() const { hopper::commit_stores(); }
+  template <int Left> __device__ __forceinline__ void wait_read() const { hopper::wait_read<Left>(); }
+  __device__ __forceinline__ void wait_stored() const { hopper::wait_stored(); }
+
+  __device__ __forceinline__ void multiply_fence() const { wgmma_fence(); }
+  __device__ __forceinline__ void multiply(float (&acc)[128], uint64_t a, uint64_t b, int add) const { wgmma(acc, a, b, add); }
+  __device__ __forceinline__ void multiply_commit() const { wgmma_commit(); }
+  template <int Left> __device__ __forceinline__ void multiply_wait(float (&acc)[128]) const {
+    wgmma_wait<Left>();
+    if constexpr (Left == 0) arrived(acc);
+  }
 };
 
 template <int Cluster, bool Grad, bool Masked>
@@ -36,114 +69,8 @@ __global__ void __cluster_dims__(Cluster, 1, 1) __launch_bounds__(kThreads, 1)
 fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
              const __grid_constant__ CUtensorMap map_G, const __grid_constant__ Contrastive p, const __grid_constant__ Fused q) {
   extern __shared__ char anywhere[];
-  const Shared shared = {anywhere + (1024 - shared_address(anywhere) % 1024) % 1024};
-  // Of the cluster: Cluster row tiles at a time, this block's by its rank.
-  const int down = ceil_div(q.c, Cluster * kTileM), across = ceil_div(p.N, kTileN), tiles = down * across;
-  const int first = blockIdx.x / Cluster, stride = gridDim.x / Cluster;
-  const int steps = ceil_div(q.D, kTileK), warpgroup = threadIdx.x / 128;
-  const int rank = blockIdx.x % Cluster;  // in a cluster along x
-  const auto place = [&](int tile) {
-    const TileAt at = tile_at(tile, down, across);
-    return TileAt{(at.m * Cluster + rank) * kTileM, at.n * kTileN};
-  };
-  const auto sync_all = [] {
-    if constexpr (Cluster > 1) sync_cluster();
-    else __syncthreads();
-  };
-
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < kSteps; ++slot) {
-      init(shared.full(slot), 1);
-      init(shared.empty(slot), 8 * Cluster);
-    }
-    fence_init();
-  }
-  sync_all();
-
-  if (warpgroup == 0) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      uint32_t step = 0;
-      for (int tile = first; tile < tiles; tile += stride) {
-        const TileAt at = place(tile);
-        for (int k = 0; k < steps; ++k, ++step) {
-          const int slot = step % kSteps;
-          wait(shared.empty(slot), step / kSteps % 2 ^ 1);  // the first time round all slots are free
-          arrive_expecting(shared.full(slot), kStepBytes);
-          load_box(shared.a(slot), &map_a, k * kTileK, at.m, shared.full(slot));
-          if constexpr (Cluster == 1) {
-            load_box(shared.b(slot), &map_b, k * kTileK, at.n, shared.full(slot));
-          } else {  // this block's part of the keys, for all; the others' parts count for this barrier too
-            constexpr int kPart = kTileN / Cluster;
-            load_box_for_all(shared.b(slot) + rank * (kBytesB / Cluster), &map_b, k * kTileK, at.n + rank * kPart,
-                             shared.full(slot), (1 << Cluster) - 1);
-          }
-        }
-      }
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
-    const int group = warpgroup - 1, thread = threadIdx.x % 128;
-    const bool leads = thread == 0, leads_warp = thread % 32 == 0;
-    float acc[128];
-    uint32_t step = 0;
-    const auto release = [&](int slot) {
-      if (!leads_warp) return;
-      if constexpr (Cluster == 1) arrive(shared.empty(slot));
-      else
-        for (int block = 0; block < Cluster; ++block) arrive_at(shared.empty(slot), block);
-    };
-    for (int tile = first; tile < tiles; tile += stride) {
-      const TileAt at = place(tile);
-      for (int k = 0; k < steps; ++k, ++step) {
-        const int slot = step % kSteps;
-        wait(shared.full(slot), step / kSteps % 2);
-        const uint64_t a = descriptor(shared_address(shared.a(slot)) + group * kGroupRows * 2 * kTileK);
-        const uint64_t b = descriptor(shared_address(shared.b(slot)));
-        wgmma_fence();
-#pragma unroll
-        for (int part = 0; part < kTileK / 16; ++part)  // 32 bytes on: 2 in units of 16
-          wgmma(acc, a + 2 * part, b + 2 * part, k > 0 || part > 0);
-        wgmma_commit();
-        wgmma_wait<1>();  // the step before has been multiplied
-        if (k > 0) release((step - 1) % kSteps);
-      }
-      wgmma_wait<0>();
-      release((step - 1) % kSteps);
-
-      const int k0 = at.m + group * kGroupRows;
-      const FusedRows rows(p, q, thread, k0);
-      float sums[2] = {0, 0};
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        char* staging = shared.chunk(group, chunk % kBuffers);
-        const int j0 = at.n + chunk * kChunk;
-        if constexpr (Grad) {
-          if (leads) wait_read<kBuffers - 1>();  // the buffer's last store
-          sync_group(1 + group);
-        }
-        fused_chunk<Grad, Masked>(p, q, rows, thread, k0, j0, acc + 32 * chunk, staging, sums);
-        if constexpr (Grad) {
-          fence_stores();
-          sync_group(1 + group);
-          if (leads) {
-            if (k0 < q.c && j0 < p.N) store_box(&map_G, staging, j0, k0);
-            commit_stores();  // an empty group counts too
-          }
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = sums[half];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        const int row = k0 + sums_row(thread, 2 * half);
-        if (thread % 4 == 0 && row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
-      }
-    }
-    if (Grad && leads) wait_stored();
-  }
-  if constexpr (Cluster > 1) sync_all();  // no block leaves while another's copies or arrivals are on their way to it
+  Hopper<Cluster> machine = {map_a, map_b, map_G, anywhere + (1024 - shared_address(anywhere) % 1024) % 1024};
+  fused_block<Cluster, Grad, Masked>(machine, p, q);
 }
 
 constexpr int kRows = 32, kSlices = 8;

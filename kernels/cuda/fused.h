@@ -11,8 +11,8 @@
 // Stored: G (not in forward only), partial (column tiles, c), s_pos, loss, f. S is never written. Traffic: operands from L2,
 // G to memory. No atomics.
 //
-// Here is what the host can run too (emulated.cpp models the copy engine and wgmma by the PTX manual): addresses,
-// descriptors, the epilogue. The pipeline around it stands in fused.cu.
+// A block's program is a template over its machine: Hopper's instructions (fused.cu), or models of them by the PTX manual, on which
+// the host runs whole clusters thread by thread (emulated.cpp).
 #pragma once
 #include "rows.h"
 
@@ -23,6 +23,9 @@ constexpr int kSteps = 4;                               // in flight: 192 KB
 constexpr int kGroupRows = 64, kChunk = 64;             // rows of a warpgroup; columns of a store
 constexpr int kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2, kStepBytes = kBytesA + kBytesB;
 constexpr int kChunkBytes = kGroupRows * kChunk * 2, kChunks = kTileN / kChunk;
+constexpr int kBuffers = 2;                             // of chunks for a warpgroup: one is stored, one written
+constexpr int kThreads = 3 * 128;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 each at entry: 40 + 2 x 232 <= 3 x 168
 constexpr int kTileGroup = 16;  // row tiles that share their column tiles in L2: 2048 rows
 
 struct Fused {
@@ -107,6 +110,114 @@ PYCSE_BODY void fused_chunk(const Contrastive& p, const Fused& q, const FusedRow
       }
     }
   }
+}
+
+// Where things stand in a block's shared memory, which begins at a multiple of 1024.
+PYCSE_HD int a_at(int slot) { return slot * kStepBytes; }
+PYCSE_HD int b_at(int slot) { return a_at(slot) + kBytesA; }
+PYCSE_HD int staging_at(int group, int buffer) { return kSteps * kStepBytes + (group * kBuffers + buffer) * kChunkBytes; }
+constexpr int kSharedBytes = kSteps * kStepBytes + 2 * kBuffers * kChunkBytes;
+
+// A block's tiles. The pipeline's barriers, of each slot:
+//   full     the operands of a step have arrived       1 arrival (the producer) and kStepBytes
+//   empty    both warpgroups of all blocks of the cluster have multiplied them   8 arrivals a block, one a warp
+// Step number `step` counts on over all of a block's tiles: slot step % kSteps, phase step / kSteps.
+template <int Cluster, bool Grad, bool Masked, class Machine>
+PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
+  // Of the cluster: Cluster row tiles at a time, this block's by its rank.
+  const int down = ceil_div(q.c, Cluster * kTileM), across = ceil_div(p.N, kTileN), tiles = down * across;
+  const int steps = ceil_div(q.D, kTileK), warpgroup = on.thread() / 128;
+  const auto place = [&](int tile) {
+    const TileAt at = tile_at(tile, down, across);
+    return TileAt{(at.m * Cluster + on.rank()) * kTileM, at.n * kTileN};
+  };
+
+  if (on.thread() == 0) {
+    for (int slot = 0; slot < kSteps; ++slot) {
+      on.init(on.full(slot), 1);
+      on.init(on.empty(slot), 8 * Cluster);
+    }
+    on.fence_init();
+  }
+  on.sync();
+
+  if (warpgroup == 0) {
+    on.template give_registers<kProducerRegisters>();
+    if (on.thread() == 0) {
+      uint32_t step = 0;
+      for (int tile = on.first(); tile < tiles; tile += on.stride()) {
+        const TileAt at = place(tile);
+        for (int k = 0; k < steps; ++k, ++step) {
+          const int slot = step % kSteps;
+          on.wait(on.empty(slot), (step / kSteps % 2) ^ 1);  // the first time round all slots are free
+          on.arrive_expecting(on.full(slot), kStepBytes);
+          on.load_a(a_at(slot), k * kTileK, at.m, on.full(slot));
+          // In a cluster this block's part of the keys, for all; the others' parts count for this barrier too.
+          constexpr int kPart = kTileN / Cluster;
+          on.load_b(b_at(slot) + on.rank() * (kBytesB / Cluster), k * kTileK, at.n + on.rank() * kPart, on.full(slot));
+        }
+      }
+    }
+  } else {
+    on.template take_registers<kConsumerRegisters>();
+    const int group = warpgroup - 1, thread = on.thread() % 128;
+    const bool leads = thread == 0;
+    float acc[128];
+    uint32_t step = 0;
+    const auto release = [&](int slot) {
+      if (thread % 32 == 0)
+        for (int block = 0; block < Cluster; ++block) on.arrive_at(on.empty(slot), block);
+    };
+    for (int tile = on.first(); tile < tiles; tile += on.stride()) {
+      const TileAt at = place(tile);
+      for (int k = 0; k < steps; ++k, ++step) {
+        const int slot = step % kSteps;
+        on.wait(on.full(slot), step / kSteps % 2);
+        const uint64_t a = descriptor(on.address(a_at(slot)) + group * kGroupRows * 2 * kTileK);
+        const uint64_t b = descriptor(on.address(b_at(slot)));
+        on.multiply_fence();
+        PYCSE_UNROLL
+        for (int part = 0; part < kTileK / 16; ++part)  // 32 bytes on: 2 in units of 16
+          on.multiply(acc, a + 2 * part, b + 2 * part, k > 0 || part > 0);
+        on.multiply_commit();
+        on.template multiply_wait<1>(acc);  // the step before has been multiplied
+        if (k > 0) release((step - 1) % kSteps);
+      }
+      on.template multiply_wait<0>(acc);
+      release((step - 1) % kSteps);
+
+      const int k0 = at.m + group * kGroupRows;
+      const FusedRows rows(p, q, thread, k0);
+      float sums[2] = {0, 0};
+      PYCSE_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const int staging = staging_at(group, chunk % kBuffers), j0 = at.n + chunk * kChunk;
+        if constexpr (Grad) {
+          if (leads) on.template wait_read<kBuffers - 1>();  // the buffer's last store
+          on.sync_group(group);
+        }
+        fused_chunk<Grad, Masked>(p, q, rows, thread, k0, j0, acc + 32 * chunk, on.memory() + staging, sums);
+        if constexpr (Grad) {
+          on.fence_stores();
+          on.sync_group(group);
+          if (leads) {
+            if (k0 < q.c && j0 < p.N) on.store_G(staging, j0, k0);
+            on.commit_stores();  // an empty group counts too
+          }
+        }
+      }
+      PYCSE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float sum = sums[half];
+        sum += from_opposite(sum, 1);
+        sum += from_opposite(sum, 2);
+        const int row = k0 + sums_row(thread, 2 * half);
+        if (thread % 4 == 0 && row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
+      }
+    }
+    if (Grad && leads) on.wait_stored();
+  }
+  if constexpr (Cluster > 1) on.sync();  // no block leaves while another's copies or arrivals are on their way to it
 }
 
 // Row k of the panel, from its partial sums; the threads share the column tiles.

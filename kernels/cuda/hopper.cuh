@@ -98,6 +98,12 @@ template <int Left> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
 
+// Sums that nothing reads or moves before this: the compiler knows of no wgmma that is still writing them.
+__device__ __forceinline__ void arrived(float (&d)[128]) {
+#pragma unroll
+  for (int n = 0; n < 128; ++n) asm volatile("" : "+f"(d[n])::"memory");
+}
+
 // d (64 x 256 of a warpgroup) = a b, or += with `add`: a (64 x 16) and b (256 x 16) by their descriptors, both K-major.
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
   asm volatile(

@@ -20,7 +20,7 @@ from pycse.problem import Contrastive, Result
 SMALL = {torch.float32: 1 << 28, torch.bfloat16: 1 << 30}
 SMALL_ROWS = 2048  # a row is one block's
 # Panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0: 1, or 2 in
-# clusters of two blocks that share the keys' tiles. 0, off, until it has run on a GPU: compiled, and emulated but for its pipeline.
+# clusters of two blocks that share the keys' tiles. 0, off, until it has run on a GPU: compiled, and emulated.
 FUSED = 0
 FUSED_COLUMNS = 256  # of its tile
 
