@@ -174,7 +174,7 @@ def test_fewer_threads_than_asked_for(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch\n"
         "from test_products import LAYOUTS, SHAPES, test_as_precise_as_pytorch as test\n"
-        "from test_sparse_linear import check\n"
+        "from test_sparse_kernels import check\n"
         "torch.set_num_threads(4)\n"
         "for shape in SHAPES:\n"
         "    for layout in LAYOUTS: test(*shape, layout, False)\n"
