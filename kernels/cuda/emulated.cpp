@@ -221,18 +221,14 @@ class HostMachine {
       acc[n] = sum[0], acc[n + 2] = sum[1];
     }
   }
-  void copy(std::vector<SharedBlock*> to, MemoryBarrier* (*barrier)(SharedBlock&, int), int slot, int at, const Vectors& matrix, int rows,
-            int row, int column) {
-    for (SharedBlock* block : to) {
-      const auto run = [=] {
-        load_box(block->memory, SharedBlock::kBase + at, matrix, rows, row, column);
-        barrier(*block, slot)->arrive(rows * 128);
-      };
-      if (late_copies_) cluster_.copies.push_back({barrier(*block, slot), run});
-      else run();
-    }
+  void copy(SharedBlock& to, MemoryBarrier* full, int at, const Vectors& matrix, int rows, int row, int column) {
+    const auto run = [=, &to] {
+      load_box(to.memory, SharedBlock::kBase + at, matrix, rows, row, column);
+      full->arrive(rows * 128);
+    };
+    if (late_copies_) cluster_.copies.push_back({full, run});
+    else run();
   }
-  static MemoryBarrier* full_of(SharedBlock& block, int slot) { return &block.full[slot]; }
 
  public:
   HostMachine(Cluster& cluster) : cluster_(cluster), block_(cluster.blocks[rank()]) {}
@@ -277,12 +273,11 @@ class HostMachine {
   }
 
   void load_a(int at, int column, int row, MemoryBarrier* barrier) {
-    copy({&block_}, full_of, int(barrier - block_.full), at, cluster_.a, kTileM, row, column);
+    copy(block_, barrier, at, cluster_.a, kTileM, row, column);
   }
   void load_b(int at, int column, int row, MemoryBarrier* barrier) {
-    std::vector<SharedBlock*> all;
-    for (SharedBlock& block : cluster_.blocks) all.push_back(&block);
-    copy(all, full_of, int(barrier - block_.full), at, cluster_.b, kTileN / int(all.size()), row, column);
+    for (SharedBlock& block : cluster_.blocks)
+      copy(block, block.full + (barrier - block_.full), at, cluster_.b, kTileN / int(cluster_.blocks.size()), row, column);
   }
   void fence_stores() const {}
   void store_G(int at, int column, int row) {

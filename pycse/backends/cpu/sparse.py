@@ -35,15 +35,13 @@ def _pattern(pattern: Pattern):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, transposed: bool) -> Tensor:
     dtype = x.dtype
-    if dtype == torch.float16:
-        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-    bias = None if bias is None else bias.contiguous()
+    x, weight, bias = _wide(x), _wide(weight), None if bias is None else _wide(bias).contiguous()
     y = _empty(x.shape[0], pattern.shape[1 if transposed else 0], x.dtype)
     native().sparse_product(
         _pattern(pattern), CODES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
         y.data_ptr(), x.shape[0], transposed, torch.get_num_threads(),
     )  # fmt: skip
-    return y if y.dtype == dtype else y.to(dtype)
+    return y.to(dtype)
 
 
 def pack(weight: Tensor, pattern: Pattern) -> None:
