@@ -130,6 +130,10 @@ def test_compiled_kernel_multiplies_by_wgmma_and_copies_by_tma():
         for instruction in ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D", "SYNCS.PHASECHK", "USETMAXREG"):
             assert instruction in code, f"{name} has no {instruction}"
         assert "LDL" not in code and "STL" not in code
+        # The epilogue of chunks without exceptions: 32 sums, each an exponential and at most 9 or so beside it.
+        stretches = [s for s in re.split(r"\b(?:BRA|BSYNC|BAR|EXIT)\b", code) if s.count("MUFU.EX2") == 32]
+        plain = [len(re.findall(r"/\*[0-9a-f]{4,}\*/  ", s)) for s in stretches if "FSEL" not in s]
+        assert len(plain) == 4 and max(plain) <= 340, f"{name}: instructions {plain}"
 
 
 # --- on a GPU ---

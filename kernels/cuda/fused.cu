@@ -21,7 +21,7 @@ struct Hopper {
   __device__ __forceinline__ int rank() const { return blockIdx.x % Cluster; }  // in a cluster along x
   __device__ __forceinline__ int first() const { return blockIdx.x / Cluster; }
   __device__ __forceinline__ int stride() const { return gridDim.x / Cluster; }
-  __device__ __forceinline__ char* memory() const { return shared; }
+  __device__ __forceinline__ void put(int at, uint32_t word) const { hopper::put(address(at), word); }
   __device__ __forceinline__ uint32_t address(int at) const { return shared_address(shared) + at; }
   __device__ __forceinline__ void sync() const {
     if constexpr (Cluster > 1) sync_cluster();

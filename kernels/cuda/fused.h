@@ -57,57 +57,96 @@ PYCSE_HD TileAt tile_at(int tile, int down, int across) {
   return {first + within % rows, within / rows};
 }
 
-// The two rows of a thread, k0 its warpgroup's first row of the panel.
+// A thread's two rows; k0: its warpgroup's first row of the panel.
+template <bool Masked>
 struct FusedRows {
-  int positive[2];  // -1 also behind the panel's last row
-  int64_t id[2];
+  Negatives<float, Masked> of[2];  // positive -1 also behind the panel's last row
 
   PYCSE_BODY FusedRows(const Contrastive& p, const Fused& q, int thread, int k0) {
     PYCSE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int k = k0 + sums_row(thread, 2 * half);
+      const int k = k0 + sums_row(thread, 2 * half), i = q.i0 + k;
       const bool here = k < q.c;
-      positive[half] = here ? positive_of(p, q.i0 + k) : -1;
-      id[half] = here && p.query_ids ? p.query_ids[q.i0 + k] : 0;
+      of[half] = {here ? positive_of(p, i) : -1, p.key_ids, here && Masked ? p.query_ids[i] : 0, false, 0.0f,
+                  float(p.hard_weight * kLog2e), i, p.B};
     }
   }
 };
 
-// The epilogue for one thread's 32 sums of the 64 columns from j0: adds e to sums[half], and with Grad writes G to `staging`,
-// 64 rows of 128 swizzled bytes. N is a multiple of 8, so that a pair of columns is there as a whole or not at all.
-template <bool Grad, bool Masked>
-PYCSE_BODY void fused_chunk(const Contrastive& p, const Fused& q, const FusedRows& rows, int thread, int k0, int j0,
-                            const float* acc, char* staging, float* sums) {
-  const float inv_tau = inverse(float(p.tau.value));
-  const Logit<float> logit = negative_logit<float>(p.focal, float(p.m.value), inv_tau);
-  const Bits<float> bits(logit);
-  const float top = float(p.shift * kLog2e);
-  const float* r2 = static_cast<const float*>(p.r2);
-  PYCSE_UNROLL
-  for (int n = 0; n < 32; n += 4) {
-    const int column = sums_column(thread, n), j = j0 + column;
-    const bool here = j < p.N;
-    float r[2] = {0, 0};
-    if (here) r[0] = r2[j], r[1] = r2[j + 1];
+// A number that is computed here, once: addresses that begin with it are it and a constant.
+PYCSE_BODY int settled(int n) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(n));
+#endif
+  return n;
+}
+
+// Columns whose sum is not a plain negative's, by row: the positive, the keys that are no negatives (with it, and behind the last),
+// the row's own hard negatives. A thread has 16 columns of a chunk: bit b is column 8 (b / 2) + 2 (thread % 4) + b % 2.
+struct Exceptions {
+  uint32_t positive[2] = {0, 0}, gone[2] = {0, 0}, own[2] = {0, 0};
+
+  template <bool Masked>
+  PYCSE_BODY Exceptions(const FusedRows<Masked>& rows, int thread, int j0, int N) {
+    const int left = N - j0;  // a multiple of 8
+    bool some = Masked || left < kChunk;
+    PYCSE_UNROLL
+    for (const auto& row : rows.of) some |= row.hard != 0 || unsigned(row.positive - j0) < unsigned(kChunk);
+    if (!some) return;  // most chunks
+    const auto bit = [&](int column) {
+      return unsigned(column) < unsigned(kChunk) && column / 2 % 4 == thread % 4 ? 1u << (column / 8 * 2 + column % 2) : 0u;
+    };
     PYCSE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int k = sums_row(thread, n + 2 * half), i = q.i0 + k0 + k;
-      const float s[2] = {acc[n + 2 * half] * r[0], acc[n + 2 * half + 1] * r[1]};
-      float x[2] = {-infinity<float>(), -infinity<float>()};
-      if (here) {
-        x[0] = bits(s[0]) - top, x[1] = bits(s[1]) - top;
-        const Negatives<float, Masked> negatives = {rows.positive[half], p.key_ids, rows.id[half], false, 0.0f,
-                                                    float(p.hard_weight * kLog2e), i, p.B};
-        negatives.template apply<2>(s, j, x);
-        if (rows.positive[half] == j) static_cast<float*>(p.s_pos)[i] = s[0];
-        if (rows.positive[half] == j + 1) static_cast<float*>(p.s_pos)[i] = s[1];
+      const auto& row = rows.of[half];
+      positive[half] = bit(row.positive - j0);
+      gone[half] = positive[half] | (left >= kChunk ? 0 : left <= 0 ? 0xffffu : 0xffffu << left / 4);
+      if (row.hard != 0)
+        for (int column = row.until_own(j0); column < kChunk; column += row.B) own[half] |= bit(column);
+      if constexpr (Masked) {
+        PYCSE_UNROLL
+        for (int b = 0; b < 16; ++b) {
+          const int j = j0 + sums_column(thread, 2 * b - b % 2);
+          if (j < N) gone[half] |= uint32_t(row.ids[j] == row.id) << b;
+        }
       }
-      const float e[2] = {exp2_(x[0]), exp2_(x[1])};
+    }
+  }
+  PYCSE_BODY bool any() const { return gone[0] | gone[1] | own[0] | own[1]; }
+};
+
+// The epilogue for one thread's 32 sums of the chunk from column j0, of keys with norms r2: adds e to sums[half], and with
+// Grad puts G at `staging`, 64 rows of 128 swizzled bytes. Plain: no Exceptions.
+template <bool Grad, bool Plain, bool Masked, class Machine>
+PYCSE_BODY void fused_chunk(Machine& on, const Logit<float>& logit, float top, const FusedRows<Masked>& rows, const Exceptions& but,
+                            int thread, const float* acc, int j0, int N, const float* r2, int staging, float* sums, float* s_pos) {
+  const Bits<float> bits(logit);
+  const int column = sums_column(thread, 0), j = settled(j0 + column);
+  const uint32_t first = swizzled(uint32_t(sums_row(thread, 0) * 2 * kChunk + 2 * column));
+  PYCSE_UNROLL
+  for (int n = 0; n < 32; n += 4) {
+    const int further = sums_column(0, n);
+    float r[2] = {0, 0};
+    if (Plain || j + further < N) memcpy(r, __builtin_assume_aligned(r2 + j + further, 8), 8);
+    const int at = staging + int(first ^ 2 * further);  // the sum, swizzled: no bit is in both
+    PYCSE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float e[2], G[2];
+      PYCSE_UNROLL
+      for (int w = 0; w < 2; ++w) {
+        const float s = acc[n + 2 * half + w] * r[w];
+        float x = bits(s) - top;
+        if constexpr (!Plain) {
+          const uint32_t bit = 1u << (n / 2 + w);
+          if (but.own[half] & bit) x += rows.of[half].hard;
+          if (but.gone[half] & bit) x = -infinity<float>();
+          if (but.positive[half] & bit) s_pos[half] = s;
+        }
+        e[w] = exp2_(x);
+        G[w] = e[w] * logit.slope(s) * r[w];
+      }
       sums[half] += e[0] + e[1];
-      if constexpr (Grad) {
-        const uint32_t G = pack_bf16(e[0] * logit.slope(s[0]) * r[0], e[1] * logit.slope(s[1]) * r[1]);
-        *reinterpret_cast<uint32_t*>(staging + swizzled(uint32_t(k * 2 * kChunk + 2 * column))) = G;
-      }
+      if constexpr (Grad) on.put(at + half * 8 * 2 * kChunk, pack_bf16(G[0], G[1]));
     }
   }
 }
@@ -162,6 +201,8 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
     on.template take_registers<kConsumerRegisters>();
     const int group = warpgroup - 1, thread = on.thread() % 128;
     const bool leads = thread == 0;
+    const Logit<float> logit = negative_logit<float>(p.focal, float(p.m.value), inverse(float(p.tau.value)));
+    const float top = float(p.shift * kLog2e), *r2 = static_cast<const float*>(p.r2);
     float acc[128];
     uint32_t step = 0;
     const auto release = [&](int slot) {
@@ -187,16 +228,24 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
       release((step - 1) % kSteps);
 
       const int k0 = at.m + group * kGroupRows;
-      const FusedRows rows(p, q, thread, k0);
-      float sums[2] = {0, 0};
+      const FusedRows<Masked> rows(p, q, thread, k0);
+      float sums[2] = {0, 0}, s_pos[2];
+      uint32_t positive[2] = {0, 0};
       PYCSE_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int staging = staging_at(group, chunk % kBuffers), j0 = at.n + chunk * kChunk;
+        const int j0 = at.n + chunk * kChunk, staging = staging_at(group, chunk % kBuffers);
         if constexpr (Grad) {
           if (leads) on.template wait_read<kBuffers - 1>();  // the buffer's last store
           on.sync_group(group);
         }
-        fused_chunk<Grad, Masked>(p, q, rows, thread, k0, j0, acc + 32 * chunk, on.memory() + staging, sums);
+        const Exceptions but(rows, thread, j0, p.N);
+        const auto chunk_of = [&](auto plain) {
+          fused_chunk<Grad, decltype(plain)::value>(on, logit, top, rows, but, thread, acc + 32 * chunk, j0, p.N, r2, staging,
+                                                    sums, s_pos);
+        };
+        if (but.any()) chunk_of(Flag<false>());
+        else chunk_of(Flag<true>());
+        positive[0] |= but.positive[0], positive[1] |= but.positive[1];
         if constexpr (Grad) {
           on.fence_stores();
           on.sync_group(group);
@@ -213,6 +262,7 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
         sum += from_opposite(sum, 2);
         const int row = k0 + sums_row(thread, 2 * half);
         if (thread % 4 == 0 && row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
+        if (positive[half]) static_cast<float*>(p.s_pos)[q.i0 + row] = s_pos[half];
       }
     }
     if (Grad && leads) on.wait_stored();

@@ -40,8 +40,8 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni over;\n"
-      "bra.uni again;\n"
+      "@done bra over;\n"
+      "bra again;\n"
       "over:\n"
       "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
@@ -60,6 +60,10 @@ __device__ __forceinline__ void load_box_for_all(void* to, const CUtensorMap* ma
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], "
       "%5;" ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
+// Before the next fence or barrier; loads may move past it.
+__device__ __forceinline__ void put(uint32_t shared_at, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared_at), "r"(word));
 }
 // What this thread's block wrote to shared memory before a barrier is seen by the copy engine after it.
 __device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
