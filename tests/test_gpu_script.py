@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_parts
+from pycse.problem import Contrastive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +62,17 @@ def test_a_row_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert gpu.main() == 1
     rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
     assert rows["first"]["error"] == "AssertionError: off" and "product TF/s" in rows["ceilings"]
+
+
+def test_every_way_of_the_cuda_backend_is_taken():
+    """Measured and checked with the sanitizer: a default would hide the kernels that are off or for other sizes."""
+    from pycse.backends.cuda import contrastive as cuda
+
+    seen = []
+    for settings in gpu.routes("cuda").values():
+        with settings():
+            seen.append((cuda.FUSED, cuda.fits(Contrastive(*torch.randn(2, 68, 40), 0.05, 0.3, True))))
+    assert seen == [(0, True), (0, False), (1, False), (2, False)] and cuda.FUSED == 0
 
 
 def module(name: str, **members: object) -> types.ModuleType:

@@ -238,6 +238,7 @@ class HostMachine {
   int first() const { return cluster_.first; }
   int stride() const { return cluster_.stride; }
   char* memory() const { return reinterpret_cast<char*>(block_.memory.data()) + SharedBlock::kBase; }
+  void prefetch(const float*) const {}
   void put(int at, uint32_t word) const { memcpy(memory() + at, &word, 4); }
   uint32_t address(int at) const { return SharedBlock::kBase + at; }
   void sync() const { Fibers::now().sync(); }

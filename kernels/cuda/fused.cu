@@ -21,6 +21,7 @@ struct Hopper {
   __device__ __forceinline__ int rank() const { return blockIdx.x % Cluster; }  // in a cluster along x
   __device__ __forceinline__ int first() const { return blockIdx.x / Cluster; }
   __device__ __forceinline__ int stride() const { return gridDim.x / Cluster; }
+  __device__ __forceinline__ void prefetch(const float* at) const { hopper::prefetch(at); }
   __device__ __forceinline__ void put(int at, uint32_t word) const { hopper::put(address(at), word); }
   __device__ __forceinline__ uint32_t address(int at) const { return shared_address(shared) + at; }
   __device__ __forceinline__ void sync() const {
@@ -127,10 +128,10 @@ void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, 
     constexpr bool kGrad = decltype(grad)::value;
     const auto kernel = fused_kernel<kCluster, kGrad, decltype(masked)::value>;
     launch_on(queue, "fused", [&](cudaStream_t stream) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "fused: shared memory");
       const CUtensorMap a = tensor_map(z1hat.z, z1hat.ld, panel.c, z1hat.D, kTileM);
       const CUtensorMap b = tensor_map(z2.z, z2.ld, p.N, z2.D, kTileN / kCluster);
       const CUtensorMap G = tensor_map(panel.S, panel.ld, panel.c, p.N, kGroupRows);
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "fused: shared memory");
       const int tiles = ceil_div(panel.c, kCluster * kTileM) * ceil_div(p.N, kTileN);
       const int clusters = std::min(tiles, attribute(cudaDevAttrMultiProcessorCount, queue.device) / kCluster);
       kernel<<<clusters * kCluster, kThreads, kBytes, stream>>>(a, b, G, p, q);

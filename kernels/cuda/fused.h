@@ -211,6 +211,7 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
     };
     for (int tile = on.first(); tile < tiles; tile += on.stride()) {
       const TileAt at = place(tile);
+      if (const int j = at.n + 32 * thread; thread < kTileN / 32 && j < p.N) on.prefetch(r2 + j);  // for the epilogue, lines of 128 bytes
       for (int k = 0; k < steps; ++k, ++step) {
         const int slot = step % kSteps;
         on.wait(on.full(slot), step / kSteps % 2);

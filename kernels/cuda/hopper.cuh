@@ -61,6 +61,8 @@ __device__ __forceinline__ void load_box_for_all(void* to, const CUtensorMap* ma
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], "
       "%5;" ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
 }
+// The line at this address of global memory, to L1.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 // Before the next fence or barrier; loads may move past it.
 __device__ __forceinline__ void put(uint32_t shared_at, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared_at), "r"(word));
