@@ -98,9 +98,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "small",
       [](const Contrastive& p, int dtype, int64_t D, Address z1, int64_t ld1, Address z2, int64_t ld2, bool normalize,
-         Address work, Address dz1, Address dz2, Address total, int threads) {
-        return cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, at<float>(work), at(dz1),
-                                     at(dz2), at<float>(total), threads});
+         bool symmetric, Address work, Address dz1, Address dz2, Address total, int threads) {
+        return cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, symmetric, at<float>(work),
+                                     at(dz1), at(dz2), at<float>(total), threads});
       },
       nogil());
   py::class_<Distill>(m, "Distill")
@@ -145,8 +145,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("small_distill_work_size", [](int64_t B, int64_t D, int64_t teachers, int dtype) {
     return small_distill_work_size(B, D, teachers, DType(dtype));
   });
-  m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype) {
-    return small_work_size(B, N, D, DType(dtype));
+  m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype, bool symmetric) {
+    return small_work_size(B, N, D, DType(dtype), symmetric);
   });
   py::class_<SparsePattern>(m, "SparsePattern")
       .def(py::init([](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows,

@@ -41,12 +41,13 @@ def test_torch_backend_in_panels_of_13_rows(case, monkeypatch):
     check(case, "torch", torch.float64)
 
 
+@pytest.mark.parametrize("case", [Case(37, 111, 64, options={"hard_negative_weight": 0.5}),
+                                  Case(37, D=64, options={"symmetric": True, "exclude_above": 0.1})], ids=str)  # fmt: skip
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("small", [True, False])
-def test_result_does_not_depend_on_the_number_of_threads(threads, small, monkeypatch):
+def test_result_does_not_depend_on_the_number_of_threads(threads, small, case, monkeypatch):
     if not small:
         monkeypatch.setattr(cpu, "SMALL", {})
-    case = Case(37, 111, 64, options={"hard_negative_weight": 0.5})
     before = torch.get_num_threads()
     one = _with_threads(1, case)
     many = _with_threads(threads, case)
@@ -60,12 +61,13 @@ def _with_threads(n, case):
     return run(case, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("case", [Case(70, 150, 96), Case(70, D=96, options={"symmetric": True})], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("small", [True, False])
-def test_same_call_same_bits(backend, small, monkeypatch):
+def test_same_call_same_bits(backend, small, case, monkeypatch):
     if not small:
         monkeypatch.setattr(cpu, "SMALL", {})
-    first, second = (run(Case(70, 150, 96), backend, torch.float32) for _ in range(2))
+    first, second = (run(case, backend, torch.float32) for _ in range(2))
     for name in first.values:
         assert torch.equal(first.values[name], second.values[name])
 

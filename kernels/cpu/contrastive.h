@@ -32,8 +32,8 @@ struct Contrastive {
   double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
   double* column_max = nullptr;           // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
   double* column_sum = nullptr;           // (N)
-  const double* lneg_column = nullptr;    // (N) symmetric only: the finished log-sums of the columns
-  const void* lse_column = nullptr;       // (N) acc: log(exp(lneg_column) + exp(lpos))
+  double* lneg_column = nullptr;          // (N) symmetric only: the finished log-sums of the columns
+  void* lse_column = nullptr;             // (N) acc: log(exp(lneg_column) + exp(lpos))
 };
 
 // Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
@@ -49,16 +49,17 @@ struct Small {                            // a whole forward + backward in one c
   DType dtype = DType::f32;
   int64_t D = 0, ld1 = 0, ld2 = 0;
   const void *z1 = nullptr, *z2 = nullptr;
-  bool normalize = true;
-  float* work = nullptr;                  // small_work_size floats
+  bool normalize = true, symmetric = false;
+  float* work = nullptr;                  // small_work_size floats, aligned as doubles are
   void *dz1 = nullptr, *dz2 = nullptr;    // (B, D), (N, D) contiguous or null, in dtype
   float* total = nullptr;                 // sum_i coef_i L_i
   int threads = 1;
 };
 
-// r1, r2, the rows' losses and factors, the panel of similarities, and for bf16 the gradients before they are rounded.
-inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype) {
-  return 3 * B + N + B * N + (dtype == DType::bf16 ? (B + N) * D : 0);
+// r1, r2, the rows' losses and factors, the panel of similarities; what a symmetric loss keeps of rows and columns (five doubles
+// and three floats each); for bf16 the gradients before they are rounded.
+inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype, bool symmetric) {
+  return 3 * B + N + B * N + (symmetric ? 13 * B : 0) + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
 
 enum class Divergence : int { ce = 0, kl = 1, js = 2 };

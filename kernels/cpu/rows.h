@@ -104,8 +104,8 @@ PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bi
 }
 
 // Runs body(n, S, r2, bias) over the row's keys in blocks whose length is a multiple of kLane; the ragged last lanes run
-// on padded copies.
-template <class T, class A, class F>
+// on padded copies. Writes: to S.
+template <bool Writes, class T, class A, class F>
 PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold,
                               Bias<A>& bias, F body) {
   const int64_t whole = p.N / kLane * kLane;
@@ -121,7 +121,7 @@ PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive,
       r_tail[k] = r2[whole + k];
     }
     body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, bias));
-    for (int64_t k = 0; k < n; ++k) S[whole + k] = tail[k];
+    for (int64_t k = 0; Writes && k < n; ++k) S[whole + k] = tail[k];
   }
 }
 
@@ -149,18 +149,18 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
   if (!p.fixed_shift) {
     bias.set(0);
     A top = A(l_pos * kLog2e);
-    over_blocks(p, i, pos, S, r2, threshold, bias,
-                [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
-                  top = block_max(s, r, b, n, bits, top);
-                });
+    over_blocks<false>(p, i, pos, S, r2, threshold, bias,
+                       [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
+                         top = block_max(s, r, b, n, bits, top);
+                       });
     bias.set(-top);
   }
 
   Sums sums;
-  over_blocks(p, i, pos, S, r2, threshold, bias,
-              [&](int64_t n, T* s, const A* r, const A* b) __attribute__((always_inline)) {
-                visit<Grad, Params>(s, r, b, n, logit, bits, sums);
-              });
+  over_blocks<Grad>(p, i, pos, S, r2, threshold, bias,
+                    [&](int64_t n, T* s, const A* r, const A* b) __attribute__((always_inline)) {
+                      visit<Grad, Params>(s, r, b, n, logit, bits, sums);
+                    });
 
   const double z_neg = sums.z, z = z_neg + std::exp2(l_pos * kLog2e + double(bias.offset));
   const double l_neg = (std::log2(z_neg) - double(bias.offset)) * kLn2;

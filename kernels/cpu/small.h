@@ -1,17 +1,17 @@
 // A whole forward and backward in one call, for batches whose panel fits in cache (there, dispatch costs more than
-// arithmetic). The mathematics is rows.h's; the three products are small register-tiled ones:
+// arithmetic). The mathematics is that of rows.h and symmetric.h; the three products are small register-tiled ones:
 //
 //   S   = z1hat z2^T            dot products, kDotRows x kDotCols at a time, no packing
 //   dz1 = project(G z2)         kRows rows by kVecs vectors at a time
 //   dz2 = project(G^T z1hat)    the same tiles, G read by columns
 //
-// Rows are shared out among the threads; one barrier before dz2, whose rows are keys.
+// Rows are shared out among the threads, and as many columns; barriers where a thread needs what others have of them.
 #pragma once
 #include <algorithm>
 #include <cstring>
 
 #include "norms.h"
-#include "rows.h"
+#include "symmetric.h"
 
 namespace pycse::PYCSE_ISA {
 
@@ -146,12 +146,24 @@ bool small_of(Contrastive p, const Small& q) {
   const int64_t B = p.B, N = p.N, D = q.D;
   const T *z1 = static_cast<const T*>(q.z1), *z2 = static_cast<const T*>(q.z2);
   T *dz1 = static_cast<T*>(q.dz1), *dz2 = static_cast<T*>(q.dz2);
-  float *r1 = q.work, *r2 = r1 + B, *loss = r2 + N, *f = loss + B, *S = f + B;
-  float *g1 = S + B * N, *g2 = g1 + B * D;
+  float* next = q.work;
+  const auto take = [&](int64_t n) { return (next += n) - n; };
+  if (q.symmetric) {
+    for (double** at : {&p.lpos, &p.lneg, &p.column_max, &p.column_sum, &p.lneg_column})
+      *at = reinterpret_cast<double*>(take(2 * B));
+    p.lse_column = take(B);
+    float *coef = take(B), *s_pos = take(B);
+    if (p.exclude) p.s_pos = s_pos;  // columns compare with them
+    if (!p.coef) p.coef = std::fill_n(coef, B, float(p.coef_all)) - B;
+    std::fill_n(p.column_max, B, -INFINITY);
+    std::fill_n(p.column_sum, B, 0.0);
+  }
+  float *r1 = take(B), *r2 = take(N), *loss = take(B), *f = take(B), *S = take(B * N);
+  float *g1 = next, *g2 = g1 + B * D;
   if constexpr (sizeof(T) == sizeof(float)) g1 = dz1, g2 = dz2;
   p.r2 = r2;
   if (p.loss == nullptr) p.loss = loss;
-  const bool grad = dz1 || dz2 || p.dtau || p.dm;
+  const bool grad = dz1 || dz2 || p.dtau || p.dm, params = p.dtau || p.dm;
 
   int too_long = 0;
   auto inverse_norm = [&](const T* z) {
@@ -182,11 +194,25 @@ bool small_of(Contrastive p, const Small& q) {
     const bool ok = !too_long;
     Bias<float> bias;
     bias.set(float(-p.shift * kLog2e));
+    if (p.s_pos) {
+      for (int64_t i = i0; i < i1; ++i) static_cast<float*>(p.s_pos)[i] = S[i * N + i] * r2[i];
+#pragma omp barrier
+    }
     for (int64_t i = i0; ok && i < i1; ++i) {
       float* s = S + i * N;
-      if (!grad) row<false, false, float>(p, i, s, bias);
-      else if (p.dtau || p.dm) f[i] = row<true, true, float>(p, i, s, bias);
+      if (!grad || q.symmetric) row<false, false, float>(p, i, s, bias);
+      else if (params) f[i] = row<true, true, float>(p, i, s, bias);
       else f[i] = row<true, false, float>(p, i, s, bias);
+    }
+    if (q.symmetric && ok) {  // B = N: this thread has the rows and the columns i0 to i1
+      for (int64_t a = i0; a < i1; a += kBlock) fold_columns<float>(p, {DType::f32, S, N, 0, B}, a, std::min(kBlock, i1 - a));
+      for (int64_t i = i0; i < i1; ++i) finish_column<float>(p, i);
+#pragma omp barrier
+      for (int64_t i = i0; grad && i < i1; ++i) {
+        f[i] = 1;
+        if (params) symmetric_row<true>(p, i, S + i * N);
+        else symmetric_row<false>(p, i, S + i * N);
+      }
     }
     if (dz1 && ok) {
       product(S, N, 1, z2, q.ld2, N, D, i0, i1, g1);

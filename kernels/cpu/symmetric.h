@@ -50,39 +50,40 @@ PYCSE_NOINLINE void column_sums(const T* S, const A* r2, const A* bias, int64_t 
   }
 }
 
-// Folds the panel's rows into each column's running maximum (in bits) and sum of exponentials.
+// Folds the panel's rows into the running maximum (in bits) and sum of exponentials of the columns [a, a + n), n <= kBlock.
 template <class T>
-void columns_of(const Contrastive& p, const Panel& panel) {
+void fold_columns(const Contrastive& p, const Panel& panel, int64_t a, int64_t n) {
   using A = acc_t<T>;
   const Bits<A> bits(negative_logit<A>(p.focal, A(p.m), A(p.inv_tau)));
-  const int64_t blocks = (p.N + kBlock - 1) / kBlock;
-#pragma omp parallel for num_threads(panel.threads) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t a = block * kBlock, n = std::min(kBlock, p.N - a);
-    const A* r2 = static_cast<const A*>(p.r2) + a;
-    alignas(64) A bias[kBlock], offset[kBlock] = {}, top[kBlock], sum[kBlock] = {};
-    double* column_max = p.column_max + a;
-    double* column_sum = p.column_sum + a;
-    auto row_of = [&](int64_t c) { return static_cast<const T*>(panel.S) + c * panel.ld + a; };
+  const A* r2 = static_cast<const A*>(p.r2) + a;
+  alignas(64) A bias[kBlock], offset[kBlock] = {}, top[kBlock], sum[kBlock] = {};
+  double* column_max = p.column_max + a;
+  double* column_sum = p.column_sum + a;
+  auto row_of = [&](int64_t c) { return static_cast<const T*>(panel.S) + c * panel.ld + a; };
 
-    for (int64_t k = 0; k < n; ++k) top[k] = A(p.fixed_shift ? p.shift * kLog2e : column_max[k]);
-    if (!p.fixed_shift)
-      for (int64_t c = 0; c < panel.c; ++c) {
-        column_bias(p, panel.i0 + c, row_of(c), a, n, offset, bias);
-        column_tops(row_of(c), r2, bias, n, bits, top);
-      }
-    for (int64_t k = 0; k < n; ++k) offset[k] = top[k] == -INFINITY ? A(0) : -top[k];
+  for (int64_t k = 0; k < n; ++k) top[k] = A(p.fixed_shift ? p.shift * kLog2e : column_max[k]);
+  if (!p.fixed_shift)
     for (int64_t c = 0; c < panel.c; ++c) {
       column_bias(p, panel.i0 + c, row_of(c), a, n, offset, bias);
-      column_sums(row_of(c), r2, bias, n, bits, sum);
+      column_tops(row_of(c), r2, bias, n, bits, top);
     }
-    for (int64_t k = 0; k < n; ++k) {
-      if (top[k] == -INFINITY) continue;  // no negative yet
-      const double old = column_sum[k];
-      column_sum[k] = (old == 0 ? 0 : old * std::exp2(column_max[k] - double(top[k]))) + double(sum[k]);
-      column_max[k] = double(top[k]);
-    }
+  for (int64_t k = 0; k < n; ++k) offset[k] = top[k] == -INFINITY ? A(0) : -top[k];
+  for (int64_t c = 0; c < panel.c; ++c) {
+    column_bias(p, panel.i0 + c, row_of(c), a, n, offset, bias);
+    column_sums(row_of(c), r2, bias, n, bits, sum);
   }
+  for (int64_t k = 0; k < n; ++k) {
+    if (top[k] == -INFINITY) continue;  // no negative yet
+    const double old = column_sum[k];
+    column_sum[k] = (old == 0 ? 0 : old * std::exp2(column_max[k] - double(top[k]))) + double(sum[k]);
+    column_max[k] = double(top[k]);
+  }
+}
+
+template <class T>
+void columns_of(const Contrastive& p, const Panel& panel) {
+#pragma omp parallel for num_threads(panel.threads) schedule(static)
+  for (int64_t a = 0; a < p.N; a += kBlock) fold_columns<T>(p, panel, a, std::min(kBlock, p.N - a));
 }
 
 inline void columns(const Contrastive& p, const Panel& panel) {
@@ -98,6 +99,16 @@ PYCSE_INLINE double log_add(double x, double y) {
   return top == -INFINITY ? top : top + std::log1p(std::exp((x > y ? y : x) - top));
 }
 PYCSE_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// Column j's log-sums, and the loss of row j, which had the row's share so far.
+template <class A>
+void finish_column(const Contrastive& p, int64_t j) {
+  const double l_neg = p.column_sum[j] == 0 ? -INFINITY : (std::log2(p.column_sum[j]) + p.column_max[j]) * kLn2;
+  p.lneg_column[j] = l_neg;
+  static_cast<A*>(p.lse_column)[j] = A(log_add(l_neg, p.lpos[j]));
+  A& loss = static_cast<A*>(p.loss)[j];
+  loss = A((double(loss) + softplus(l_neg - p.lpos[j])) / 2);
+}
 
 // One block of a row: S -> G. Returns sum P l and sum P s through the last two arguments, P = dLoss/dl.
 template <bool Params, class T, class A>
@@ -119,8 +130,9 @@ PYCSE_NOINLINE void symmetric_block(T* S, const A* r2, const A* row_bias, const 
   es += sum_s;
 }
 
+// Row i: S -> G, complete.
 template <bool Params, class T>
-void symmetric_of(const Contrastive& p, const Panel& panel) {
+void symmetric_row(const Contrastive& p, int64_t i, T* S) {
   using A = acc_t<T>;
   const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
   const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
@@ -128,28 +140,30 @@ void symmetric_of(const Contrastive& p, const Panel& panel) {
   const A* r2 = static_cast<const A*>(p.r2);
   const A* coef = static_cast<const A*>(p.coef);
   const A* lse_column = static_cast<const A*>(p.lse_column);
-#pragma omp parallel for num_threads(panel.threads) schedule(static)
-  for (int64_t c = 0; c < panel.c; ++c) {
-    const int64_t i = panel.i0 + c;
-    T* S = static_cast<T*>(panel.S) + c * panel.ld;
-    Bias<A> row_bias;
-    alignas(64) A offset[kBlock], bias[kBlock];
-    const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[i]) * r2[i];
-    const double l_pos = p.lpos[i];
-    row_bias.set(A(-log_add(p.lneg[i], l_pos) * kLog2e));
-    double el = 0, es = 0;
-    for (int64_t a = 0; a < p.N; a += kBlock) {
-      const int64_t n = std::min(kBlock, p.N - a);
-      for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
-      column_bias(p, i, S + a, a, n, offset, bias);
-      symmetric_block<Params>(S + a, r2 + a, bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias),
-                              bias, n, logit, bits, coef[i], coef + a, el, es);
-    }
-    const double P_pos = -0.5 * double(coef[i]) * (sigmoid(p.lneg[i] - l_pos) + sigmoid(p.lneg_column[i] - l_pos));
-    store(S[i], A(P_pos * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[i])));
-    if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-p.inv_tau * (el + P_pos * l_pos));
-    if (p.dm) static_cast<A*>(p.dm)[i] = A(p.inv_tau * es);
+  Bias<A> row_bias;
+  alignas(64) A offset[kBlock], bias[kBlock];
+  const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[i]) * r2[i];
+  const double l_pos = p.lpos[i];
+  row_bias.set(A(-log_add(p.lneg[i], l_pos) * kLog2e));
+  double el = 0, es = 0;
+  for (int64_t a = 0; a < p.N; a += kBlock) {
+    const int64_t n = std::min(kBlock, p.N - a);
+    for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
+    column_bias(p, i, S + a, a, n, offset, bias);
+    symmetric_block<Params>(S + a, r2 + a, bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias),
+                            bias, n, logit, bits, coef[i], coef + a, el, es);
   }
+  const double P_pos = -0.5 * double(coef[i]) * (sigmoid(p.lneg[i] - l_pos) + sigmoid(p.lneg_column[i] - l_pos));
+  store(S[i], A(P_pos * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[i])));
+  if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-p.inv_tau * (el + P_pos * l_pos));
+  if (p.dm) static_cast<A*>(p.dm)[i] = A(p.inv_tau * es);
+}
+
+template <bool Params, class T>
+void symmetric_of(const Contrastive& p, const Panel& panel) {
+#pragma omp parallel for num_threads(panel.threads) schedule(static)
+  for (int64_t c = 0; c < panel.c; ++c)
+    symmetric_row<Params>(p, panel.i0 + c, static_cast<T*>(panel.S) + c * panel.ld);
 }
 
 template <class T>

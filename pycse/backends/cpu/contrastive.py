@@ -85,7 +85,7 @@ def _small(p: Contrastive) -> Result | None:
     (B, D), N = p.z1.shape, p.z2.shape[0]
     rows = torch.empty(B)
     loss = torch.empty(())
-    work = torch.empty(kernels.small_work_size(B, N, D, code))
+    work = torch.empty(kernels.small_work_size(B, N, D, code, p.symmetric))
     dz1 = torch.empty((B, D), dtype=p.z1.dtype) if p.needs.z1 else None
     dz2 = torch.empty((N, D), dtype=p.z1.dtype) if p.needs.z2 else None
     dtau = torch.empty(B) if p.needs.temperature else None
@@ -100,6 +100,7 @@ def _small(p: Contrastive) -> Result | None:
         p.z2.data_ptr(),
         p.z2.stride(0),
         p.normalize,
+        p.symmetric,
         work.data_ptr(),
         pointer(dz1),
         pointer(dz2),
@@ -112,7 +113,7 @@ def _small(p: Contrastive) -> Result | None:
 
 
 def contrastive(p: Contrastive) -> Result:
-    limit = 0 if p.symmetric else SMALL.get(p.z1.dtype, 0)
-    if p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1] <= limit and (result := _small(p)) is not None:
+    work = p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1]
+    if work <= SMALL.get(p.z1.dtype, 0) and (result := _small(p)) is not None:
         return result
     return panel.contrastive(p, Kernels)
