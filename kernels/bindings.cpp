@@ -210,6 +210,11 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.def("cuda_compiled", [] { return false; });
 #endif
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
   m.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
   bind_cuda(m);

@@ -47,6 +47,8 @@ def info() -> Info:
         from pycse.kernels import native
 
         hardware["CPU"] += f", kernels for {native().cpu_isa()} (of {', '.join(native().cpu_instruction_sets())})"
+        if not native().OPENMP:
+            hardware["CPU"] += ", on one thread: the compiler had no OpenMP"
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     hardware["GPU"] = ", ".join(gpus) or "none"
     auto = {

@@ -19,7 +19,7 @@
 
 namespace pycse::PYCSE_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileTokens = 12, kTileVecs = 2, kOuterRows = 8;  // 24 of 32 registers accumulate; 16 in dW
 #else
 constexpr int kTileTokens = 6, kTileVecs = 2, kOuterRows = 4;   // 12 and 8 of 16

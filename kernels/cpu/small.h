@@ -19,6 +19,8 @@ namespace pycse::PYCSE_ISA {
 constexpr int kWidth = 16, kDotRows = 6, kDotCols = 4, kRows = 6, kVecs = 4;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
 constexpr int kWidth = 8, kDotRows = 3, kDotCols = 3, kRows = 4, kVecs = 2;   // 9 and 8 of 16
+#elif defined(__aarch64__)
+constexpr int kWidth = 4, kDotRows = 6, kDotCols = 4, kRows = 6, kVecs = 4;   // as with AVX-512
 #else
 constexpr int kWidth = 4, kDotRows = 3, kDotCols = 3, kRows = 4, kVecs = 2;
 #endif
