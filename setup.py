@@ -37,7 +37,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # An editable install builds in a folder that is deleted; PYCSE_BUILD names one that stays.
+        build = Path(os.environ.get("PYCSE_BUILD") or self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

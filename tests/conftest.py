@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if {"device", "cuda", "cuda_backend"} & set(item.fixturenames):
             item.add_marker("gpu")
+
+
+@pytest.fixture(autouse=True)
+def device_alive():
+    """A fault on the GPU takes its context with it, and with that every later test of the process: xdist starts another."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(70)
+            raise
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Needs
 
 import cases
+import oracle
 from oracle import Case, check, run
 
 HERE = Path(__file__).parent
@@ -143,7 +144,9 @@ def test_same_call_same_bits(case, device):
 
 
 @pytest.mark.parametrize("case", [TILED[3], TILED[7], cases.OPTIONS[0], cases.SYMMETRIC[3]], ids=str)
-def test_tf32(case, cuda):
+def test_tf32(case, cuda, monkeypatch):
+    """Triton cuts operands off where cuBLAS rounds: cosines come out up to 2^-10 smaller, logits 20 times that."""
+    monkeypatch.setitem(oracle.BAND, torch.float32, 1e-2)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
