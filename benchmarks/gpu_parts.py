@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -112,6 +113,36 @@ class Plan:
 
 def _summary(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+
+
+# --- what is timed and checked in another way than the default ---
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def routes(name: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """The ways that a backend has for a contrastive problem, each with what makes it take this one."""
+    if name != "cuda":
+        return {name: contextlib.nullcontext}
+    backend = importlib.import_module("pycse.backends.cuda.contrastive")
+
+    @contextlib.contextmanager
+    def by_panels(fused: int) -> Iterator[None]:
+        with replaced(backend, "fits", lambda p: False), replaced(backend, "FUSED", fused):
+            yield
+
+    fused = {"cuda, fused": 1, "cuda, fused in clusters": 2}
+    return {"cuda": contextlib.nullcontext} | {
+        route: functools.partial(by_panels, n) for route, n in {"cuda, panels": 0, **fused}.items()
+    }
 
 
 # --- data and truth ---

@@ -69,7 +69,7 @@ def test_every_way_of_the_cuda_backend_is_taken():
     from pycse.backends.cuda import contrastive as cuda
 
     seen = []
-    for settings in gpu.routes("cuda").values():
+    for settings in gpu_parts.routes("cuda").values():
         with settings():
             seen.append((cuda.FUSED, cuda.fits(Contrastive(*torch.randn(2, 68, 40), 0.05, 0.3, True))))
     assert seen == [(0, True), (0, False), (1, False), (2, False)] and cuda.FUSED == 0
