@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import instruction_sets
 import pytest
 import torch
 
@@ -198,33 +199,11 @@ def test_confident_rows_keep_their_digits(backend):
     torch.testing.assert_close(da.double(), a, rtol=1e-2, atol=1e-3 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("isa", ["portable", "v3", "v4", "amx"])
+@instruction_sets.each
 def test_every_instruction_set(isa, tmp_path):
-    """The whole table again in a process that is told to use one instruction set."""
-    import os
-    import subprocess
-    import sys
-
-    from pycse.kernels import native
-
-    if isa not in native().cpu_instruction_sets():
-        pytest.skip(f"this processor runs {', '.join(native().cpu_instruction_sets())}, not {isa}")
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, cases, oracle\n"
-        "from pycse.kernels import native\n"
-        "assert native().cpu_isa() == sys.argv[2]\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
-        "    for case in cases.ALL: oracle.check(case, 'cpu', dtype)\n"
-        "print('checked', len(cases.ALL))\n"
-    )
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", script, here, isa],
-        env={**os.environ, "PYCSE_CPU_ISA": isa},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "checked" in done.stdout
+    code = """
+import torch, cases, oracle
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for case in cases.ALL: oracle.check(case, 'cpu', dtype)
+"""
+    instruction_sets.run_with(isa, tmp_path, code)

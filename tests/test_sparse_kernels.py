@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
+import instruction_sets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,39 +104,23 @@ def test_bit_masks(T, out, in_, dtype, backend):
         check(T, out, in_, 1, density, dtype, backend, masked=True)
 
 
-@pytest.mark.parametrize("isa", ["portable", "v3", "v4", "amx"])
+@instruction_sets.each
 def test_every_instruction_set(isa, tmp_path):
-    from pycse.kernels import native
-
-    if isa not in native().cpu_instruction_sets():
-        pytest.skip(f"this processor runs {', '.join(native().cpu_instruction_sets())}, not {isa}")
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch\n"
-        "from test_sparse_kernels import BLOCKS, SIZES, check\n"
-        "from pycse.kernels import native\n"
-        "assert native().cpu_isa() == sys.argv[2]\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
-        "    for T, out, in_ in SIZES:\n"
-        "        for block in BLOCKS: check(T, out, in_, block, 0.3, dtype, 'cpu')\n"
-        "    for T, out, in_ in ((17, 31, 97), (65, 67, 300)):\n"
-        "        check(T, out, in_, 1, 0.2, dtype, 'cpu')\n"
-        "        check(T, out, in_, 1, 0.2, dtype, 'cpu', masked=True)\n"
-        "for block in BLOCKS: check(4128, 1024, 64, block, 0.1, torch.float32, 'cpu')\n"
-        "for dtype in (torch.float32, torch.bfloat16):\n"
-        "    for T in (64, 301):\n"
-        "        for block in (32, 64): check(T, 256, 1536, block, 0.6, dtype, 'cpu'), check(T, 1536, 256, block, 0.6, dtype, 'cpu')\n"
-        "print('checked')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, os.path.dirname(__file__), isa],
-        env={**os.environ, "PYCSE_CPU_ISA": isa},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "checked" in done.stdout
+    code = """
+import torch
+from test_sparse_kernels import BLOCKS, SIZES, check
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for T, out, in_ in SIZES:
+        for block in BLOCKS: check(T, out, in_, block, 0.3, dtype, 'cpu')
+    for T, out, in_ in ((17, 31, 97), (65, 67, 300)):
+        check(T, out, in_, 1, 0.2, dtype, 'cpu')
+        check(T, out, in_, 1, 0.2, dtype, 'cpu', masked=True)
+for block in BLOCKS: check(4128, 1024, 64, block, 0.1, torch.float32, 'cpu')
+for dtype in (torch.float32, torch.bfloat16):
+    for T in (64, 301):
+        for block in (32, 64): check(T, 256, 1536, block, 0.6, dtype, 'cpu'), check(T, 1536, 256, block, 0.6, dtype, 'cpu')
+"""
+    instruction_sets.run_with(isa, tmp_path, code)
 
 
 def one_block(T, dtype=torch.float32, scale=1.0):

@@ -6,10 +6,8 @@ The CUDA kernel's body runs on one host thread; tests/test_triton_uniformity.py 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
+import instruction_sets
 import pytest
 import torch
 from pycse.kernels import native
@@ -222,8 +220,8 @@ def test_autocast():
     assert low[0].dtype == torch.float32 and torch.equal(low[0], exact[0]) and torch.equal(low[1], exact[1])
 
 
-@pytest.mark.parametrize("isa", native().cpu_instruction_sets())
-def test_instruction_sets(isa):
+@instruction_sets.each
+def test_every_instruction_set(isa, tmp_path):
     code = """
 import torch
 from pycse import uniformity
@@ -237,8 +235,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
     if dtype != torch.bfloat16:
         assert abs(loss - truth) < 1e-5, (dtype, loss, truth)
 """
-    environment = {**os.environ, "PYCSE_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    instruction_sets.run_with(isa, tmp_path, code)
 
 
 X = torch.randn(8, 4)

@@ -9,6 +9,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "norms.h"
 #include "symmetric.h"
@@ -149,14 +150,17 @@ bool small_of(Contrastive p, const Small& q) {
   const T *z1 = static_cast<const T*>(q.z1), *z2 = static_cast<const T*>(q.z2);
   T *dz1 = static_cast<T*>(q.dz1), *dz2 = static_cast<T*>(q.dz2);
   float* next = q.work;
-  const auto take = [&](int64_t n) { return (next += n) - n; };
+  const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
   if (q.symmetric) {
     for (double** at : {&p.lpos, &p.lneg, &p.column_max, &p.column_sum, &p.lneg_column})
       *at = reinterpret_cast<double*>(take(2 * B));
     p.lse_column = take(B);
     float *coef = take(B), *s_pos = take(B);
     if (p.exclude) p.s_pos = s_pos;  // columns compare with them
-    if (!p.coef) p.coef = std::fill_n(coef, B, float(p.coef_all)) - B;
+    if (!p.coef) {
+      std::fill_n(coef, B, float(p.coef_all));
+      p.coef = coef;
+    }
     std::fill_n(p.column_max, B, -INFINITY);
     std::fill_n(p.column_sum, B, 0.0);
   }

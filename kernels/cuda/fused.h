@@ -211,7 +211,8 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
     };
     for (int tile = on.first(); tile < tiles; tile += on.stride()) {
       const TileAt at = place(tile);
-      if (const int j = at.n + 32 * thread; thread < kTileN / 32 && j < p.N) on.prefetch(r2 + j);  // for the epilogue, lines of 128 bytes
+      // The keys' norms for the epilogue, in lines of 128 bytes.
+      if (const int j = at.n + 32 * thread; thread < kTileN / 32 && j < p.N) on.prefetch(r2 + j);
       for (int k = 0; k < steps; ++k, ++step) {
         const int slot = step % kSteps;
         on.wait(on.full(slot), step / kSteps % 2);
@@ -230,8 +231,7 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
 
       const int k0 = at.m + group * kGroupRows;
       const FusedRows<Masked> rows(p, q, thread, k0);
-      float sums[2] = {0, 0}, s_pos[2];
-      uint32_t positive[2] = {0, 0};
+      float sums[2] = {0, 0};
       PYCSE_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         const int j0 = at.n + chunk * kChunk, staging = staging_at(group, chunk % kBuffers);
@@ -240,13 +240,18 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
           on.sync_group(group);
         }
         const Exceptions but(rows, thread, j0, p.N);
+        float s_pos[2];
         const auto chunk_of = [&](auto plain) {
           fused_chunk<Grad, decltype(plain)::value>(on, logit, top, rows, but, thread, acc + 32 * chunk, j0, p.N, r2, staging,
                                                     sums, s_pos);
         };
-        if (but.any()) chunk_of(Flag<false>());
-        else chunk_of(Flag<true>());
-        positive[0] |= but.positive[0], positive[1] |= but.positive[1];
+        if (but.any()) {
+          chunk_of(Flag<false>());
+          for (int half = 0; half < 2; ++half)
+            if (but.positive[half]) static_cast<float*>(p.s_pos)[rows.of[half].i] = s_pos[half];
+        } else {
+          chunk_of(Flag<true>());
+        }
         if constexpr (Grad) {
           on.fence_stores();
           on.sync_group(group);
@@ -263,7 +268,6 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
         sum += from_opposite(sum, 2);
         const int row = k0 + sums_row(thread, 2 * half);
         if (thread % 4 == 0 && row < q.c) q.partial[int64_t(at.n / kTileN) * q.c + row] = sum;
-        if (positive[half]) static_cast<float*>(p.s_pos)[q.i0 + row] = s_pos[half];
       }
     }
     if (Grad && leads) on.wait_stored();
