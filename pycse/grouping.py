@@ -38,11 +38,11 @@ def group_count(P: float) -> int:
 def groups(t: Tensor, i0: int, cut: Grouping, temperature: float) -> Tensor:
     """(c, B) group of every column; -1 where it stays in place (the diagonal; ranks outside a span)."""
     c, B = t.shape
-    diagonal = torch.arange(i0, i0 + c, device=t.device)[:, None]
+    diagonal = torch.arange(i0, i0 + c, dtype=torch.int64, device=t.device)[:, None]
     t = t.scatter(1, diagonal, -torch.inf)  # the diagonal ranks last ...
     order = t.argsort(dim=1, descending=True, stable=True)
     order = order.masked_select(order != diagonal).view(c, B - 1)  # ... unless others are -inf as well
-    rank = torch.arange(B - 1, device=t.device).expand(c, -1)
+    rank = torch.arange(B - 1, dtype=torch.int64, device=t.device).expand(c, -1)
     if cut.kind == "mass":
         shifted = (t.gather(1, order) - t.amax(1, keepdim=True)) / temperature
         finite = torch.isfinite(shifted) | torch.isneginf(shifted)
@@ -53,7 +53,7 @@ def groups(t: Tensor, i0: int, cut: Grouping, temperature: float) -> Tensor:
         g = rank // int(cut.value)
     else:
         g = torch.where((rank >= int(cut.value)) & (rank < cut.end), 0, -1)
-    return torch.full((c, B), -1, device=t.device).scatter_(1, order, g)
+    return torch.full((c, B), -1, dtype=torch.int64, device=t.device).scatter_(1, order, g)
 
 
 def mass_group(so_far: Tensor, total: Tensor, P: float) -> Tensor:
@@ -69,12 +69,12 @@ def shuffled(group: Tensor, i0: int, seed: int | Tensor) -> Tensor:
     """(c, B): the column whose teacher probability each column receives."""
     c, B = group.shape
     device = group.device
-    columns = torch.arange(B, device=device).expand(c, -1)
+    columns = torch.arange(B, dtype=torch.int64, device=device).expand(c, -1)
     by_group = group.argsort(dim=1, stable=True)  # members of a group in column order
     g = group.gather(1, by_group)
     starts = torch.searchsorted(g, g.contiguous())  # first position of the position's own group
     n = columns - starts
-    row = torch.arange(i0, i0 + c, device=device)[:, None]
+    row = torch.arange(i0, i0 + c, dtype=torch.int64, device=device)[:, None]
     key = philox(seed, n >> 2, g.clamp_min(0), row, n & 3)
     key = torch.where(g < 0, columns, key)  # in place: already in order
     by_key = key.argsort(dim=1, stable=True)

@@ -99,7 +99,7 @@ class Pattern:
         t_at = cols.argsort(stable=True)  # where each kept block stands in ``cols``, in the order of columns
         plan = t_plan = cols.new_empty(0, dtype=torch.int32)
         if block == 1 and mask.device.type == "cpu" and backends.unusable("cpu") is None:
-            plan = _plan(rows, cols, torch.arange(cols.shape[0]), mask.shape[0], mask.shape[1])
+            plan = _plan(rows, cols, torch.arange(cols.shape[0], dtype=torch.int64, device=cols.device), mask.shape[0], mask.shape[1])
             t_plan = _plan(cols[t_at], rows[t_at], t_at, mask.shape[1], mask.shape[0])
         return Pattern(
             (mask.shape[0], mask.shape[1]),
@@ -116,7 +116,7 @@ class Pattern:
         """The bool mask (out, in) again."""
         out, in_ = (size // self.block for size in self.shape)
         counts = self.ptr.long().diff()
-        rows = torch.arange(out, device=self.ptr.device).repeat_interleave(counts)
+        rows = torch.arange(out, dtype=torch.int64, device=self.ptr.device).repeat_interleave(counts)
         kept = torch.zeros(out, in_, dtype=torch.bool, device=self.ptr.device)
         kept[rows, self.cols.long()] = True
         return kept.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
@@ -140,7 +140,7 @@ def _plan(result: Tensor, feature: Tensor, source: Tensor, results: int, feature
     many = torch.bincount(group, minlength=chunks * results).view(chunks, results)
     lengths = many.new_zeros(chunks, chunk + 1).scatter_add_(1, many, torch.ones_like(many))
     order = many.argsort(dim=1, stable=True)
-    turn = order.argsort(dim=1) + torch.arange(chunks)[:, None] * results
+    turn = order.argsort(dim=1) + torch.arange(chunks, dtype=torch.int64, device=order.device)[:, None] * results
     use = turn.flatten()[group].argsort(stable=True)
     at = F.pad((feature[use] % chunk * step).short(), (0, use.shape[0] % 2)).view(torch.int32)
     return torch.cat([*(t.flatten().int() for t in (lengths, order, source[use])), at])

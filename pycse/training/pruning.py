@@ -82,7 +82,8 @@ def batches(settings: Settings, text: Text) -> list[Any]:
     import torch
 
     rows, size = text.rows, settings.batch_size
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
     count = min(settings.pruning()["score_batches"], len(rows) // size)
     drawn = [[rows[i] for i in order[k * size : (k + 1) * size]] for k in range(count)]
     if by_dropout(settings, text):

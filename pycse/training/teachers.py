@@ -46,7 +46,7 @@ class Teacher:
             new = self.embed(missing).float().cpu().numpy()
             self.cache.add(missing, new)
             held.update(zip(missing, new))
-        rows = torch.stack([torch.tensor(held[text]) for text in sentences])
+        rows = torch.stack([torch.tensor(held[text], dtype=torch.float32, device="cpu") for text in sentences])
         return rows.to(self.encoder.device)
 
     def embed(self, sentences: Sequence[str]) -> torch.Tensor:

@@ -73,8 +73,8 @@ def build_loss(settings: Settings, device):
     rows = settings.batch_size
     try:
         loss = getattr(pycse.losses, RECIPES[settings.recipe].loss)(**settings.loss_arguments())
-        z1 = torch.eye(rows, 8, device=device, requires_grad=True)
-        z2 = torch.eye(2 * rows if settings.hard_negative_weight else rows, 8, device=device)
+        z1 = torch.eye(rows, 8, dtype=torch.float32, device=device, requires_grad=True)
+        z2 = torch.eye(2 * rows if settings.hard_negative_weight else rows, 8, dtype=torch.float32, device=device)
         if RECIPES[settings.recipe].teaches:
             loss(z1, z2, [z2[:rows]]).loss.backward()
         else:

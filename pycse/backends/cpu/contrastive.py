@@ -42,7 +42,7 @@ class Kernels(Products, panel.Kernels):
         super().__init__(p.z1)
         self.p, self.state = p, state
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
-            state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc)
+            state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc, device=p.z1.device)
         self.problem = _problem(
             p, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dtau=state.dtau, dm=state.dm
         )
@@ -61,7 +61,7 @@ class Kernels(Products, panel.Kernels):
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
-        f = torch.empty(S.shape[0], dtype=self.p.acc) if grad else None
+        f = torch.empty(S.shape[0], dtype=self.p.acc, device=S.device) if grad else None
         self.native.rows(self.problem, *self._panel(S, i0), pointer(f), self.threads, grad)
         return f
 
@@ -83,13 +83,12 @@ def _small(p: Contrastive) -> Result | None:
     """None for embeddings so long that their products might overflow: the panels normalise rows first."""
     kernels, code = native(), CODES[p.z1.dtype]
     (B, D), N = p.z1.shape, p.z2.shape[0]
-    rows = torch.empty(B)
-    loss = torch.empty(())
-    work = torch.empty(kernels.small_work_size(B, N, D, code, p.symmetric))
-    dz1 = torch.empty((B, D), dtype=p.z1.dtype) if p.needs.z1 else None
-    dz2 = torch.empty((N, D), dtype=p.z1.dtype) if p.needs.z2 else None
-    dtau = torch.empty(B) if p.needs.temperature else None
-    dm = torch.empty(B) if p.needs.m else None
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=p.z1.device)  # noqa: E731
+    rows, loss, work = new(B), new(), new(kernels.small_work_size(B, N, D, code, p.symmetric))
+    dz1 = new(B, D, dtype=p.z1.dtype) if p.needs.z1 else None
+    dz2 = new(N, D, dtype=p.z1.dtype) if p.needs.z2 else None
+    dtau = new(B) if p.needs.temperature else None
+    dm = new(B) if p.needs.m else None
     coef = p.row_coefficients()
     done = kernels.small(
         _problem(p, coef, loss=rows, dtau=dtau, dm=dm),

@@ -17,7 +17,7 @@ class Norms(norms.Norms):
         self.native, self.threads, self.code, self.device = native(), torch.get_num_threads(), CODES[z.dtype], z.device
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        t = torch.empty(shape, dtype=dtype)
+        t = torch.empty(shape, dtype=dtype, device=self.device)
         if t.nbytes >= HUGE:
             self.native.prefer_huge_pages(t.data_ptr(), t.nbytes)
         return t

@@ -19,8 +19,8 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype == torch.float16 else t
 
 
-def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    t = torch.empty(rows, columns, dtype=dtype)
+def _empty(rows: int, columns: int, like: Tensor) -> Tensor:
+    t = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
     if t.nbytes >= HUGE:
         native().prefer_huge_pages(t.data_ptr(), t.nbytes)
     return t
@@ -36,7 +36,7 @@ def _pattern(pattern: Pattern):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, transposed: bool) -> Tensor:
     dtype = x.dtype
     x, weight, bias = _wide(x), _wide(weight), None if bias is None else _wide(bias).contiguous()
-    y = _empty(x.shape[0], pattern.shape[1 if transposed else 0], x.dtype)
+    y = _empty(x.shape[0], pattern.shape[1 if transposed else 0], x)
     native().sparse_product(
         _pattern(pattern), CODES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), pointer(bias),
         y.data_ptr(), x.shape[0], transposed, torch.get_num_threads(),
@@ -49,7 +49,8 @@ def pack(weight: Tensor, pattern: Pattern) -> None:
     if pattern.block > 1:
         return
     weight = _wide(weight)
-    packed = torch.empty(pattern.nnz, dtype=torch.promote_types(weight.dtype, torch.float32))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    packed = torch.empty(pattern.nnz, dtype=dtype, device=weight.device)
     native().sparse_pack(
         _pattern(pattern), CODES[weight.dtype], weight.data_ptr(), weight.stride(0), packed.data_ptr(),
         torch.get_num_threads(),
@@ -68,7 +69,7 @@ def dx(dy: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
 def dw(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     dtype = x.dtype
     dy, x = _wide(dy), _wide(x)
-    result = _empty(pattern.shape[0], pattern.shape[1], x.dtype)
+    result = _empty(pattern.shape[0], pattern.shape[1], x)
     native().sparse_outer(
         _pattern(pattern), CODES[x.dtype], dy.data_ptr(), dy.stride(0), x.data_ptr(), x.stride(0), result.data_ptr(),
         x.shape[0], torch.get_num_threads(),
@@ -78,7 +79,7 @@ def dw(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
 
 def _masked(weight: Tensor, bits: Tensor, result: Tensor | None = None) -> Tensor:
     """W ⊙ M, in W's place where ``result`` is W."""
-    result = _empty(weight.shape[0], weight.shape[1], weight.dtype) if result is None else result
+    result = _empty(weight.shape[0], weight.shape[1], weight) if result is None else result
     native().mask_weight(
         CODES[weight.dtype], weight.data_ptr(), weight.stride(0), bits.data_ptr(), *weight.shape, result.data_ptr(),
         torch.get_num_threads(),

@@ -31,7 +31,7 @@ def contrastive(p: Contrastive) -> Tensor:
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     s = (z1 @ z2.t()).to(p.acc)
     B, N = s.shape
-    i, j = torch.arange(B, device=s.device), torch.arange(N, device=s.device)
+    i, j = (torch.arange(n, dtype=torch.int64, device=s.device) for n in (B, N))
     pos = i if p.positives is None else p.positives
 
     positive = j == pos[:, None]

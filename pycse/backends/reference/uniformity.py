@@ -23,7 +23,7 @@ def alignment(p: Alignment) -> Tensor:
 def uniformity(p: Uniformity) -> Tensor:
     z = normalized(p.z) if p.normalize else p.z
     N = z.shape[0]
-    i, j = torch.triu_indices(N, N, 1, device=z.device)
+    i, j = torch.triu_indices(N, N, 1, dtype=torch.int64, device=z.device)
     square = z.square().sum(1)
     distance = (square[i] + square[j] - 2 * (z @ z.t())[i, j]).to(p.acc)
     return (-p.t * distance).logsumexp(0) - math.log(N * (N - 1) / 2)

@@ -25,7 +25,6 @@ class Kernels(Norms, panel.Kernels):
         # A temperature tensor is not read back: <= 0 gives NaN.
         tau = p.temperature
         self.tau = torch.where(tau > 0, tau, torch.nan).to(p.acc) if isinstance(tau, Tensor) else tau
-        self.columns_j = torch.arange(p.z2.shape[0], device=p.z2.device)
 
     def logit(self, s: Tensor) -> Tensor:
         return s * (s + self.p.m) / self.tau if self.p.focal else s / self.tau
@@ -42,7 +41,7 @@ class Kernels(Norms, panel.Kernels):
     def _panel(self, S: Tensor, i0: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """s, the rows' positives (n, 1), their s, and which positives are in range (a bad one gives a NaN row)."""
         p = self.p
-        i = torch.arange(i0, i0 + S.shape[0], device=S.device)
+        i = torch.arange(i0, i0 + S.shape[0], dtype=torch.int64, device=S.device)
         pos = i if p.positives is None else p.positives[i0 : i0 + S.shape[0]]
         valid = (pos >= 0) & (pos < S.shape[1])
         pos = pos.clamp(0, S.shape[1] - 1)[:, None]
@@ -57,7 +56,7 @@ class Kernels(Norms, panel.Kernels):
         l = self.logit(s)
         if p.hard_negative_weight:
             B = p.z1.shape[0]
-            own = torch.arange(1, s.shape[1] // B, device=s.device) * B + i[:, None]
+            own = torch.arange(1, s.shape[1] // B, dtype=torch.int64, device=s.device) * B + i[:, None]
             l.scatter_add_(1, own, torch.full_like(own, p.hard_negative_weight, dtype=l.dtype))
         if p.query_ids is not None and p.key_ids is not None:
             l.masked_fill_(p.query_ids[i, None] == p.key_ids, -torch.inf)

@@ -22,7 +22,7 @@ class Kernels(Norms, panel.Kernels):
     def rows(self, S: Tensor, T: Tensor, i0: int, grad: bool) -> None:
         d, out = self.d, self.state
         c = S.shape[0]
-        diagonal = torch.arange(i0, i0 + c, device=S.device)[:, None]
+        diagonal = torch.arange(i0, i0 + c, dtype=torch.int64, device=S.device)[:, None]
         t = T.to(d.acc)
         log_q = (t / d.teacher_temperature).scatter_(1, diagonal, -torch.inf).log_softmax(1)
         q = log_q.exp()

@@ -19,7 +19,7 @@ PANEL = 1 << 20  # weights of a dense panel
 def _runs(ptr: Tensor, index: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
     """For each block row that keeps something: its rows, and the columns of its blocks."""
     offsets = ptr.tolist()
-    inside = torch.arange(block, device=index.device)
+    inside = torch.arange(block, dtype=torch.int64, device=index.device)
     for k, (start, end) in enumerate(zip(offsets, offsets[1:])):
         if end > start:
             columns = (index[start:end].long()[:, None] * block + inside).flatten()

@@ -22,8 +22,8 @@ FLAT = 1024  # entries of a program that knows no rows
 def others(T: Tensor, i0: int, dtype: torch.dtype) -> Tensor:
     """(c, B - 1): the columns but the diagonal."""
     c, B = T.shape
-    row = torch.arange(i0, i0 + c, device=T.device)[:, None]
-    return torch.where(torch.arange(B - 1, device=T.device) < row, T[:, :-1], T[:, 1:]).to(dtype)
+    row = torch.arange(i0, i0 + c, dtype=torch.int64, device=T.device)[:, None]
+    return torch.where(torch.arange(B - 1, dtype=torch.int64, device=T.device) < row, T[:, :-1], T[:, 1:]).to(dtype)
 
 
 class Kernels(Norms, panel.Kernels):
