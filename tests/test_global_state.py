@@ -49,7 +49,9 @@ def test_every_buffer_names_its_dtype_and_device(path):
 
 
 def test_the_rule_sees_an_unnamed_buffer():
-    assert unnamed("torch.empty(3)\ntorch.zeros(3, dtype=torch.int32)\ntorch.ones(2, dtype=d, device=e)\ntorch.Tensor(2)") == [
+    assert unnamed(
+        "torch.empty(3)\ntorch.zeros(3, dtype=torch.int32)\ntorch.ones(2, dtype=d, device=e)\ntorch.Tensor(2)"
+    ) == [
         "1: torch.empty",
         "2: torch.zeros",
         "4: torch.Tensor",
@@ -110,7 +112,9 @@ def calls(dtype, backend):
     w, x, bias = leaves(dtype, (32, 64), (5, 64), (32,))
     blocks = torch.zeros(32, 64, dtype=torch.bool, device="cpu")
     blocks[:16, 16:48] = True
-    single = torch.rand(32, 64, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu") < 0.3
+    single = (
+        torch.rand(32, 64, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu") < 0.3
+    )
     big1, big2 = leaves(dtype, (300, 64), (300, 64))  # beyond one native call
     found = {
         "infonce": ([z1, z2], lambda: fused_infonce(z1, z2, backend=backend)),
@@ -119,11 +123,17 @@ def calls(dtype, backend):
         "symmetric": contrastive(dtype, backend, symmetric=True),
         "hard negatives": contrastive(dtype, backend, N=16, hard_negative_weight=1.0),
         "excluded": contrastive(dtype, backend, query_ids=ids, key_ids=ids, exclude_above=0.1),
-        "weighted rows": ([z1, z2, weight], lambda: fused_infonce(z1, z2, weight=weight, reduction="none", backend=backend)),
+        "weighted rows": (
+            [z1, z2, weight],
+            lambda: fused_infonce(z1, z2, weight=weight, reduction="none", backend=backend),
+        ),
         "panels": ([big1, big2], lambda: fused_infonce(big1, big2, backend=backend)),
         "panels, symmetric": ([big1, big2], lambda: fused_infonce(big1, big2, symmetric=True, backend=backend)),
         "distill": ([z1], lambda: fused_distill(z1, [e1, e2], seed=1, backend=backend)),
-        "distill, expected": ([z1], lambda: fused_distill(z1, [e1], shuffle="expected", divergence="js", backend=backend)),
+        "distill, expected": (
+            [z1],
+            lambda: fused_distill(z1, [e1], shuffle="expected", divergence="js", backend=backend),
+        ),
         "distill, panels": ([big1], lambda: fused_distill(big1, [big2.detach()], seed=2, backend=backend)),
         "distillcse": ([z1, z2], lambda: fused_distillcse(z1, z2, [e1, e2], seed=1, backend=backend).loss),
         "uniformity": ([z1], lambda: pycse.uniformity(z1, backend=backend)),
@@ -132,6 +142,7 @@ def calls(dtype, backend):
         "masked_linear": ([x, w, bias], lambda: masked_linear(x, w, single, bias, backend=backend)),
     }
     for name, mask in (("unstructured", single), ("block16", blocks), ("dense", single)):
+
         def layer(name=name, mask=mask):
             made = SparseLinear(64, 32, mask=mask, pattern=name, backend=backend, dtype=dtype, device="cpu")
             made.weight, made.bias = torch.nn.Parameter(w.detach().clone()), torch.nn.Parameter(bias.detach().clone())
@@ -140,7 +151,10 @@ def calls(dtype, backend):
 
         def from_dense(name=name, mask=mask):
             linear = torch.nn.Linear(64, 32, device="cpu", dtype=dtype)
-            linear.weight, linear.bias = torch.nn.Parameter(w.detach().clone()), torch.nn.Parameter(bias.detach().clone())
+            linear.weight, linear.bias = (
+                torch.nn.Parameter(w.detach().clone()),
+                torch.nn.Parameter(bias.detach().clone()),
+            )
             made = SparseLinear.from_dense(linear, mask, name, backend)
             return made.densify()(x) - made(x).detach() + made.eval()(x)
 

@@ -99,7 +99,13 @@ class Pattern:
         t_at = cols.argsort(stable=True)  # where each kept block stands in ``cols``, in the order of columns
         plan = t_plan = cols.new_empty(0, dtype=torch.int32)
         if block == 1 and mask.device.type == "cpu" and backends.unusable("cpu") is None:
-            plan = _plan(rows, cols, torch.arange(cols.shape[0], dtype=torch.int64, device=cols.device), mask.shape[0], mask.shape[1])
+            plan = _plan(
+                rows,
+                cols,
+                torch.arange(cols.shape[0], dtype=torch.int64, device=cols.device),
+                mask.shape[0],
+                mask.shape[1],
+            )
             t_plan = _plan(cols[t_at], rows[t_at], t_at, mask.shape[1], mask.shape[0])
         return Pattern(
             (mask.shape[0], mask.shape[1]),

@@ -48,7 +48,9 @@ def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
         return (z * 0).sum(1).to(d.acc)
     s, t = (z @ z.t()).to(d.acc), teacher_similarities(d)
     others = torch.arange(B - 1, dtype=torch.int64, device=s.device).expand(B, -1)
-    others = others + (others >= torch.arange(B, dtype=torch.int64, device=s.device)[:, None])  # (B, B - 1) columns but the diagonal
+    others = others + (
+        others >= torch.arange(B, dtype=torch.int64, device=s.device)[:, None]
+    )  # (B, B - 1) columns but the diagonal
 
     log_p = (s.gather(1, others) / d.student_temperature).log_softmax(1)
     log_q = (t.gather(1, others) / d.teacher_temperature).log_softmax(1)
