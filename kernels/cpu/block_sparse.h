@@ -9,8 +9,6 @@
 // a fixed order.
 #pragma once
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "contrastive.h"
@@ -29,15 +27,6 @@ constexpr int64_t kSpanTiles = 8;             // tiles of tokens in a task
 constexpr int64_t kOuterNumbers = 4096;       // of dW: of a block column of dy and of x, 2 x 16 KB in L1
 constexpr int64_t kOuterColumns = 512;        // of the wider of dy and x, copied at a time: whole cache lines in a row
 constexpr int64_t kStreamBytes = 16 << 20; // results from this size on are stored past the caches
-
-// Scratch that starts on a cache line.
-template <class A>
-struct Scratch {
-  struct Free { void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); } };
-  std::unique_ptr<A[], Free> memory;
-  explicit Scratch(int64_t n) : memory(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {}
-  A* get() const { return memory.get(); }
-};
 
 // out[c - c0][t][b] = x[t][c b : (c + 1) b] for n tokens, block columns [c0, c1); `tokens` is the panel's extent.
 template <int b, class T, class A>

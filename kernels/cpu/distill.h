@@ -10,14 +10,16 @@
 #include "../common/groups.h"
 #include "shuffle.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace pycse::PYCSE_ISA {
 
 // log2 x for x > 0 (about -127 for 0, NaN for NaN): 2 atanh(f) / log 2 with f = (m - 1) / (m + 1), |f| < 0.172. Relative
 // error 1e-7.
 PYCSE_INLINE float log2_(float x) {
-  const int32_t bits = __builtin_bit_cast(int32_t, x), exponent = (bits - 0x3f3504f3) >> 23;
-  const float m = __builtin_bit_cast(float, bits - (exponent << 23));
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const int32_t exponent = int32_t(bits - 0x3f3504f3u) >> 23;
+  const float m = __builtin_bit_cast(float, bits - (uint32_t(exponent) << 23));
   const float f = (m - 1) / (m + 1), w = f * f;
   float y = 0.32059889f;  // 2 / (9 log 2)
   y = y * w + 0.41219858f;
@@ -96,12 +98,20 @@ PYCSE_NOINLINE double jensen_shannon(A* e, const A* q_, A of_e, A of_q, A* p_, i
   return double(sum_p);
 }
 
+// A thread's scratch.
 template <class A>
 struct DistillScratch {
   std::vector<A> t, q, shuffled, s;
   Shuffle<A> shuffle;
   explicit DistillScratch(int64_t n) : t(n), q(n), shuffled(n), s(n), shuffle(n) {}
 };
+template <class A>
+std::vector<DistillScratch<A>> scratch_of(int threads, int64_t B) {
+  std::vector<DistillScratch<A>> scratch;
+  scratch.reserve(threads);
+  for (int t = 0; t < threads; ++t) scratch.emplace_back(B);
+  return scratch;
+}
 
 // Row i: S (B) -> G, T (B) the teachers'.
 template <class T, class U>
@@ -144,14 +154,11 @@ void distill_row(const Distill& d, int64_t i, T* S, const U* teacher, bool grad,
 
 template <class T, class U>
 void distill_panel(const Distill& d, const Panel& panel, const void* teachers, int64_t ld, bool grad) {
-#pragma omp parallel num_threads(panel.threads)
-  {
-    DistillScratch<acc_t<T>> scratch(d.B);
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < panel.c; ++k)
-      distill_row(d, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, static_cast<const U*>(teachers) + k * ld, grad,
-                  scratch);
-  }
+  auto scratch = scratch_of<acc_t<T>>(panel.threads, d.B);
+#pragma omp parallel for num_threads(panel.threads) schedule(static)
+  for (int64_t k = 0; k < panel.c; ++k)
+    distill_row(d, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, static_cast<const U*>(teachers) + k * ld, grad,
+                scratch[thread_index()]);
 }
 
 template <class T>

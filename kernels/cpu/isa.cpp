@@ -1,8 +1,5 @@
 // One instruction set's kernels. CMake compiles this file once for each (PYCSE_ISA = portable, v3, v4 with the
 // matching -march on x86-64), so every loop below is vectorised for it; dispatch.cpp picks one at run time.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include "distill.h"
 #include "norms.h"
 #include "rows.h"

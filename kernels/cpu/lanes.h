@@ -1,32 +1,11 @@
 // Vectors of the accumulation type (float or double), one register wide, and the 16-bit types' way in and out of them.
 #pragma once
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <cstring>
 
 #include "simd.h"
 #include "small.h"
 
 namespace pycse::PYCSE_ISA {
-
-// This thread among those of the parallel region.
-PYCSE_INLINE int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// How many there are: not always as many as were asked for.
-PYCSE_INLINE int team_size() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
 
 template <class A> constexpr int kLanes = kWidth * 4 / int(sizeof(A));
 template <class A> struct Vec { typedef A type __attribute__((vector_size(kWidth * 4))); };

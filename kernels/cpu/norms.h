@@ -6,6 +6,7 @@
 #pragma once
 #include "contrastive.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace pycse::PYCSE_ISA {
 
@@ -110,16 +111,16 @@ void project_of(const void* z, int64_t ld, const void* g_, int64_t g_ld, int64_t
     for (int64_t i = 0; i < n; ++i) project_row(zi(i), g + i * D, D, r[i], fi(i), scaled, oi(i));
     return;
   }
+  const Scratch<A> buffers(threads * kTransposed * D);
 #pragma omp parallel num_threads(threads)
   {
-    A* buffer = new A[kTransposed * D];
+    A* buffer = buffers.get() + thread_index() * kTransposed * D;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i += kTransposed) {
       const int64_t rows = n - i < kTransposed ? n - i : kTransposed;
       gather_rows(g, g_ld, i, rows, D, buffer);
       for (int64_t k = 0; k < rows; ++k) project_row(zi(i + k), buffer + k * D, D, r[i + k], fi(i + k), scaled, oi(i + k));
     }
-    delete[] buffer;
   }
 }
 

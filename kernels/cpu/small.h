@@ -187,11 +187,7 @@ bool small_of(Contrastive p, const Small& q) {
 
 #pragma omp parallel num_threads(q.threads)
   {
-#ifdef _OPENMP
-    const int64_t t = omp_get_thread_num(), T_ = omp_get_num_threads();
-#else
-    const int64_t t = 0, T_ = 1;
-#endif
+    const int64_t t = thread_index(), T_ = team_size();
     const int64_t i0 = B * t / T_, i1 = B * (t + 1) / T_, j0 = N * t / T_, j1 = N * (t + 1) / T_;
     for (int64_t i = i0; i < i1; ++i) r1[i] = inverse_norm(z1 + i * q.ld1);
     for (int64_t j = j0; j < j1; ++j) r2[j] = inverse_norm(z2 + j * q.ld2);

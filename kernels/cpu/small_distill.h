@@ -62,6 +62,7 @@ bool small_distill_of(const Distill& d, const SmallDistill& q) {
   T* dz = static_cast<T*>(q.dz);
   float* g = both + B * B;
   if constexpr (sizeof(T) == sizeof(float)) g = dz;
+  auto scratch = scratch_of<float>(q.threads, B);
   int too_long = 0;
   const auto check = [&](bool ok) {
     if (!ok) {
@@ -72,11 +73,7 @@ bool small_distill_of(const Distill& d, const SmallDistill& q) {
 
 #pragma omp parallel num_threads(q.threads)
   {
-#ifdef _OPENMP
-    const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
-#else
-    const int64_t t = 0, n = 1;
-#endif
+    const int64_t t = thread_index(), n = team_size();
     const int64_t i0 = B * t / n, i1 = B * (t + 1) / n;
     check(inverse_norms<T>(q.z, i0, i1, q.normalize, r));
     for (int64_t k = 0; k < K; ++k)
@@ -93,13 +90,13 @@ bool small_distill_of(const Distill& d, const SmallDistill& q) {
 #pragma omp barrier
     const bool ok = !too_long;
     if (ok) {
-      DistillScratch<float> scratch(B);
+      DistillScratch<float>& w = scratch[t];
       for (int64_t i = i0; i < i1; ++i) {
         float* s = S + i * B;
-        if (K > 0) distill_row(d, i, s, teachers + i * B, dz != nullptr, scratch);
-        else if (q.logits.type == DType::f64) distill_row(d, i, s, row_at<double>(q.logits, i), dz != nullptr, scratch);
-        else if (q.logits.type == DType::bf16) distill_row(d, i, s, row_at<bf16>(q.logits, i), dz != nullptr, scratch);
-        else distill_row(d, i, s, row_at<float>(q.logits, i), dz != nullptr, scratch);
+        if (K > 0) distill_row(d, i, s, teachers + i * B, dz != nullptr, w);
+        else if (q.logits.type == DType::f64) distill_row(d, i, s, row_at<double>(q.logits, i), dz != nullptr, w);
+        else if (q.logits.type == DType::bf16) distill_row(d, i, s, row_at<bf16>(q.logits, i), dz != nullptr, w);
+        else distill_row(d, i, s, row_at<float>(q.logits, i), dz != nullptr, w);
       }
     }
 #pragma omp barrier
