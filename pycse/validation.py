@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycse import transforms
 from pycse.backends import CHOICES
 from pycse.problem import DIVERGENCES, REDUCTIONS, SHUFFLES
 
@@ -21,6 +22,8 @@ def _what(value: object) -> str:
 
 def embeddings(name: str, z: Any) -> None:
     if not isinstance(z, Tensor):
+        if isinstance(z, transforms.Proxy):
+            raise transforms.Symbolic
         raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {_what(z)}")
     if z.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {z.layout}; use .to_dense()")
@@ -38,11 +41,14 @@ def same_device(z: Tensor, of: str = "z1", /, **others: Any) -> None:
             raise ValueError(f"{name} must be on {of}'s device {z.device}, got {tensor.device}")
 
 
+def autocast(device: str) -> bool:
+    """Whether it is on for a type of device; PyTorch raises where there is none (meta)."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
     """Autocast makes them alike, but leaves float64 as it is."""
-    if z.dtype != other.dtype and (
-        torch.float64 in (z.dtype, other.dtype) or not torch.is_autocast_enabled(z.device.type)
-    ):
+    if z.dtype != other.dtype and (torch.float64 in (z.dtype, other.dtype) or not autocast(z.device.type)):
         raise TypeError(f"{other_name} must have {name}'s dtype {z.dtype}, got {other.dtype}")
 
 
@@ -140,6 +146,7 @@ def contrastive(
     real("hard_negative_weight", hard_negative_weight)
     if exclude_above is not None:
         real("exclude_above", exclude_above)
+    resolvable(z1, temperature, m, hard_negative_weight)
     flag("symmetric", symmetric)
     flag("normalize", normalize)
     flag("validate", validate)
@@ -154,6 +161,25 @@ def contrastive(
             raise ValueError("symmetric=True needs the default positives (row i, key i); got positives as well")
     choice("reduction", reduction, REDUCTIONS)
     choice("backend", backend, CHOICES)
+
+
+# Logits beyond this are noise: float32 similarities are off by 1e-7, and that over the temperature.
+LARGEST_LOGIT = {torch.float64: 1e12}
+LEAST_TEMPERATURE = 1e-12  # of a distillation, whose logits are differences from the row's maximum
+SHARPEST = 1e6  # t of the uniformity
+
+
+def resolvable(z: Tensor, temperature: Any, m: Any, hard_negative_weight: float = 0.0) -> None:
+    """That numbers (tensors are looked at later, if at all) do not make logits which are rounding errors."""
+    largest = LARGEST_LOGIT.get(z.dtype, 1e6)
+    sharpness = 1.0 if isinstance(temperature, Tensor) else 1 / temperature
+    logit = (1 + abs(0.0 if isinstance(m, Tensor) else m)) * sharpness + max(hard_negative_weight, 0)
+    if logit > largest:
+        raise ValueError(
+            f"temperature must be larger, or m or hard_negative_weight smaller: (1 + |m|) / temperature + hard_negative_weight "
+            f"may be {largest:g} at most for {z.dtype} embeddings, which resolve no larger logits; it is {logit:g} "
+            f"(temperature={temperature!r}, m={m!r}, hard_negative_weight={hard_negative_weight!r})"
+        )
 
 
 def rows_and_choices(z: Any, name: str, normalize: Any, weight: Any, reduction: Any, backend: Any) -> None:
@@ -176,6 +202,7 @@ def check_values(
     focal: bool,
 ) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    temperature, m, positives = (None if transforms.batched(t) else t for t in (temperature, m, positives))
     if temperature is not None:
         value = temperature.item()
         if not (math.isfinite(value) and value > 0):
@@ -184,6 +211,9 @@ def check_values(
         value = m.item()
         if not math.isfinite(value):
             raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
+    if temperature is not None or m is not None:
+        numbers = (1.0 if temperature is None else temperature.item(), m.item() if m is not None and focal else 0.0)
+        resolvable(z1, *numbers)
     if positives is not None:
         low, high = (x.item() for x in positives.aminmax())
         if low < 0 or high >= z2.shape[0]:
@@ -223,6 +253,8 @@ def distillation_options(
     ):
         number(label, value)
         real(label, value, positive=True)
+        if value < LEAST_TEMPERATURE:
+            raise ValueError(f"{label} must be at least {LEAST_TEMPERATURE:g}, got {value!r}")
     number("distill_weight", distill_weight)
     choice("shuffle", shuffle, SHUFFLES)
     choice("divergence", divergence, DIVERGENCES)
@@ -369,6 +401,8 @@ def uniformity(x: Any, t: Any, normalize: Any, backend: Any) -> None:
         raise ValueError("x must have at least 2 rows (uniformity is over pairs), got shape " + str(tuple(x.shape)))
     real("t", t, positive=True)
     number("t", t)
+    if t > SHARPEST:
+        raise ValueError(f"t must be at most {SHARPEST:g}, beyond which float32 has no digits of exp(-t d), got {t!r}")
     flag("normalize", normalize)
     choice("backend", backend, CHOICES)
 
@@ -412,7 +446,7 @@ def linear(x: Any, weight: Any, bias: Any) -> None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     same_device(x, "x", weight=weight, bias=bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast(x.device.type):
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")

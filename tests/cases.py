@@ -50,6 +50,8 @@ HOSTILE = [
     Case(kind="zeros"),
     Case(kind="zeros", focal=False),
     Case(kind="scales", D=64),
+    Case(kind="far"),
+    Case(17, 31, kind="far", focal=False, temperature=0.02),
     Case(kind="opposite"),
     Case(kind="opposite", temperature=0.01, focal=False),
 ]
@@ -99,6 +101,7 @@ SYMMETRIC = [
     Case(40, options={"symmetric": True, "reduction": "none", "weight": _weights(40)}, tensors=True),
     Case(33, kind="confident", options={"symmetric": True}),
     Case(33, kind="zeros", options={"symmetric": True}),
+    Case(33, kind="far", options={"symmetric": True}),
     Case(33, kind="unit", options={"symmetric": True, "normalize": False}),
 ]
 

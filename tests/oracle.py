@@ -68,6 +68,10 @@ class Case:
             most = 2 if dtype == torch.float16 else 8
             z1 *= 10 ** torch.linspace(-most, most, B, dtype=torch.float64)[:, None]
             z2 *= 10 ** torch.linspace(most, -most, N, dtype=torch.float64)[:, None]
+        elif self.kind == "far":  # one row and one key whose squares leave the type's range
+            most = {torch.float16: 1e2, torch.float64: 1e160}.get(dtype, 1e25)
+            z1[B // 2] *= most
+            z2[N // 3] *= most
         elif self.kind == "unit":  # what normalize=False expects
             z1, z2 = z1 / z1.norm(dim=1, keepdim=True), z2 / z2.norm(dim=1, keepdim=True)
         elif self.kind == "opposite":  # the positive is the worst key

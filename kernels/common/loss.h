@@ -13,6 +13,8 @@ namespace pycse {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
+template <class A> PYCSE_HD A smaller(A x, A most) { return x > most ? most : x; }  // NaN stays NaN
+
 PYCSE_HD double exp2_(double x) { return ::exp2(x); }
 PYCSE_HD float exp2_(float x) {
 #ifdef __CUDA_ARCH__
@@ -27,6 +29,11 @@ PYCSE_HD float exp2_(float x) {
 template <class A> PYCSE_HD A infinity() { return A(HUGE_VAL); }
 template <class A> PYCSE_HD A nan() { return infinity<A>() - infinity<A>(); }
 template <class A> PYCSE_HD A larger(A x, A y) { return x > y ? x : y; }
+
+// A row's largest logit, in bits; NaN where it is so large that its own rounding decides the row.
+template <class A> constexpr A kResolved = A(0x1p29);
+template <> constexpr double kResolved<double> = 0x1p58;
+template <class A> PYCSE_HD A resolved(A top) { return top > kResolved<A> || top < -kResolved<A> ? nan<A>() : top; }
 
 // 1/tau; NaN for a temperature <= 0 that no host has seen.
 template <class A> PYCSE_HD A inverse(A tau) { return tau > 0 ? 1 / tau : nan<A>(); }

@@ -123,7 +123,7 @@ struct Kernels {
   void (*rows)(const Contrastive&, const Panel&, bool grad);
   void (*columns)(const Contrastive&, const Panel&);
   void (*symmetric)(const Contrastive&, const Panel&);
-  void (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out,
+  bool (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out,
                     double factor, int threads);
   void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
                   int64_t D, const void* r, const void* f, bool scaled, void* out, int threads);

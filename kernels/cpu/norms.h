@@ -4,6 +4,8 @@
 //   dz_i = k_i (g_i - zhat_i <zhat_i, g_i>)      g = dL/dzhat in units of f (1 where null) and k = r f;
 //                                                or g already carries r (scaled) and k = f
 #pragma once
+#include <algorithm>
+
 #include "contrastive.h"
 #include "simd.h"
 #include "threads.h"
@@ -11,6 +13,7 @@
 namespace pycse::PYCSE_ISA {
 
 constexpr double kTinyNorm = 1e-12;
+constexpr double kFar = 1e12;  // longer keys are normalised before a product, which may overflow
 
 template <class T, class U>
 PYCSE_INLINE acc_t<T> dot(const T* x, const U* y, int64_t D) {
@@ -20,42 +23,54 @@ PYCSE_INLINE acc_t<T> dot(const T* x, const U* y, int64_t D) {
   return sum;
 }
 
-// The norm, also where its square leaves float's range.
+// 1/|z|, 0 where |z| <= 1e-12; also where the square, or the norm itself, leaves the type's range.
 template <class T>
-PYCSE_INLINE double norm(const T* z, int64_t D) {
-  double square = dot(z, z, D);
-  if (square > 1e-30 && square < 1e30) return std::sqrt(square);
-  square = 0;
-  for (int64_t k = 0; k < D; ++k) square += double(load(z[k])) * double(load(z[k]));
-  return std::sqrt(square);
+PYCSE_INLINE double inverse_norm(const T* z, int64_t D) {
+  const double square = dot(z, z, D);
+  if (square > 1e-23 && square < 1e30) return 1 / std::sqrt(square);
+  double largest = 0, scaled = 0;
+  for (int64_t k = 0; k < D; ++k) largest = std::max(largest, std::abs(double(load(z[k]))));
+  if (std::isnan(square) || std::isinf(largest)) return NAN;
+  if (largest == 0) return 0;
+  for (int64_t k = 0; k < D; ++k) {
+    const double x = double(load(z[k])) / largest;
+    scaled += x * x;
+  }
+  scaled = std::sqrt(scaled);
+  return largest * scaled <= kTinyNorm ? 0 : 1 / largest / scaled;
 }
 
-// r = 1/|z|, and with `out` also factor zhat in z's own type.
+// r = 1/|z|, and with `out` also factor zhat in z's own type. Returns whether a row is longer than kFar.
 template <class T>
-void normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out, double factor,
+bool normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out, double factor,
                   int threads) {
   using A = acc_t<T>;
-#pragma omp parallel for num_threads(threads) schedule(static)
+  int far = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : far)
   for (int64_t i = 0; i < n; ++i) {
     const T* zi = static_cast<const T*>(z) + i * ld;
-    double length = norm(zi, D);
-    const A ri = length <= kTinyNorm ? A(0) : A(1 / length);
-    if (r) static_cast<A*>(r)[i] = ri;
-    if (out) {
-      T* oi = static_cast<T*>(out) + i * ld_out;
-      const A k_i = ri * A(factor);
-      for (int64_t k = 0; k < D; ++k) store(oi[k], load(zi[k]) * k_i);
-    }
+    const double ri = inverse_norm(zi, D);
+    const bool far_i = ri < 1 / kFar && ri != 0;
+    far |= far_i;
+    if (r) static_cast<A*>(r)[i] = A(ri);
+    if (!out) continue;
+    T* oi = static_cast<T*>(out) + i * ld_out;
+    if (far_i)  // its inverse may be too small for A
+      for (int64_t k = 0; k < D; ++k) store(oi[k], A(double(load(zi[k])) * ri * factor));
+    else
+      for (int64_t k = 0; k < D; ++k) store(oi[k], load(zi[k]) * (A(ri) * A(factor)));
   }
+  return far != 0;
 }
 
-inline void normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out,
+inline bool normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out,
                       int64_t ld_out, double factor, int threads) {
   switch (dtype) {
     case DType::f32: return normalize_of<float>(z, ld, n, D, r, out, ld_out, factor, threads);
     case DType::bf16: return normalize_of<bf16>(z, ld, n, D, r, out, ld_out, factor, threads);
     case DType::f64: return normalize_of<double>(z, ld, n, D, r, out, ld_out, factor, threads);
   }
+  return false;
 }
 
 template <class T>
@@ -82,10 +97,12 @@ inline void positives(const Contrastive& p, DType dtype, const void* z1hat, int6
 template <class T, class G>
 PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, acc_t<T> f, bool scaled, T* out) {
   using A = acc_t<T>;
-  const A k = f * (scaled ? A(r != 0) : r);
-  const A along = r * dot(z, g, D);  // r^2 alone may underflow
+  const A k = scaled ? A(r != 0) : r;  // last: f may be as small as r is
+  A along = 0;  // of zhat: g in units of f reaches 2^64, and z g may overflow
+#pragma omp simd reduction(+ : along)
+  for (int64_t d = 0; d < D; ++d) along += (r * load(z[d])) * A(load(g[d]));
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) store(out[d], k * (A(load(g[d])) - along * (r * load(z[d]))));
+  for (int64_t d = 0; d < D; ++d) store(out[d], k * (f * (A(load(g[d])) - along * (r * load(z[d])))));
 }
 
 // Rows of g [i, i + n) into buffer (n, D), where g is stored transposed: g_id at g[d * ld + i]. Whole cache lines at a time.

@@ -132,6 +132,10 @@ PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
   return p.coef ? double(static_cast<const A*>(p.coef)[i]) : p.coef_all;
 }
 
+// A row whose largest logit is beyond this is NaN: the maximum's own rounding would decide it (common/loss.h).
+template <class A> constexpr A kResolved = A(0x1p29);
+template <> inline constexpr double kResolved<double> = 0x1p58;
+
 // One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in bits
 // where the shift is fixed.
 template <bool Grad, bool Params, class T>
@@ -153,7 +157,7 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
                        [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
                          top = block_max(s, r, b, n, bits, top);
                        });
-    bias.set(-top);
+    bias.set(std::abs(top) > kResolved<A> ? A(NAN) : -top);
   }
 
   Sums sums;
@@ -162,7 +166,7 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
                       visit<Grad, Params>(s, r, b, n, logit, bits, sums);
                     });
 
-  const double z_neg = sums.z, z = z_neg + std::exp2(l_pos * kLog2e + double(bias.offset));
+  const double z_neg = sums.z, z = z_neg + exp2_(l_pos * kLog2e + double(bias.offset));
   const double l_neg = (std::log2(z_neg) - double(bias.offset)) * kLn2;
   if (p.loss) static_cast<A*>(p.loss)[i] = A(z_neg == 0 ? 0 : softplus(l_neg - l_pos));
   if (p.lpos) p.lpos[i] = l_pos;

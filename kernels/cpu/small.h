@@ -141,9 +141,6 @@ PYCSE_NOINLINE void product(const float* G, int64_t row, int64_t step, const T* 
   }
 }
 
-// Longer rows than this go to the panels, which normalise them before the product: theirs may overflow.
-constexpr double kLongest = 1e15;
-
 template <class T>
 bool small_of(Contrastive p, const Small& q) {
   const int64_t B = p.B, N = p.N, D = q.D;
@@ -172,13 +169,13 @@ bool small_of(Contrastive p, const Small& q) {
   const bool grad = dz1 || dz2 || p.dtau || p.dm, params = p.dtau || p.dm;
 
   int too_long = 0;
-  auto inverse_norm = [&](const T* z) {
-    const double length = q.normalize ? norm(z, D) : 1;
-    if (length > kLongest) {
+  auto inverse = [&](const T* z) {
+    const double r = q.normalize ? inverse_norm(z, D) : 1;
+    if (r < 1 / kFar && r != 0) {
 #pragma omp atomic write
       too_long = 1;
     }
-    return length <= kTinyNorm ? 0.0f : float(1 / length);
+    return float(r);
   };
   auto project = [&](const T* z, const float* g, float r, float f, bool scaled, T* out) {
     if (q.normalize) return project_row(z, g, D, r, f, scaled, out);
@@ -189,8 +186,8 @@ bool small_of(Contrastive p, const Small& q) {
   {
     const int64_t t = thread_index(), T_ = team_size();
     const int64_t i0 = B * t / T_, i1 = B * (t + 1) / T_, j0 = N * t / T_, j1 = N * (t + 1) / T_;
-    for (int64_t i = i0; i < i1; ++i) r1[i] = inverse_norm(z1 + i * q.ld1);
-    for (int64_t j = j0; j < j1; ++j) r2[j] = inverse_norm(z2 + j * q.ld2);
+    for (int64_t i = i0; i < i1; ++i) r1[i] = inverse(z1 + i * q.ld1);
+    for (int64_t j = j0; j < j1; ++j) r2[j] = inverse(z2 + j * q.ld2);
     similarities(z1, q.ld1, z2, q.ld2, i0, i1, N, D, r1, S);
 #pragma omp barrier
     const bool ok = !too_long;

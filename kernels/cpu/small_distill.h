@@ -21,9 +21,9 @@ template <class T>
 PYCSE_NOINLINE bool inverse_norms(const Vectors& x, int64_t i0, int64_t i1, bool normalize, float* r) {
   bool ok = true;
   for (int64_t i = i0; i < i1; ++i) {
-    const double length = normalize ? norm(row_at<T>(x, i), x.D) : 1;
-    ok = ok && !(length > kLongest);
-    r[i] = length <= kTinyNorm ? 0.0f : float(1 / length);
+    const double inverse = normalize ? inverse_norm(row_at<T>(x, i), x.D) : 1;
+    ok = ok && !(inverse < 1 / kFar && inverse != 0);
+    r[i] = float(inverse);
   }
   return ok;
 }

@@ -22,9 +22,10 @@ template <> constexpr double kLargeSquare<double> = 1e300;
 template <class A> constexpr A kShrink = A(0x1p-100);
 template <> constexpr double kShrink<double> = 0x1p-600;
 
-// The norm, also where its square leaves the accumulation type's range. (One whose square underflows is below kTinyNorm.)
+// 1/|z|, 0 where |z| <= 1e-12; also where the square, or the norm itself, leaves the accumulation type's range. (A norm whose
+// square underflows is below kTinyNorm.)
 template <class T, class Block>
-PYCSE_BODY acc_t<T> norm(Block block, const T* z, int D, int head) {
+PYCSE_BODY acc_t<T> inverse_norm(Block block, const T* z, int D, int head) {
   using A = acc_t<T>;
   const auto square_of = [&](A scale) {
     A square = 0;
@@ -37,7 +38,8 @@ PYCSE_BODY acc_t<T> norm(Block block, const T* z, int D, int head) {
     return block.sum(square);
   };
   const A square = square_of(1);
-  return square > kLargeSquare<A> ? sqrt(square_of(kShrink<A>)) / kShrink<A> : sqrt(square);
+  if (square > kLargeSquare<A>) return kShrink<A> / sqrt(square_of(kShrink<A>));
+  return square <= A(kTinyNorm) * A(kTinyNorm) ? A(0) : 1 / sqrt(square);
 }
 
 // r = 1/|z|, and with `out` also factor zhat in z's own type.
@@ -46,8 +48,7 @@ PYCSE_BODY void normalize_row(Block block, const Vectors& vectors, int i, void* 
                               double factor) {
   using A = acc_t<T>;
   const T* z = row_of<T>(vectors, i);
-  const A length = norm(block, z, vectors.D, head_of(z));
-  const A r_i = length <= A(kTinyNorm) ? A(0) : 1 / length;
+  const A r_i = inverse_norm(block, z, vectors.D, head_of(z));
   if (r && block.index() == 0) static_cast<A*>(r)[i] = r_i;
   if (!out) return;
   T* zhat = static_cast<T*>(out) + i * ld_out;
@@ -72,7 +73,7 @@ PYCSE_BODY void project_row(Block block, const Vectors& vectors, int i, const vo
   const G* g = static_cast<const G*>(g_) + int64_t(i) * D;
   T* out = static_cast<T*>(out_) + int64_t(i) * D;
   const A r_i = static_cast<const A*>(r)[i], f_i = f ? static_cast<const A*>(f)[i] : A(1),
-          factor = f_i * (scaled ? A(r_i != 0) : r_i);
+          factor = scaled ? A(r_i != 0) : r_i;  // last: f may be as small as r is
   const int head = aligned(z) && aligned(g) && aligned(out) ? 0 : D;
 
   A along = 0;
@@ -89,7 +90,7 @@ PYCSE_BODY void project_row(Block block, const Vectors& vectors, int i, const vo
     A x[W], y[W];
     read<W>(z + d, true, x);
     read<W>(g + d, true, y);
-    for (int n = 0; n < W; ++n) x[n] = factor * (y[n] - along * (r_i * x[n]));
+    for (int n = 0; n < W; ++n) x[n] = factor * (f_i * (y[n] - along * (r_i * x[n])));
     write<W>(out + d, true, x);
   });
 }

@@ -68,7 +68,7 @@ PYCSE_BODY void row(Block block, const Contrastive& p, const Panel& panel, int k
       negatives.template apply<W>(s, j, x);
       for (int n = 0; n < W; ++n) best = larger(best, x[n]);
     });
-    top = block.max(best);
+    top = resolved(block.max(best));
   }
 
   block.sync();  // every thread has read s_pos before one writes G over it

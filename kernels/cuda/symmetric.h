@@ -87,8 +87,8 @@ PYCSE_BODY void symmetric_row(Block block, const Contrastive& p, const Panel& pa
     if (coef_column) read<W>(coef_column + j, wide, coef_j);
     for (int n = 0; n < W; ++n) {
       const A x = bits(s[n] *= r[n]);
-      row[n] = x - lse;
-      column[n] = x - column[n] * A(kLog2e);
+      row[n] = smaller(x - lse, A(0));  // probabilities: above 0 by rounding only
+      column[n] = smaller(x - column[n] * A(kLog2e), A(0));
     }
     if (Masked || negatives.template special<W>(j))
       for (int n = 0; n < W; ++n) {

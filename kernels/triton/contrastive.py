@@ -24,6 +24,7 @@ from pycse.kernels.triton.logit import (
     number_at,
     positive_cosine,
     positive_of,
+    resolved,
     row_results,
     slope,
 )
@@ -79,7 +80,7 @@ def rows(
             s = tl.load(S + j, mask=j < N, other=0).to(ACC) * tl.load(r2 + j, mask=j < N, other=0)
             l = logit(s, m, bits, FOCAL)
             best = tl.maximum(best, negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N, i < B))
-        top = tl.maximum(tl.max(best, 0), logit(s_pos, 0.0, bits, FOCAL))
+        top = resolved(tl.maximum(tl.max(best, 0), logit(s_pos, 0.0, bits, FOCAL)))
 
     z = tl.zeros([BLOCK], ACC)
     el = tl.zeros([BLOCK], ACC)

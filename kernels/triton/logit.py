@@ -106,6 +106,19 @@ def negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N,
 
 
 @triton.jit
+def resolved(top):
+    """A row's largest logit; NaN where it is so large that its own rounding decides the row."""
+    LARGEST: tl.constexpr = 2.0**58 if top.dtype == tl.float64 else 2.0**29
+    return tl.where(tl.abs(top) > LARGEST, float("nan"), top)
+
+
+@triton.jit
+def probability(x):
+    """2^x where only the rounding of a log-sum makes x positive."""
+    return tl.exp2(tl.where(x > 0, 0.0, x))
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) with all its digits for small x >= 0; the rounding of 1 + x cancels in the quotient."""
     u = 1.0 + x

@@ -79,11 +79,13 @@ def project(
         factor = tl.where(r_i != 0, 1.0, 0.0).to(ACC)
     else:
         factor = r_i
+    f_i = tl.full((), 1.0, ACC)
     if f is not None:
-        factor *= tl.load(f + i, mask=i < n, other=0)[:, None]
+        f_i = tl.load(f + i, mask=i < n, other=0)[:, None]
     tl.debug_barrier()  # g is read to its end before it may be written over
     for a in range(0, D, BLOCK):
         d = a + tl.arange(0, BLOCK)[None, :]
         unit = tl.load(z + d, mask=inside & (d < D), other=0).to(ACC) * r_i
-        x = factor * (tl.load(g + d, mask=inside & (d < D), other=0).to(ACC) - along * unit)
+        x = f_i * (tl.load(g + d, mask=inside & (d < D), other=0).to(ACC) - along * unit)
+        x *= factor  # last: f may be as small as r is
         tl.store(out + d, x.to(out.dtype.element_ty), mask=inside & (d < D))

@@ -22,6 +22,7 @@ from pycse.kernels.triton.logit import (
     number,
     number_at,
     positive_cosine,
+    probability,
     sigmoid,
     slope,
 )
@@ -134,7 +135,7 @@ def symmetric(
         else:
             l_row = negatives(l, s, j, i, i, None, query_ids, key_ids, None, N, N, i < N)
             l_column = l_row
-        P = 0.5 * (coef_i * tl.exp2(l_row - lse) + coef_j * tl.exp2(l_column - lse_j))
+        P = 0.5 * (coef_i * probability(l_row - lse) + coef_j * probability(l_column - lse_j))
         if dtau is not None:
             sum_l += P * l
         if dm is not None:

@@ -140,9 +140,12 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     if p.symmetric:
         state.sums = LogSums.empty(B, kernels.statistics or p.acc, p)
     k = kernels(p, state)
-    if p.normalize:
-        k.normalize(z2, state.r2, None)
-    else:
+    r2 = state.r2
+    if not p.normalize:
+        r2.fill_(1)
+    elif far := k.normalize(z2, r2, None):  # a key's product may overflow: all of them from a normalised copy
+        r2, p.z2 = r2.clone(), k.empty(N, D, dtype=z2.dtype)
+        k.normalize(z2, None, p.z2)
         state.r2.fill_(1)
 
     c = panel_rows(B, N, p, k.temporaries)
@@ -176,7 +179,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
                 part = dz1[i0 : i0 + S.shape[0]]
-                g1 = k.product(S, z2, part)
+                g1 = k.product(S, p.z2, part)
                 if p.normalize:
                     k.project(z, g1, r, part, f)
                 elif f is not None:
@@ -191,7 +194,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         total = g2.total
         dz2 = total if total.dtype == z2.dtype and total.is_contiguous() else k.empty(N, D, dtype=z2.dtype)
         if p.normalize:
-            k.project(z2, total, state.r2, dz2, scaled=True)
+            k.project(z2, total, r2, dz2, scaled=not far)
         elif dz2 is not total:
             dz2.copy_(total)
     return Result(

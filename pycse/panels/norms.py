@@ -13,8 +13,11 @@ class Norms:
         """Memory for a panel or a gradient."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> None:
-        """r = 1/|z| (0 for a zero vector) and out = factor r z, whose rows may be strided."""
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> bool | None:
+        """r = 1/|z| (0 for a zero vector) and out = factor r z, whose rows may be strided.
+
+        On a CPU: whether a row is longer than 1e12, whose products may overflow. A GPU would have to be waited for.
+        """
         raise NotImplementedError
 
     def project(

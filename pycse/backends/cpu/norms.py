@@ -22,9 +22,9 @@ class Norms(norms.Norms):
             self.native.prefer_huge_pages(t.data_ptr(), t.nbytes)
         return t
 
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> None:
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> bool:
         ld = 0 if out is None else out.stride(0)
-        self.native.normalize(
+        return self.native.normalize(
             CODES[z.dtype], z.data_ptr(), z.stride(0), *z.shape, pointer(r), pointer(out), ld, factor, self.threads
         )
 

@@ -114,8 +114,9 @@ class Kernels(Norms, panel.Kernels):
         l_pos = self.positive_logit(s_pos)
         coef = torch.as_tensor(out.coef, dtype=p.acc, device=S.device).expand(p.z1.shape[0])
         lse = torch.logaddexp(sums.lneg[part], sums.lpos[part])[:, None].to(p.acc)
-        P = coef[part, None] * (self._negatives(s, pos, s_pos, i) - lse).exp_()
-        P += coef * (self._negatives(s, pos, self.state.s_pos, i) - sums.lse_column).exp_()
+        # Exponents of probabilities are above 0 by rounding only: of logits beyond 1e8 that is a lot.
+        P = coef[part, None] * (self._negatives(s, pos, s_pos, i) - lse).clamp_max_(0).exp_()
+        P += coef * (self._negatives(s, pos, self.state.s_pos, i) - sums.lse_column).clamp_max_(0).exp_()
         P *= 0.5
         sigma = torch.sigmoid(sums.lneg[part] - sums.lpos[part]) + torch.sigmoid(
             sums.lneg_column[part] - sums.lpos[part]

@@ -12,15 +12,17 @@ class Norms(norms.Norms):
     def __init__(self, z: Tensor) -> None:
         self.device, self.acc = z.device, torch.promote_types(z.dtype, torch.float32)
 
-    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> None:
+    def normalize(self, z: Tensor, r: Tensor | None, out: Tensor | None, factor: float = 1.0) -> bool | None:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))
         top = wide.abs().amax(1, keepdim=True)
-        length = (wide / torch.where(top > 0, top, 1)).norm(dim=1, keepdim=True) * top
-        inverse = torch.where(length <= 1e-12, 0, 1 / length)
+        scaled = wide / torch.where(top > 0, top, 1)  # the square, and the norm itself, may leave the type's range
+        length = scaled.norm(dim=1, keepdim=True)
+        tiny = length * top <= 1e-12
         if r is not None:
-            r.copy_(inverse.squeeze(1))
+            r.copy_(torch.where(tiny, 0, 1 / top / length).squeeze(1))
         if out is not None:
-            out.copy_(wide * (inverse * factor))
+            out.copy_(torch.where(tiny, 0, scaled / length * factor))
+        return bool((length * top > 1e12).any()) if z.device.type == "cpu" else None
 
     def project(
         self, z: Tensor, g: Tensor, r: Tensor, out: Tensor, f: Tensor | None = None, scaled: bool = False
