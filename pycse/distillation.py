@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pycse import ops, validation
+from pycse import ops, transforms, validation
 from pycse.backends.reference import contrastive as reference_contrastive
 from pycse.backends.reference import distill as reference_distill
 from pycse.functional import as_long, number_or_tensor
 from pycse.problem import Contrastive, Distillation, Grouping
+from pycse.transforms import recordable
 
 
 class DistillCSEOutput(NamedTuple):
@@ -23,6 +24,7 @@ class DistillCSEOutput(NamedTuple):
     distillation: Tensor
 
 
+@recordable
 def fused_distillcse(
     z1: Tensor,
     z2: Tensor,
@@ -101,6 +103,7 @@ def fused_distillcse(
     )  # fmt: skip
 
 
+@recordable
 def fused_distill(
     z: Tensor,
     teachers: Sequence[Tensor] | None = None,
@@ -242,6 +245,10 @@ def _distill(
     weights = [w / sum(weights) for w in weights]
     grouping = _grouping(group_p, group_size, span)
     if backend == "reference":  # plain PyTorch: its own autograd, to any order
+        if any(map(transforms.batched, (z1, z2, teacher_logits, *teachers))):
+            raise RuntimeError(
+                "backend='reference' of a distillation sorts rows, which vmap cannot batch: use another backend"
+            )
         d = Distillation(
             z1,
             teachers,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pycse import backends, ops, validation
 from pycse.problem import Contrastive
+from pycse.transforms import recordable
 
 
+@recordable
 def fused_focal_infonce(
     z1: Tensor,
     z2: Tensor,
@@ -76,6 +78,7 @@ def fused_focal_infonce(
     )  # fmt: skip
 
 
+@recordable
 def fused_infonce(
     z1: Tensor,
     z2: Tensor,

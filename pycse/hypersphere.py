@@ -6,8 +6,10 @@ from torch import Tensor
 
 from pycse import backends, ops, validation
 from pycse.problem import Alignment, Uniformity
+from pycse.transforms import recordable
 
 
+@recordable
 def alignment(x: Tensor, y: Tensor, *, normalize: bool = True, backend: str = "auto") -> Tensor:
     r"""Alignment: the mean squared distance of positive pairs. 0 is perfect, 4 the worst.
 
@@ -37,6 +39,7 @@ def alignment(x: Tensor, y: Tensor, *, normalize: bool = True, backend: str = "a
     return ops.alignment(x, y, normalize, backend)
 
 
+@recordable
 def uniformity(x: Tensor, t: float = 2.0, *, normalize: bool = True, backend: str = "auto") -> Tensor:
     r"""Uniformity: log of the mean Gaussian potential of all pairs, without an N x N matrix. Lower is more uniform.
 

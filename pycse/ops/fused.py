@@ -20,12 +20,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pycse import transforms
+
 library = torch.library.Library("pycse", "DEF")
 
 WEIGHT = 4  # where the weight stands, in operators with losses a row
 EMPTY = (0,)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_GUARD = contextlib.nullcontext()
+NO_SECOND = (
+    "pycse: double backward through a fused loss is not supported (its gradients are made in forward); "
+    "use backend='reference' for second derivatives"
+)
+NO_LOOP = "pycse: jacobian(vectorize=True) cannot loop over a distillation; use torch.func.jacrev, or vectorize=False"
+NO_TANGENTS = (
+    "pycse: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) of a fused loss are not supported (its gradients are "
+    "made in forward, for backward); use torch.func.grad or jacrev, or backend='reference'"
+)
 
 
 def gradient_dtype(z: Tensor) -> torch.dtype:
@@ -94,15 +105,19 @@ class Fused:
         plain = (
             not torch.compiler.is_compiling()
             and torch._C._len_torch_dispatch_stack() == 0
+            and not transforms.active()
             and not torch._C._get_tracing_state()
             and all(map(_is_plain, (z1, *rest[: self.tensors - 1], *listed)))
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
-            if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
-                raise RuntimeError(
-                    "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
-                )
+            if not torch.compiler.is_compiling():
+                if torch._C._get_tracing_state():
+                    raise RuntimeError(
+                        "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
+                    )
+                if transforms.active():
+                    return transformed(self, z1, *rest)
             return self.op(z1, *rest, [False] * self.differentiable)[: self.values]
         if _wants_gradients((z1, *rest[: self.differentiable - 1])):
             return _Gradients.apply(self, self.forward, z1, *rest)
@@ -123,7 +138,10 @@ class Fused:
 
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
         if _wants_gradients(args[: self.differentiable]):
-            values = _Gradients.apply(self, self._below_autograd, *args[:-1])
+            if transforms.active():
+                values = transformed(self, *args[:-1])
+            else:
+                values = _Gradients.apply(self, self._below_autograd, *args[:-1])
             return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(self.differentiable)))
         return self._below_autograd(*args)
 
@@ -158,9 +176,8 @@ class _Gradients(torch.autograd.Function):
         values, gradients = result[: fused.values], list(result[fused.values :])
         listed = () if fused.list_at is None else args[fused.list_at]
         saved = [*args[: fused.tensors], *listed]
-        # What inference mode made (encode() of a teacher, say) cannot be saved: it counts no changes in place.
-        ctx.unsaved = {k: t for k, t in enumerate(saved) if t is not None and t.is_inference()}
-        ctx.save_for_backward(*(None if k in ctx.unsaved else t for k, t in enumerate(saved)))
+        # What inference mode made (encode() of a teacher, say) counts no changes in place: a copy is kept.
+        ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
         ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, args[fused.tensors :], needs
         ctx.dtypes = [t.dtype if needed else None for t, needed in zip(saved, needs)]
         ctx.gradients = None if unknown else gradients
@@ -187,22 +204,41 @@ class _Gradients(torch.autograd.Function):
 def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     """The gradients once more, and what is left to multiply them by."""
     fused, options = ctx.fused, list(ctx.options)
-    saved = [ctx.unsaved.get(k, t) for k, t in enumerate(ctx.saved_tensors)]
+    saved = list(ctx.saved_tensors)
     tensors = saved[: fused.tensors]
     if fused.list_at is not None:
         options[fused.list_at - fused.tensors] = saved[fused.tensors :]
+    run = ctx.run
+    if transforms.legacy_batched(upstream):  # jacobian(vectorize=True): the operator in PyTorch's own loop, which takes no lists
+        if fused.list_at is not None:
+            raise RuntimeError(NO_LOOP)
+        run = fused.op
+    elif transforms.active():
+        run = lambda *args: Transformed.apply(fused, *args)  # noqa: E731
     with torch.autocast(upstream.device.type, enabled=False):
         if not fused.rowwise((*tensors, *options)):
-            return list(ctx.run(*tensors, *options, ctx.needs)[fused.values :]), upstream
-        # sum_i u_i w_i L_i: the upstream gradient of each row is its weight.
-        weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"
-        tensors[WEIGHT] = upstream if weight is None else upstream * weight
-        *gradients, row_losses = ctx.run(*tensors, *options, ctx.needs)[fused.values :]
-    return [*gradients, row_losses * upstream if ctx.needs[WEIGHT] else row_losses], upstream.new_ones(())
+            return list(run(*tensors, *options, ctx.needs)[fused.values :]), upstream
+        return by_rows(fused, run, tensors, options, ctx.needs, materialized(upstream)), upstream.new_ones(())
+
+
+def by_rows(
+    fused: Fused, run: Any, tensors: list[Any], options: list[Any], needs: list[bool], upstream: Tensor
+) -> list[Tensor]:
+    """Gradients of sum_i u_i w_i L_i: the upstream gradient u of each row is its weight."""
+    weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"
+    tensors[WEIGHT] = upstream if weight is None else upstream * weight
+    *gradients, row_losses = run(*tensors, *options, needs)[fused.values :]
+    return [*gradients, row_losses * upstream if needs[WEIGHT] else row_losses]
+
+
+def materialized(t: Tensor) -> Tensor:
+    """t with its values in memory: negative views and zeros without memory are known to PyTorch's operators only."""
+    return t.clone() if t.is_neg() or t._is_zerotensor() else t
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    if type(gradient) is not Tensor:  # being traced: no values, nothing in place
+    # Being traced, or scaled by a batch of gradients: no values, nothing in place.
+    if type(gradient) is not Tensor or transforms.active() or transforms.legacy_batched(upstream):
         return (gradient * upstream).to(dtype)
     if upstream.device.type != "cpu" or upstream.item() != 1:
         gradient.mul_(upstream)
@@ -211,17 +247,13 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
     """The same gradients, raising where a second derivative is taken through them."""
-    message = (
-        b"pycse: double backward through a fused loss is not supported (its gradients are made in forward); "
-        b"use backend='reference' for second derivatives"
-    )
-    raising = torch._C._functions.DelayedError(message, 1)
+    raising = torch._C._functions.DelayedError(NO_SECOND.encode(), 1)
     return [None if g is None else raising(g.detach().requires_grad_()) for g in gradients]
 
 
 def _is_plain(t: Tensor | None) -> bool:
     """Whether the memory at t's address holds its values, so that nothing is left for the dispatcher to do."""
-    return t is None or (type(t) in _PLAIN and not t.is_neg() and not t.is_meta)
+    return t is None or (type(t) in _PLAIN and not t.is_neg() and not t.is_meta and not t._is_zerotensor())
 
 
 def _wants_gradients(tensors: Any) -> bool:
@@ -231,3 +263,94 @@ def _wants_gradients(tensors: Any) -> bool:
         return False
     # Forward-mode tangents: autograd.Function says that there are none through this one.
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def transformed(fused: Fused, *args: Any) -> tuple[Tensor, ...]:
+    """The operator's values under torch.func's transforms (grad, vjp, jacrev, vmap), for its arguments up to ``needs``."""
+    needs = [t is not None and transforms.tracked(t) for t in args[: fused.differentiable]]
+    unknown = fused.rowwise(args)
+    return Transformed.apply(fused, *args, [False] * len(needs) if unknown else needs)[: fused.values]
+
+
+class Transformed(torch.autograd.Function):
+    """The operator as torch.func wants it: gradients are outputs of forward, and a batch is a loop. First derivatives only."""
+
+    @staticmethod
+    def forward(fused: Fused, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return fused.op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        fused, *args = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        listed = [] if fused.list_at is None else args[fused.list_at]
+        ctx.save_for_backward(*args[: fused.tensors], *listed, *output[fused.values :])
+        ctx.fused, ctx.options = fused, args[fused.tensors :]
+        ctx.unknown = fused.rowwise(args)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
+        fused, options = ctx.fused, list(ctx.options)
+        result: list[Tensor | None] = [None] * (1 + fused.tensors + len(options))
+        if upstream is None:
+            return tuple(result)
+        n, d = fused.tensors, fused.differentiable
+        needed = list(ctx.needs_input_grad[1 : 1 + d])
+        tensors, listed, gradients = (
+            list(ctx.saved_tensors[part]) for part in (slice(n), slice(n, -d), slice(-d, None))
+        )
+        inputs = [t for t, need in zip(tensors, needed) if need]
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        if ctx.unknown:
+            if fused.list_at is not None:
+                options[fused.list_at - n] = listed
+            run = lambda *args: Transformed.apply(fused, *args)  # noqa: E731
+            gradients, upstream = by_rows(fused, run, tensors, options[:-1], needed, upstream), upstream.new_ones(())
+        for k, need in enumerate(needed):
+            if need:
+                result[1 + k] = Once.apply((gradients[k] * upstream).to(dtypes[k]), *inputs)
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(NO_TANGENTS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fused: Fused, *args: Any) -> Any:
+        def one(x: Any, dim: Any, b: int) -> Any:
+            if isinstance(x, list):
+                return [one(y, d, b) for y, d in zip(x, dim)] if isinstance(dim, (list, tuple)) else x
+            return x if dim is None else x.select(dim, b)
+
+        runs = [
+            Transformed.apply(fused, *(one(x, dim, b) for x, dim in zip(args, in_dims[1:])))
+            for b in range(info.batch_size)
+        ]
+        result = tuple(torch.stack(outputs) for outputs in zip(*runs))
+        return result, (0,) * len(result)
+
+
+class Once(torch.autograd.Function):
+    """A first derivative with respect to the inputs that come along: it has none of its own."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(NO_SECOND)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], gradient: Tensor, *inputs: Tensor) -> Any:
+        return Once.apply(gradient, *inputs), in_dims[0]
