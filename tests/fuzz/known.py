@@ -1,0 +1,59 @@
+"""Faults that are known and not yet mended: calls that meet one are not made. tests/test_fuzz_regressions.py has each
+as a test that must fail; when it passes, it and its line here go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuzz import invalid
+
+SPARSE = ("weight", "positives", "query_ids", "key_ids", "teacher_logits", "mask")
+
+
+def fault(unit: dict[str, Any]) -> str | None:
+    """Which known fault a unit of one call meets."""
+    if "problem" in unit:
+        return _of_call(unit["problem"], unit["calls"][0])
+    if "invalid" in unit:
+        return _of_refusal(unit["invalid"][0])
+    return _of_reader(unit["readers"][0])
+
+
+def _of_call(problem: dict[str, Any], call: dict[str, Any]) -> str | None:
+    chosen, states = call["layouts"], call.get("states", ())
+    if problem["op"] == "masked_linear" and "autocast" in states and problem["dtype"] == "float16":
+        return "backward of masked_linear under autocast to float16"
+    if problem["op"] in ("masked_linear", "SparseLinear") and "inference mode" in states and "enable grad" in states:
+        return "what is made of a mask in inference mode cannot be saved"
+    if (
+        problem["op"] == "masked_linear"
+        and problem["packed"]
+        and problem["in_"] <= 32
+        and chosen.get("mask") == "every other"
+    ):
+        return "packed masks of one word a row that are strided"
+    if problem["kind"] == "not finite" and call["backend"] != "torch" and not problem.get("normalize", True):
+        return "a logit of minus infinity becomes NaN"
+    return None
+
+
+def _of_refusal(d: dict[str, Any]) -> str | None:
+    value = invalid.NOT_RUN[d["op"]][d["argument"]][d["value"]]
+    if isinstance(value, torch.Tensor) and value.is_nested and value.layout == torch.strided:
+        return "nested tensors of strided layout have no sizes"
+    if isinstance(value, int) and value == 10**400:
+        return "integers beyond float's range"
+    if isinstance(value, np.ndarray) and value.shape == (2,):
+        return "arrays in a number's place"
+    if isinstance(value, torch.Tensor) and value.is_sparse and d["argument"] in SPARSE:
+        return "sparse tensors beside the embeddings"
+    return None
+
+
+def _of_reader(d: dict[str, Any]) -> str | None:
+    if d["reader"] == "mask_file":
+        return "damaged safetensors are not named"
+    return None
