@@ -303,6 +303,6 @@ def test_opcheck(bias, block, backend):
     index = (*Pattern.from_mask(mask, block).tensors, block, backend)
     for which, op in ((index, ops.sparse_linear), ((pack_mask(mask), backend), ops.masked_linear)):
         grad = lambda t: None if t is None else t.detach().clone().requires_grad_()  # noqa: E731
-        torch.library.opcheck(op.op, (grad(x), grad(weight), grad(b), *which))
-        torch.library.opcheck(op.dx, (grad(dy), grad(weight), *which))
-        torch.library.opcheck(op.dw, (grad(dy), grad(x), *which))
+        torch.library.opcheck(op.y.op, (grad(x), grad(weight), grad(b), *which))
+        torch.library.opcheck(op.dx.op, (grad(dy), grad(weight), *which))
+        torch.library.opcheck(op.dw.op, (grad(dy), grad(x), *which))

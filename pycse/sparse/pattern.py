@@ -122,7 +122,8 @@ class Pattern:
         """The bool mask (out, in) again."""
         out, in_ = (size // self.block for size in self.shape)
         counts = self.ptr.long().diff()
-        rows = torch.arange(out, dtype=torch.int64, device=self.ptr.device).repeat_interleave(counts)
+        rows = torch.arange(out, dtype=torch.int64, device=self.ptr.device)
+        rows = rows.repeat_interleave(counts, output_size=self.nnz)  # a known size, for a compiler
         kept = torch.zeros(out, in_, dtype=torch.bool, device=self.ptr.device)
         kept[rows, self.cols.long()] = True
         return kept.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
