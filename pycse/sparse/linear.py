@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from pycse.ops import sparse as ops
 from pycse.sparse import pattern as patterns
 from pycse.sparse.pattern import PATTERNS, SIDES, Pattern
 
-# Buffers that are not saved; None where the pattern has no index.
-INDEX = ("ptr", "cols", "t_ptr", "t_rows", "plan", "t_plan")
-BITS = "mask_bits"  # what the mask is called in a state_dict, packed
+BITS = "mask_bits"  # the mask packed, as it is saved
+_PLAIN = (Tensor, nn.Parameter)
+_is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
 
 
 def masked_linear(
@@ -34,28 +36,37 @@ def masked_linear(
     Args:
         x: (..., in); float32, float64, bfloat16 or float16.
         weight: (out, in), x's dtype. Values outside the mask count as 0 and get a gradient of exactly 0.
-        mask: bool (out, in), True where a weight is kept; or the same packed, int32 (out, ceil(in / 32)) with bit j of word
-            k for column 32 k + j (``pycse.sparse.pattern.pack_mask``).
+        mask: bool (out, in), True where a weight is kept; or the same packed, int32 (out, ceil(in / 32)) with bit j of
+            word k for column 32 k + j (``pycse.sparse.pattern.pack_mask``).
         bias: (out,) or None.
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
 
     Returns:
         (..., out) in x's dtype; under autocast as F.linear.
 
-    Nothing of the mask is kept between calls: it may change. Packing it takes as long as reading W; pack it once to save that.
+    Under torch.func's transforms, in forward-mode AD and in what is traced or exported it is F.linear of W ⊙ M, in
+    PyTorch's own operators. Nothing of the mask is kept between calls: it may change. Packing it takes as long as
+    reading W; pack it once to save that.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named, before any work.
         RuntimeError: the backend named cannot run here.
     """
-    validation.linear(x, weight, bias)
-    if isinstance(mask, Tensor) and mask.dtype == torch.int32:
+    if any(type(t) not in _PLAIN for t in (x, weight, mask)) and torch.overrides.has_torch_function((x, weight, mask)):
+        return torch.overrides.handle_torch_function(
+            masked_linear, (x, weight, mask), x, weight, mask, bias, backend=backend
+        )
+    if not ops.traced():  # whose sizes warn when they are compared
+        validation.linear(x, weight, bias)
+        validation.choice("backend", backend, CHOICES)
+    packed = isinstance(mask, Tensor) and mask.dtype == torch.int32
+    if packed:
         validation.packed_mask("mask", mask, weight)
-        bits = mask
     else:
         validation.linear_mask("mask", mask, weight)
-        bits = patterns.pack_mask(mask)
-    validation.choice("backend", backend, CHOICES)
+    if _composed():
+        return _dense(x, weight, patterns.unpack_mask(mask, weight.shape[1]) if packed else mask, bias)
+    bits = mask if packed else patterns.pack_mask(mask)
     y = ops.masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, bits, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -63,25 +74,32 @@ def masked_linear(
 class SparseLinear(nn.Linear):
     r"""nn.Linear under a mask: y = x (W ⊙ M)^T + b, computing only the kept weights where that is faster.
 
-    ``weight`` is dense, of nn.Linear's name and shape. What lies outside ``mask`` (bool, a buffer) counts as 0 and is set to 0:
-    when the mask changes, when the layer is saved, and before dense products after the weight changed (through
-    ``weight.data`` this shows at the next ``train()`` or ``eval()``). Gradients there are exactly 0 whatever the pattern, so
-    optimizers leave the zeros alone. Products with removed weights are not computed:
-    0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
+    ``weight`` is dense, of nn.Linear's name and shape. What lies outside ``mask`` (bool, a buffer) counts as 0, and is
+    set to 0 when the mask changes, when the layer is saved, and before it is used densely after the weight changed.
+    Reading ``layer.weight`` is such a use: modules that read a child's weight instead of calling it
+    (nn.MultiheadAttention, the fast path of nn.TransformerEncoder) compute the same. Where the layer is called,
+    gradients of removed weights are exactly 0 whatever the pattern, so optimizers leave the zeros alone. Products with
+    removed weights are not computed: 0 · Inf and 0 · NaN give nothing there, where a dense layer gives NaN.
 
-    state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for column
-    32 k + j. One without ``mask_bits``, as loaders that know no masks give it, is loaded under the layer's own mask. The
-    pattern's index is not saved: it is derived from the mask again when the mask, device or dtype changes
-    (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps the mask that it was compiled with.
+    state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for
+    column 32 k + j. One without ``mask_bits``, as loaders that know no masks give it, is loaded under the layer's own
+    mask. Both are buffers, and the one that changed counts. What kernels read is derived from the mask again when the
+    mask, the device or the dtype changes (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps
+    the mask that it was compiled with.
 
-    In ``eval()`` without gradients single weights are packed for the CPU kernel once, not at every call: density · out · in
-    numbers more, made again when the weight changes (through ``weight.data``: where one of some 500 numbers spread over it does,
-    else at the next ``train()`` or ``eval()``).
+    In ``eval()`` without gradients single weights are packed for the CPU kernel once, not at every call: density · out
+    · in numbers more, made again when the weight changes. A write through ``weight.data`` is seen where it changes one
+    of some 500 numbers spread over the weight, else (and on a GPU) at the next ``train()`` or ``eval()``.
+
+    Kernels take plain tensors, eagerly and under torch.compile. Everywhere else the layer is F.linear of W ⊙ M in
+    PyTorch's own operators: under torch.func's transforms (grad, jvp, vmap, …), in forward-mode AD, for subclasses of
+    Tensor (DTensor, FakeTensor), in torch.jit.trace, torch.export and torch.onnx.export. torch.fx keeps it as a call of
+    a module.
 
     Args:
         mask: bool (out, in), True where a weight is kept; default: every weight.
-        pattern: "auto" (the fastest, or "dense" where sparse does not pay: ``repr`` says why), "unstructured", "block16",
-            "block32", "block64" (masks made of whole square blocks), "2:4" (NVIDIA GPUs) or "dense".
+        pattern: "auto" (the fastest, or "dense" where sparse does not pay: ``repr`` says why), "unstructured",
+            "block16", "block32", "block64" (masks made of whole square blocks), "2:4" (NVIDIA GPUs) or "dense".
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
         in_features, out_features, bias, device, dtype: as nn.Linear; float32, float64, bfloat16 or float16.
 
@@ -93,14 +111,11 @@ class SparseLinear(nn.Linear):
     """
 
     mask: Tensor
-    chosen: str  # the pattern in use, and why
-    reason: str
-    _source: (
-        tuple[Tensor, int, torch.dtype, torch.device, torch.Size] | None
-    )  # what pattern and index were derived from
-    _zeroed: tuple[Tensor, int] | None  # the weight that is 0 outside the mask
-    # What tells that a weight changed, what a kernel reads in its place, and the weight.
-    _made: tuple[Any, Any, Tensor] | None = None
+    mask_bits: Tensor
+    _derived: _Derived | None = None
+    _zeroed: tuple[Tensor, Any] | None = None  # the weight that is 0 outside the mask, and what tells that it changed
+    _made: tuple[Tensor, Any, Any] | None = None  # the weight, what tells that it changed, what a kernel reads for it
+    _swapped = False  # others put their tensors in the weight's place (FSDP): never write to them
 
     def __init__(
         self,
@@ -121,7 +136,9 @@ class SparseLinear(nn.Linear):
         if mask is None:
             mask = torch.ones_like(self.weight, dtype=torch.bool)
         validation.linear_mask("mask", mask, self.weight)
-        self.register_buffer("mask", mask.detach().clone(), persistent=False)
+        with torch.inference_mode(False):
+            self.register_buffer("mask", mask.detach().clone(), persistent=False)
+            self.register_buffer(BITS, patterns.pack_mask(self.mask))
         self._derive()
 
     @classmethod
@@ -147,39 +164,73 @@ class SparseLinear(nn.Linear):
             backend=backend,
             device="meta",
         )
-        result.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        if linear.bias is not None:
-            result.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        result.mask = mask.detach().clone()
+        with torch.inference_mode(False):  # whatever the caller is in, the copy can be trained
+            result.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            if linear.bias is not None:
+                result.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+            result.mask = mask.detach().clone()
+            result.mask_bits = patterns.pack_mask(result.mask)
         result._derive()
         return result.train(linear.training)
 
     def densify(self) -> nn.Linear:
         """A plain nn.Linear with the same values: zeros outside the mask, and nothing that keeps them."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().masked_fill(~self.mask, 0), self.weight.requires_grad)
+        weight = self._given("weight")
+        linear.weight = nn.Parameter(weight.detach().masked_fill(~self._mask_now(), 0), weight.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._stale():
-            self._derive()
-        validation.linear(input, self.weight, self.bias)
-        if self.chosen in SIDES:
+        weight = self._given("weight")
+        if torch.compiler.is_compiling():
+            derived = self._derived
+            if _composed() or derived is None or not derived.operands:
+                return self._composed(input, weight)
+        elif type(input) not in _PLAIN or type(weight) not in _PLAIN or _composed():
+            return self._recorded(input) if isinstance(input, torch.fx.Proxy) else self._composed(input, weight)
+        else:
+            derived = self._current()
+        bias = self._given("bias")
+        validation.linear(input, weight, bias)
+        if derived.operands:
             x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
-            index = (*self._index(), SIDES[self.chosen], self.backend)
-            y = ops.sparse_linear(x, self.weight, self.bias, *index, pattern=None if compiling else self._fixed(index))
+            index = (*derived.operands, self.backend)
+            y = ops.sparse_linear(x, weight, bias, *index, pattern=self._fixed(weight, derived, index))
             return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
-        weight = self.weight
-        if not self._zero() and not compiling:
-            weight = weight.masked_fill(~self.mask, 0)
+        if not self._zero(weight):
+            weight = weight.masked_fill(~derived.mask, 0)
         elif torch.is_grad_enabled() and weight.requires_grad:
-            weight = _KeptGradient.apply(weight, self.mask)
-        elif self.chosen == "2:4":
-            weight = self._semi_structured()
-        return F.linear(input, weight, self.bias)
+            weight = _KeptGradient.apply(weight, derived.mask)
+        elif derived.chosen == "2:4":
+            weight = self._semi_structured(weight)
+        return F.linear(input, weight, bias)
+
+    def _composed(self, input: Tensor, weight: Tensor) -> Tensor:
+        """F.linear of W ⊙ M in PyTorch's own operators, for whatever looks through them."""
+        mask, bias = self._mask_now(), self._given("bias")
+        if not ops.traced():  # whose sizes warn when they are compared
+            validation.linear(input, weight, bias)
+            validation.linear_mask("mask", mask, weight)
+        return _dense(input, weight, mask, bias)
+
+    def _recorded(self, input: Any) -> Any:
+        """What torch.fx keeps of a call: the module, or, where it is traced itself, its products."""
+        if self is input.tracer.root:
+            weight: Any = super().__getattr__("weight")
+            return _dense(input, weight, self._mask_now(), self.bias)
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+
+    @property
+    def chosen(self) -> str:
+        """The pattern in use."""
+        return "dense" if self._derived is None else self._derived.chosen
+
+    @property
+    def reason(self) -> str:
+        """Why that one."""
+        return "" if self._derived is None else self._derived.reason
 
     @property
     def density(self) -> float:
@@ -196,138 +247,243 @@ class SparseLinear(nn.Linear):
             text += f" (dense: {self.reason})"
         return text
 
-    def _index(self) -> tuple[Tensor, ...]:
-        return tuple(self._buffers[name] for name in INDEX)  # type: ignore[misc]
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        return self._read(value) if name == "weight" and type(value) in _PLAIN else value
 
-    def _stale(self) -> bool:
-        if self._source is None:
-            return True
-        known, version, *rest = self._source
-        mask, weight = self.mask, self.weight
-        return mask is not known or _version(mask) != version or rest != [weight.dtype, weight.device, weight.shape]
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._zeroed = self._made = None
+            self._swapped |= isinstance(value, Tensor) and type(value) not in _PLAIN
 
-    def _derive(self) -> None:
+    def _given(self, name: str) -> Any:
+        """A parameter as it stands, with or without zeros; or what a parametrization or pruning makes of it."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
+
+    def _read(self, weight: Tensor) -> Tensor:
+        """The weight for who asks for it: itself with zeros outside the mask, W ⊙ M where that cannot be."""
+        if self._buffers.get("mask") is None or weight.is_meta:  # in nn.Linear's own __init__
+            return weight
+        if torch.compiler.is_compiling() or _composed():
+            return weight.masked_fill(~self._mask_now(), 0)
+        mask = self._current().mask
+        return weight if self._zero(weight) else weight.masked_fill(~mask, 0)
+
+    def _mask_now(self) -> Tensor:
+        """The mask, brought up to date where that is no part of what is traced."""
+        mask = self.mask
+        if torch.compiler.is_compiling() or type(mask) is not Tensor or _wrapped(mask):
+            return mask
+        state: Any = torch._C._get_tracing_state()
+        if state is None:
+            return self._current().mask
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return self._current().mask
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+    def _current(self) -> _Derived:
+        """What follows from the mask as it is now. One object, exchanged whole: other threads may be in forward."""
+        known = self._derived
+        if known is not None:
+            mask, bits, weight = self._buffers["mask"], self._buffers[BITS], self._given("weight")
+            if (
+                mask is known.mask
+                and bits is known.bits
+                and known.versions == (mask._version, bits._version)  # type: ignore[union-attr]
+                and known.like == (weight.dtype, weight.device, weight.shape)
+            ):
+                return known
+        return self._derive()
+
+    def _derive(self) -> _Derived:
         """Pattern and index from the mask; the weight is set to 0 outside it."""
-        mask, weight = self.mask, self.weight
-        validation.linear_mask("mask", mask, weight)
-        self._made = self._zeroed = None
-        for name in INDEX:
-            self.register_buffer(name, None, persistent=False)
-        self.chosen, self.reason, self._source = "dense", "", None
-        if mask.is_meta or weight.is_meta:  # until values are loaded
-            return
+        weight, known = self._given("weight"), self._derived
+        like = (weight.dtype, weight.device, weight.shape)
         with torch.inference_mode(False), torch.no_grad():
-            self.chosen, self.reason = _chosen(self.pattern, mask, weight)
-            if self.chosen in SIDES:
-                for name, t in zip(INDEX, Pattern.from_mask(mask, SIDES[self.chosen]).tensors):
-                    self.register_buffer(name, t, persistent=False)
-        self._zero()
-        self._source = (mask, _version(mask), weight.dtype, weight.device, weight.shape)
+            mask, bits = self._agree(weight)
+            derived = _Derived(mask, bits, (mask._version, bits._version), like)
+            if mask.is_meta or weight.is_meta or type(mask) is not Tensor:  # until values are loaded
+                self._made = self._zeroed = None
+                self._derived = derived
+                return derived
+            if (
+                known is not None
+                and known.like == like
+                and known.packed is not None
+                and torch.equal(known.packed, bits)
+            ):
+                derived = replace(known, mask=mask, bits=bits, versions=derived.versions)  # DDP writes what was there
+            else:
+                chosen, reason = _chosen(self.pattern, mask, weight)
+                operands: tuple[Any, ...] = ()
+                if chosen in SIDES:
+                    operands = (*Pattern.from_mask(mask, SIDES[chosen]).tensors, SIDES[chosen])
+                derived = replace(derived, packed=bits.clone(), chosen=chosen, reason=reason, operands=operands)
+                self._made = self._zeroed = None
+        self._derived = derived
+        self._zero(weight)
+        return derived
 
-    def _zero(self) -> bool:
+    def _agree(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask and its bits, made equal: the one that changed since they last were counts, the mask if both did."""
+        mask, bits, known = self.mask, self.mask_bits, self._derived
+        if mask.is_meta and not bits.is_meta:  # values came one by one
+            mask = patterns.unpack_mask(bits, self.in_features)
+        validation.linear_mask("mask", mask, weight)
+        if mask.is_meta or type(mask) is not Tensor:
+            return mask, bits
+        packed = patterns.pack_mask(mask)
+        if known is not None and known.packed is not None and not bits.is_meta:
+            validation.packed_mask(BITS, bits, weight, anywhere=True)
+            bits = bits.to(packed.device)
+            if not torch.equal(bits, packed) and torch.equal(known.packed.to(packed.device), packed):
+                mask, packed = patterns.unpack_mask(bits, self.in_features), bits
+        self.mask = _written(self.mask, mask)
+        self.mask_bits = _written(self.mask_bits, packed)
+        return self.mask, self.mask_bits
+
+    def _zero(self, weight: Tensor) -> bool:
         """Set the weight to 0 outside the mask where it changed; False for a weight that is not ours to write to.
 
-        Optimizers write there: what was removed after they took steps still has momentum. Merging of adapters does as well.
+        Optimizers write there: what was removed after they took steps still has momentum. Merged adapters do as well.
         """
-        weight, known = self.weight, self._zeroed
-        if type(weight) is not nn.Parameter or torch.compiler.is_compiling():
+        known = self._zeroed
+        if type(weight) is not nn.Parameter or self._swapped or weight.is_meta or weight._is_zerotensor():
             return False
-        if known is not None and known[0] is weight and known[1] == _version(weight):
+        mark = _mark(weight)
+        if known is not None and known[0] is weight and known[1] == mark:
             return True
-        if weight.is_meta or (weight.is_inference() and not torch.is_inference_mode_enabled()):
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
             return False
         with torch.no_grad():
-            # A write breaks the backward pass of an earlier forward, unless somebody wrote already.
-            written = known is not None and known[0] is weight
-            if written or weight.masked_fill(self.mask, 0).any():
+            if known is not None and known[0] is weight:
+                # No forward since then used what lies outside the mask: its backward need not hear of this write.
+                weight.data.masked_fill_(~self.mask, 0)
+            elif weight.masked_fill(self.mask, 0).any():  # a write breaks the backward of an earlier forward
                 weight.masked_fill_(~self.mask, 0)
-        self._zeroed = weight, _version(weight)
+        self._zeroed = weight, _mark(weight)
         return True
 
-    def _semi_structured(self) -> Tensor:
-        """PyTorch's compressed 2:4 weight; made again when the weight changes (a write to ``weight.data`` does not show)."""
-        if self._made is None or self._made[0] != _version(self.weight):
-            made = torch.sparse.to_sparse_semi_structured(self.weight.detach())
-            self._made = _version(self.weight), made, self.weight
-        return self._made[1]
+    def _semi_structured(self, weight: Tensor) -> Tensor:
+        """PyTorch's compressed 2:4 weight; made again when the weight changes (not for writes to ``weight.data``)."""
+        made, mark = self._made, _mark(weight)
+        if made is None or made[0] is not weight or made[1] != mark:
+            self._made = made = weight, mark, torch.sparse.to_sparse_semi_structured(weight.detach())
+        return made[2]
 
-    def _fixed(self, index: tuple[Any, ...]) -> Pattern | None:
-        """The pattern with the single weights as the CPU kernel reads them, while nothing trains; made again when they change."""
-        weight = self.weight
-        if self.training or torch.is_grad_enabled() or self.chosen != "unstructured":
+    def _fixed(self, weight: Tensor, derived: _Derived, index: tuple[Any, ...]) -> Pattern | None:
+        """The pattern with the single weights as the CPU kernel reads them, while nothing trains."""
+        if (
+            self.training
+            or derived.chosen != "unstructured"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return None
         if type(weight) is not nn.Parameter or weight.device.type != "cpu" or not weight.is_contiguous():
             return None
-        of = (id(weight), weight.data_ptr(), _version(weight), native().fingerprint(weight.data_ptr(), weight.nbytes))
-        if self._made is None or self._made[0] != of:
-            self._made = of, ops.packed(weight, *index), weight  # alive, so that no other weight has its id
-        return self._made[1]
+        if weight.is_neg() or weight._is_zerotensor():
+            return None
+        made, mark = self._made, _mark(weight)
+        if made is None or made[0] is not weight or made[1] != mark or made[2].ptr is not derived.operands[0]:
+            self._made = made = weight, mark, ops.packed(weight, *index)
+        return made[2]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        mask = self.mask
         super()._apply(fn, recurse)
-        self._buffers["mask"] = self.mask.bool()  # type() casts everything
-        try:
+        with torch.inference_mode(False):
+            if self.mask is not mask:  # whatever it became: type() casts it, to_empty() empties it
+                device = self.mask.device
+                known = not mask.is_meta or self.mask.is_meta
+                self.mask = mask.to(device) if known else torch.ones(mask.shape, dtype=torch.bool, device=device)
+            self.mask_bits = patterns.pack_mask(self.mask)
+        self._derived = None
+        with contextlib.suppress(ValueError):  # a pattern that does not run there: forward says so, if asked
             self._derive()
-        except ValueError:  # a pattern that does not run there, or no values yet (to_empty): forward says so, if asked
-            self._source = None
         return self
 
     def train(self, mode: bool = True) -> SparseLinear:
-        self._made = self._zeroed = None  # writes to weight.data do not show
+        self._forget()
         return super().train(mode)
+
+    def _forget(self) -> None:
+        """Not all writes to weight.data show, so what was seen of the weight is to be looked at again."""
+        self._made = None
+        if self._zeroed is not None:
+            self._zeroed = self._zeroed[0], None
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        name = prefix + BITS
-        bits, mask = state_dict.get(name), None
+        name, weight = prefix + BITS, self._given("weight")
+        bits, mask, assign = state_dict.get(name), None, local_metadata.get("assign_to_params_buffers")
         if bits is not None:
             try:
-                validation.packed_mask(name, bits, self.weight, anywhere=True)
+                validation.packed_mask(name, bits, weight, anywhere=True)
                 mask = patterns.unpack_mask(bits, self.in_features)
-                _chosen(self.pattern, mask, self.weight)
+                _chosen(self.pattern, mask, weight)
             except (TypeError, ValueError) as error:  # before anything is changed
                 error_msgs.append(str(error))
                 return
+        elif assign and self.mask.is_meta:
+            error_msgs.append(f"{name} must be in the state_dict of a layer whose mask has no values (device meta)")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
-        if name in unexpected_keys:
-            unexpected_keys.remove(name)
+        if bits is None and name in missing_keys:
+            missing_keys.remove(name)
         if mask is not None:
-            if local_metadata.get("assign_to_params_buffers"):
-                self.mask = mask
-            elif not self.mask.is_meta:
-                self.mask.copy_(mask)
+            with torch.inference_mode(False), torch.no_grad():
+                if assign:
+                    self.mask = mask.clone()
+                elif not self.mask.is_meta:
+                    self.mask.copy_(mask)
         self._derive()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._zeroed = None
-        self._zero()
+        self._current()
+        self._forget()
+        weight = self._given("weight")
+        if not self._zero(weight) and hasattr(weight, "device_mesh"):
+            _zero_shards(weight, self.mask)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + BITS] = patterns.pack_mask(self.mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        buffers = {name: None if name in INDEX else t for name, t in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_source": None, "_zeroed": None, "_made": None}
+        self._current()
+        return {**self.__dict__, "_derived": None, "_zeroed": None, "_made": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._derive()
 
 
+@dataclass(frozen=True)
+class _Derived:
+    """What follows from a mask, and how the buffers were that it followed from."""
+
+    mask: Tensor
+    bits: Tensor
+    versions: tuple[int, int]
+    like: tuple[torch.dtype, torch.device, torch.Size]  # of the weight
+    packed: Tensor | None = None  # a copy of the bits; None while they have no values
+    chosen: str = "dense"
+    reason: str = ""
+    operands: tuple[Any, ...] = ()  # of the operator: the pattern's lists and the side of its blocks; empty if dense
+
+
 class _KeptGradient(torch.autograd.Function):
     """The weight itself, with a gradient of exactly 0 outside the mask."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
         return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -348,5 +504,44 @@ def _chosen(pattern: str, mask: Tensor, weight: Tensor) -> patterns.Choice:
     return patterns.Choice(pattern, "as asked")
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def _composed() -> bool:
+    """Whether products are to be written in PyTorch's own operators, for who looks through them."""
+    if torch.compiler.is_compiling():
+        # An exported program is to run without pycse, and to be turned into ONNX.
+        return not torch.compiler.is_dynamo_compiling() if _is_exporting is None else _is_exporting()
+    return ops.transformed() or ops.traced()
+
+
+def _written(buffer: Tensor, value: Tensor) -> Tensor:
+    """The buffer with another value, in place where it can be (not inference tensors: they count no changes)."""
+    if buffer is value and not buffer.is_inference():
+        return buffer
+    if buffer.is_inference() or (buffer.shape, buffer.dtype, buffer.device) != (value.shape, value.dtype, value.device):
+        return value.clone()
+    return buffer if torch.equal(buffer, value) else buffer.copy_(value)
+
+
+def _dense(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.masked_fill(~mask, 0), bias)
+
+
+def _wrapped(t: Tensor) -> bool:
+    return torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    """What differs after a write to a weight, but for a write to some single numbers of ``weight.data``."""
+    version = 0 if weight.is_inference() else weight._version
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return weight.data_ptr(), version
+    address = weight.data_ptr()
+    return address, version, native().fingerprint(address, weight.nbytes)
+
+
+def _zero_shards(weight: Tensor, mask: Tensor) -> None:
+    """The same for a weight that is spread over processes (DTensor), without communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    with torch.no_grad():
+        weight.masked_fill_(DTensor.from_local(~mask, mesh, [Replicate()] * mesh.ndim, run_check=False), 0)
