@@ -139,9 +139,11 @@ class Fused:
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
         if _wants_gradients(args[: self.differentiable]):
             if transforms.active():
-                values = transformed(self, *args[:-1])
-            else:
-                values = _Gradients.apply(self, self._below_autograd, *args[:-1])
+                raise RuntimeError(
+                    f"pycse: torch.ops.pycse.{self.name} cannot be differentiated inside torch.func's transforms or under "
+                    "torch.compile(fullgraph=True) of them; call pycse's function, and leave fullgraph out"
+                )
+            values = _Gradients.apply(self, self._below_autograd, *args[:-1])
             return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(self.differentiable)))
         return self._below_autograd(*args)
 
@@ -225,6 +227,7 @@ def by_rows(
     fused: Fused, run: Any, tensors: list[Any], options: list[Any], needs: list[bool], upstream: Tensor
 ) -> list[Tensor]:
     """Gradients of sum_i u_i w_i L_i: the upstream gradient u of each row is its weight."""
+    assert fused.reduction is not None
     weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"
     tensors[WEIGHT] = upstream if weight is None else upstream * weight
     *gradients, row_losses = run(*tensors, *options, needs)[fused.values :]
