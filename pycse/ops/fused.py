@@ -139,7 +139,7 @@ class Fused:
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
         if _wants_gradients(args[: self.differentiable]):
             if transforms.active():
-                raise RuntimeError(
+                raise NotImplementedError(  # which torch.compile breaks the graph for
                     f"pycse: torch.ops.pycse.{self.name} cannot be differentiated inside torch.func's transforms or under "
                     "torch.compile(fullgraph=True) of them; call pycse's function, and leave fullgraph out"
                 )
