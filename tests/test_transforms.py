@@ -126,11 +126,10 @@ def test_what_is_not_there_says_so(backend):
         vmap(lambda x: fused_distill(x, [y], seed=1, backend="reference"))(torch.stack([x, y]))
 
 
-def test_compiled_transforms_break_the_graph_and_are_right():
+def test_a_compiled_transform_is_refused():
     x, y = tensors((B, D), (B, D))
     f = lambda x, y: grad(lambda x: fused_infonce(x, y, backend="cpu"))(x)  # noqa: E731
-    same(torch.compile(f, backend="eager")(x, y), f(x, y))
-    with pytest.raises(Exception, match="leave fullgraph out"):
+    with pytest.raises(Exception, match="disable"):
         torch.compile(f, backend="eager", fullgraph=True)(x, y)
 
 

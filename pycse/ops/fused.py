@@ -111,13 +111,12 @@ class Fused:
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
-            if not torch.compiler.is_compiling():
-                if torch._C._get_tracing_state():
-                    raise RuntimeError(
-                        "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
-                    )
-                if transforms.active():
-                    return transformed(self, z1, *rest)
+            if transforms.active():
+                return transformed(self, z1, *rest)
+            if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
+                raise RuntimeError(
+                    "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
+                )
             return self.op(z1, *rest, [False] * self.differentiable)[: self.values]
         if _wants_gradients((z1, *rest[: self.differentiable - 1])):
             return _Gradients.apply(self, self.forward, z1, *rest)
@@ -139,9 +138,9 @@ class Fused:
     def _autograd(self, *args: Any) -> tuple[Tensor, ...]:
         if _wants_gradients(args[: self.differentiable]):
             if transforms.active():
-                raise NotImplementedError(  # which torch.compile breaks the graph for
-                    f"pycse: torch.ops.pycse.{self.name} cannot be differentiated inside torch.func's transforms or under "
-                    "torch.compile(fullgraph=True) of them; call pycse's function, and leave fullgraph out"
+                raise NotImplementedError(
+                    f"pycse: torch.ops.pycse.{self.name} cannot be differentiated inside torch.func's transforms; "
+                    "call pycse's function"
                 )
             values = _Gradients.apply(self, self._below_autograd, *args[:-1])
             return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(self.differentiable)))
@@ -268,6 +267,7 @@ def _wants_gradients(tensors: Any) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+@torch.compiler.disable  # TorchDynamo cannot look into a transform of a function with gradients of its own
 def transformed(fused: Fused, *args: Any) -> tuple[Tensor, ...]:
     """The operator's values under torch.func's transforms (grad, vjp, jacrev, vmap), for its arguments up to ``needs``."""
     needs = [t is not None and transforms.tracked(t) for t in args[: fused.differentiable]]
