@@ -116,6 +116,28 @@ def test_gradients_inside_inference_mode(backend):
     torch.testing.assert_close(y.detach(), F.linear(x, weight * mask).detach())
 
 
+@pytest.mark.parametrize("backend", map(pending, BACKENDS))
+def test_gradients_of_a_loss_inside_inference_mode(backend):
+    """Positives of another integer type become int64 there, and that must not be in the way either."""
+    z = points().requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        loss = fused_infonce(z, points(seed=1), positives=torch.arange(4).int(), backend=backend)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", [pending("reference"), pending("torch"), "cpu"])
+def test_the_mean_of_two_probabilities_that_underflow(backend):
+    """q_3 is the smallest number that float32 has, and p_3 is 0: half of their sum is 0 as well."""
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]], requires_grad=True)
+    logits = torch.tensor([[0.0, 0.0, -103.2], [0.0, 0.0, -103.2], [0.0, -103.2, 0.0]])
+    loss = fused_distill(
+        z, teacher_logits=logits, divergence="js", student_temperature=0.005, teacher_temperature=1.0, shuffle="none",
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 0.3643]), rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", [pending("reference"), "cpu", pending("torch")])
 def test_packed_masks_of_one_word_a_row_that_are_strided(backend):
     """A matrix of one number is contiguous whatever its strides, and a view of its bytes is not."""

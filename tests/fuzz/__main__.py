@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def _child(seed: int, first: int, progress: Path, faults: Path) -> None:
     from fuzz.choices import Seeded
 
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(2)
     with progress.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), FIELDS.size)
@@ -75,7 +77,7 @@ class Worker:
         self.start(0)
 
     def start(self, first: int) -> None:
-        self.started = time.time()
+        self.started, self.warned = time.time(), False
         command = [*CHILD, "--child", str(self.seed), str(first), str(self.folder)]
         # Threads that wait must not spin: there are more of them than processors.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
@@ -88,9 +90,15 @@ class Worker:
     def watch(self, hang: float) -> None:
         unit, call, begun, *_ = self.state()
         ended = self.process.poll()
-        limit = hang if begun / 1000 > self.started else max(hang, START)
+        if begun / 1000 > self.started:
+            self.warned = False
+        limit = hang if self.warned or begun / 1000 > self.started else max(hang, START)
         hung = ended is None and time.time() - max(begun / 1000, self.started) > limit
         if ended is None and not hung:
+            return
+        if hung and not self.warned:  # where it is; and once more as long, for a machine that had no time for it
+            self.process.send_signal(signal.SIGUSR1)
+            self.warned, self.started = True, time.time()
             return
         if hung:
             self.process.kill()
