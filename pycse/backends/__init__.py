@@ -17,6 +17,8 @@ from typing import Any
 
 import torch as pytorch  # the name torch becomes this package's backend once that is imported
 
+from pycse.backends import forks
+
 NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 CHOICES = ("auto", *NAMES)
 # For "auto", best first.
@@ -104,9 +106,15 @@ def _auto(device: str) -> str:
     return "torch"
 
 
-@functools.cache
 def module(name: str, device: str, op: str) -> Any:
     """The module that implements ``op`` in the backend asked for. Raises RuntimeError where it cannot run."""
+    if device == "cpu" and not pytorch.compiler.is_compiling():
+        forks.check()
+    return _module(name, device, op)
+
+
+@functools.cache
+def _module(name: str, device: str, op: str) -> Any:
     if name == "auto":
         name = _auto(device)
     problem = unusable(name) or wrong_device(name, device)
