@@ -42,7 +42,7 @@ def fused_focal_infonce(
 
     Args:
         z1: (B, D) embeddings of the queries; float32, float64, bfloat16 or float16, any scale. A row with norm
-            <= 1e-12 counts as 0 and gets gradient 0.
+            <= 1e-12 counts as 0 and gets gradient 0; an infinite number or NaN makes the loss NaN.
         z2: (N, D) embeddings of the keys, same dtype and device. Keys beyond B are extra or hard negatives.
         temperature: > 0, no unit. A number or a 0-d float tensor, which may require grad.
         m: hardness of the negatives. A number or a 0-d float tensor, which may require grad.

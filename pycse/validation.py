@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,10 +15,21 @@ from pycse.backends import CHOICES
 from pycse.problem import DIVERGENCES, REDUCTIONS, SHUFFLES
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
+
+
 def _what(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        what = "a nested tensor; pad it" if t.is_nested else f"{t.layout}; use .to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {what}")
 
 
 def embeddings(name: str, z: Any) -> None:
@@ -25,8 +37,7 @@ def embeddings(name: str, z: Any) -> None:
         if isinstance(z, transforms.Proxy):
             raise transforms.Symbolic
         raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {_what(z)}")
-    if z.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {z.layout}; use .to_dense()")
+    dense(name, z)
     if z.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
     if not z.dtype.is_floating_point or z.dtype.itemsize == 1:
@@ -53,8 +64,9 @@ def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always
-    return not isinstance(value, bool) and (isinstance(value, Real) or hasattr(value, "__float__"))
+    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always; an array is a number to nobody
+    real = isinstance(value, Real) or (hasattr(value, "__float__") and not getattr(value, "shape", ()))
+    return real and not isinstance(value, bool)
 
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:
@@ -66,9 +78,9 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
     allowed = "a finite number > 0" if positive else "a finite number"
-    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols.
-    if not -math.inf < value < math.inf or (positive and not value > 0):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols. An integer may be larger than any float.
+    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and not value > 0):
+        raise ValueError(f"{name} must be {allowed}, got {_short(value)}")
 
 
 def vector(name: str, value: Any, length: int, kind: str) -> None:
@@ -77,6 +89,7 @@ def vector(name: str, value: Any, length: int, kind: str) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape ({length},), got {_what(value)}")
+    dense(name, value)
     if value.dim() != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
     if kind == "integer" and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
@@ -298,6 +311,7 @@ def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) ->
     if logits is not None:
         if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point:
             raise TypeError(f"teacher_logits must be a float tensor of shape ({B}, {B}), got {_what(logits)}")
+        dense("teacher_logits", logits)
         if logits.shape != (B, B):
             raise ValueError(
                 f"teacher_logits must have shape ({B}, {B}) for {B} rows of {name}, got {tuple(logits.shape)}"
@@ -411,6 +425,7 @@ def linear_mask(name: str, mask: Any, weight: Tensor, *, anywhere: bool = False)
     """A bool mask of the weight's shape, on its device unless ``anywhere``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor of shape {tuple(weight.shape)}, got {_what(mask)}")
+    dense(name, mask)
     if mask.shape != weight.shape:
         raise ValueError(f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
     if mask.device != weight.device and not anywhere:
@@ -422,6 +437,7 @@ def packed_mask(name: str, bits: Any, weight: Tensor, *, anywhere: bool = False)
     shape = (weight.shape[0], -(-weight.shape[1] // 32))
     if not isinstance(bits, Tensor) or bits.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor of shape {shape}, got {_what(bits)}")
+    dense(name, bits)
     if bits.shape != shape:
         raise ValueError(
             f"{name} must be bits of shape {shape} (pack_mask) for a weight {tuple(weight.shape)}, got {tuple(bits.shape)}"
@@ -437,8 +453,7 @@ def linear(x: Any, weight: Any, bias: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {_what(t)}")
         if not t.dtype.is_floating_point or t.dtype.itemsize == 1:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got {t.layout}; use .to_dense()")
+        dense(name, t)
     if weight.dim() != 2:
         raise ValueError(f"weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

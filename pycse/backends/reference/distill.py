@@ -8,6 +8,8 @@ ce  L_i = -sum_j q log p      kl  L_i = sum_j q log(q / p)      js  L_i = (KL(q 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
         q = q.gather(1, others)
     if d.divergence == "js":
         p = log_p.exp()
-        log_a = ((p + q) / 2).log()
+        log_a = (p + q).clamp_min(torch.finfo(p.dtype).tiny).log() - math.log(2)  # halves of the smallest numbers are 0
         return (torch.xlogy(q, q) - q * log_a + torch.where(p == 0, 0, p * (log_p - log_a))).sum(1) / 2
     cross = -torch.where(q == 0, 0, q * log_p).sum(1)
     return cross - entropy if d.divergence == "kl" else cross
