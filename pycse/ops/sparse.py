@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pycse import backends
+from pycse import backends, transforms
 from pycse.ops.fused import library
 from pycse.sparse.pattern import Pattern, unpack_mask
 
@@ -29,7 +29,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work, neither of which sees into a kernel."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or transforms.active()
 
 
 def traced() -> bool:
@@ -240,7 +240,7 @@ def _is_plain(t: Tensor | None) -> bool:
         and not t.is_neg()
         and not t._is_zerotensor()
         and not t.is_meta
-        and not torch._C._functorch.is_legacy_batchedtensor(t)  # of autograd.grad(is_grads_batched=True)
+        and not transforms.legacy_batched(t)  # of autograd.grad(is_grads_batched=True)
     )
 
 

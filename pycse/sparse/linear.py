@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from pycse import validation
+from pycse import transforms, validation
 from pycse.backends import CHOICES
 from pycse.kernels import native
 from pycse.ops import sparse as ops
@@ -18,10 +19,12 @@ from pycse.sparse import pattern as patterns
 from pycse.sparse.pattern import PATTERNS, SIDES, Pattern
 
 BITS = "mask_bits"  # the mask packed, as it is saved
+_DDP = nn.parallel.DistributedDataParallel
 _PLAIN = (Tensor, nn.Parameter)
 _is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
 
 
+@transforms.recordable
 def masked_linear(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
@@ -52,18 +55,13 @@ def masked_linear(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, named, before any work.
         RuntimeError: the backend named cannot run here.
     """
-    if any(type(t) not in _PLAIN for t in (x, weight, mask)) and torch.overrides.has_torch_function((x, weight, mask)):
-        return torch.overrides.handle_torch_function(
-            masked_linear, (x, weight, mask), x, weight, mask, bias, backend=backend
-        )
+    if any(isinstance(t, transforms.Proxy) for t in (x, weight, mask, bias)):
+        raise transforms.Symbolic
+    packed = isinstance(mask, Tensor) and mask.dtype == torch.int32
     if not ops.traced():  # whose sizes warn when they are compared
         validation.linear(x, weight, bias)
+        (validation.packed_mask if packed else validation.linear_mask)("mask", mask, weight)
         validation.choice("backend", backend, CHOICES)
-    packed = isinstance(mask, Tensor) and mask.dtype == torch.int32
-    if packed:
-        validation.packed_mask("mask", mask, weight)
-    else:
-        validation.linear_mask("mask", mask, weight)
     if _composed():
         return _dense(x, weight, patterns.unpack_mask(mask, weight.shape[1]) if packed else mask, bias)
     bits = mask if packed else patterns.pack_mask(mask)
@@ -84,8 +82,9 @@ class SparseLinear(nn.Linear):
     state_dict holds weight, bias, and the mask packed: ``mask_bits``, int32 (out, ceil(in / 32)), bit j of word k for
     column 32 k + j. One without ``mask_bits``, as loaders that know no masks give it, is loaded under the layer's own
     mask. Both are buffers, and the one that changed counts. What kernels read is derived from the mask again when the
-    mask, the device or the dtype changes (state_dict, ``to``, ``mask`` itself, also in place). A compiled layer keeps
-    the mask that it was compiled with.
+    mask, the device or the dtype changes (state_dict, ``to``, ``mask`` itself, also in place; what is written through
+    ``mask.data``, or on a GPU by DistributedDataParallel, shows at the next ``train()`` or ``eval()``). A compiled
+    layer keeps the mask that it was compiled with.
 
     In ``eval()`` without gradients single weights are packed for the CPU kernel once, not at every call: density · out
     · in numbers more, made again when the weight changes. A write through ``weight.data`` is seen where it changes one
@@ -170,8 +169,8 @@ class SparseLinear(nn.Linear):
                 result.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
             result.mask = mask.detach().clone()
             result.mask_bits = patterns.pack_mask(result.mask)
-        result._derive()
-        return result.train(linear.training)
+        result.train(linear.training)._derive()
+        return result
 
     def densify(self) -> nn.Linear:
         """A plain nn.Linear with the same values: zeros outside the mask, and nothing that keeps them."""
@@ -189,7 +188,7 @@ class SparseLinear(nn.Linear):
             if _composed() or derived is None or not derived.operands:
                 return self._composed(input, weight)
         elif type(input) not in _PLAIN or type(weight) not in _PLAIN or _composed():
-            return self._recorded(input) if isinstance(input, torch.fx.Proxy) else self._composed(input, weight)
+            return self._recorded(input) if isinstance(input, transforms.Proxy) else self._composed(input, weight)
         else:
             derived = self._current()
         bias = self._given("bias")
@@ -264,7 +263,11 @@ class SparseLinear(nn.Linear):
 
     def _read(self, weight: Tensor) -> Tensor:
         """The weight for who asks for it: itself with zeros outside the mask, W ⊙ M where that cannot be."""
-        if self._buffers.get("mask") is None or weight.is_meta:  # in nn.Linear's own __init__
+        mask = self._buffers.get("mask")
+        if mask is None or weight.is_meta:  # in nn.Linear's own __init__
+            return weight
+        if not torch.compiler.is_compiling() and weight.dim() != 2:  # a piece of it, as FSDP keeps them
+            self._swapped = True
             return weight
         if torch.compiler.is_compiling() or _composed():
             return weight.masked_fill(~self._mask_now(), 0)
@@ -288,7 +291,8 @@ class SparseLinear(nn.Linear):
     def _current(self) -> _Derived:
         """What follows from the mask as it is now. One object, exchanged whole: other threads may be in forward."""
         known = self._derived
-        if known is not None:
+        # DistributedDataParallel writes to buffers before each forward, and hides that from their versions.
+        if known is not None and (_DDP._active_ddp_module is None or known.like[1].type != "cpu"):
             mask, bits, weight = self._buffers["mask"], self._buffers[BITS], self._given("weight")
             if (
                 mask is known.mask
@@ -303,8 +307,10 @@ class SparseLinear(nn.Linear):
         """Pattern and index from the mask; the weight is set to 0 outside it."""
         weight, known = self._given("weight"), self._derived
         like = (weight.dtype, weight.device, weight.shape)
-        with torch.inference_mode(False), torch.no_grad():
-            mask, bits = self._agree(weight)
+        validation.linear_mask("mask", self.mask, weight, anywhere=True)
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+            mask, bits = self._agree()
+            validation.linear_mask("mask", mask, weight)
             derived = _Derived(mask, bits, (mask._version, bits._version), like)
             if mask.is_meta or weight.is_meta or type(mask) is not Tensor:  # until values are loaded
                 self._made = self._zeroed = None
@@ -324,21 +330,20 @@ class SparseLinear(nn.Linear):
                     operands = (*Pattern.from_mask(mask, SIDES[chosen]).tensors, SIDES[chosen])
                 derived = replace(derived, packed=bits.clone(), chosen=chosen, reason=reason, operands=operands)
                 self._made = self._zeroed = None
-        self._derived = derived
-        self._zero(weight)
+            self._derived = derived
+            self._zero(weight)
         return derived
 
-    def _agree(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _agree(self) -> tuple[Tensor, Tensor]:
         """The mask and its bits, made equal: the one that changed since they last were counts, the mask if both did."""
         mask, bits, known = self.mask, self.mask_bits, self._derived
         if mask.is_meta and not bits.is_meta:  # values came one by one
             mask = patterns.unpack_mask(bits, self.in_features)
-        validation.linear_mask("mask", mask, weight)
         if mask.is_meta or type(mask) is not Tensor:
             return mask, bits
         packed = patterns.pack_mask(mask)
         if known is not None and known.packed is not None and not bits.is_meta:
-            validation.packed_mask(BITS, bits, weight, anywhere=True)
+            validation.packed_mask(BITS, bits, mask, anywhere=True)
             bits = bits.to(packed.device)
             if not torch.equal(bits, packed) and torch.equal(known.packed.to(packed.device), packed):
                 mask, packed = patterns.unpack_mask(bits, self.in_features), bits
@@ -412,8 +417,10 @@ class SparseLinear(nn.Linear):
         return super().train(mode)
 
     def _forget(self) -> None:
-        """Not all writes to weight.data show, so what was seen of the weight is to be looked at again."""
+        """Not all writes show (those through ``data`` do not), so weight and mask are to be looked at again."""
         self._made = None
+        if self._derived is not None:
+            self._derived = replace(self._derived, versions=(-1, -1))
         if self._zeroed is not None:
             self._zeroed = self._zeroed[0], None
 
@@ -447,11 +454,14 @@ class SparseLinear(nn.Linear):
         self._derive()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._current()
-        self._forget()
         weight = self._given("weight")
-        if not self._zero(weight) and hasattr(weight, "device_mesh"):
-            _zero_shards(weight, self.mask)
+        if weight.dim() == 2:  # else a piece of it, as FSDP keeps them
+            self._forget()
+            self._current()
+            if not self._zero(weight) and hasattr(weight, "device_mesh"):
+                _zero_shards(weight, self.mask)
+        else:
+            self._agree()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -526,7 +536,7 @@ def _dense(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tens
 
 
 def _wrapped(t: Tensor) -> bool:
-    return torch._C._are_functorch_transforms_active() and torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return transforms.active() and torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _mark(weight: Tensor) -> tuple[Any, ...]:
