@@ -157,6 +157,15 @@ def test_a_logit_of_minus_infinity_is_no_nan(backend, value):
     assert torch.equal(loss[1].isfinite(), loss[0].isfinite())
 
 
+@pytest.mark.parametrize("backend", map(pending, BACKENDS))
+def test_gradients_of_float16_weights_survive_a_small_upstream_gradient(backend):
+    """Rows' losses beyond 65504, times 0.001, are no infinity: gradients of float16 wait for the upstream gradient."""
+    z, weight = points(), torch.ones(4, dtype=torch.float16, requires_grad=True)
+    loss = fused_infonce(z, -z, 1e-5, weight=weight, reduction="sum", backend=backend)
+    (g,) = torch.autograd.grad(loss, weight, torch.tensor(1e-3))
+    torch.testing.assert_close(g, (fused_infonce(z, -z, 1e-5, reduction="none") * 1e-3).half())
+
+
 @pytest.mark.xfail(strict=True, reason="a known fault, not mended yet")
 def test_damaged_safetensors_are_named(tmp_path):
     path = tmp_path / "model.safetensors"

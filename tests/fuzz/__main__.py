@@ -26,6 +26,7 @@ FIELDS = struct.Struct("<8q")  # unit, call, begun (ms), units, compared, refuse
 KINDS = ("units", "compared", "refused", "read", "known")
 KEPT = 3  # cases of one fault
 START = 120  # seconds that a child may take until its first call
+STARVED = 10  # how many times the limit a child gets that does not even answer a signal
 CHILD = [sys.executable, "-W", "ignore", "-m", "fuzz"]
 
 
@@ -73,6 +74,7 @@ class Worker:
     def __init__(self, seed: int, folder: Path) -> None:
         self.seed, self.folder, self.crashes, self.hangs = seed, folder, 0, 0
         self.progress, self.faults = folder / f"progress-{seed}", folder / f"faults-{seed}.jsonl"
+        self.errors = folder / f"stderr-{seed}"
         self.progress.write_bytes(FIELDS.pack(0, -1, 0, 0, 0, 0, 0, 0))
         self.start(0)
 
@@ -81,7 +83,7 @@ class Worker:
         command = [*CHILD, "--child", str(self.seed), str(first), str(self.folder)]
         # Threads that wait must not spin: there are more of them than processors.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        with (self.folder / f"stderr-{self.seed}").open("ab") as errors:
+        with self.errors.open("ab") as errors:
             self.process = subprocess.Popen(command, env=environment, stderr=errors)
 
     def state(self) -> tuple[int, ...]:
@@ -96,9 +98,12 @@ class Worker:
         hung = ended is None and time.time() - max(begun / 1000, self.started) > limit
         if ended is None and not hung:
             return
-        if hung and not self.warned:  # where it is; and once more as long, for a machine that had no time for it
+        if hung and not self.warned:  # it writes where it is, as soon as the machine has time for it
+            self.said = self.errors.stat().st_size
             self.process.send_signal(signal.SIGUSR1)
-            self.warned, self.started = True, time.time()
+            self.warned, self.started, self.given = True, time.time(), time.time()
+            return
+        if hung and self.errors.stat().st_size == self.said and time.time() - self.given < STARVED * hang:
             return
         if hung:
             self.process.kill()

@@ -267,8 +267,9 @@ def _error(p: Problem, name: str, actual: Tensor, truth: Tensor) -> float:
         floor = p.sizes[name].item() / max(1, truth.numel()) ** 0.5
     elif p.op in ("uniformity", "alignment"):  # sums of terms up to t, whose logarithm may be 0
         floor = max(1.0, p.d.get("t", 1.0) * p.range)
-    elif name == "value":  # a divergence is a difference of entropies
-        floor = 0.1 * p.total if p.d.get("divergence") in ("kl", "js") else FLOOR_LOSS
+    elif name == "value":  # a divergence is a difference of entropies, and a part may be subtracted
+        cancels = p.d.get("divergence") in ("kl", "js") or p.d.get("factor", 1.0) < 0
+        floor = 0.1 * p.total if cancels else FLOOR_LOSS
     else:
         floor = max(FLOOR_GRADIENT * max(1, p.parallel * p.steepest / 46) * p.total, p.sizes.get(name, ZERO).item())
     size = size.clamp_min(floor * max(1, truth.numel()) ** 0.5)
