@@ -4,11 +4,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+MINUTES ?= 5
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test train lint bench bench-check bench-update bench-docs wheel clean
+.PHONY: test fuzz train lint bench bench-check bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -16,6 +17,9 @@ test: $(VENV)/test  ## run the tests
 
 train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--recipe simcse" for options of pycse train
 	$(VENV)/bin/pycse train $(ARGS)
+
+fuzz: $(VENV)/test  ## random calls against the reference for MINUTES; a crash, a hang or a fault is kept in runs/fuzz
+	PYTHONPATH=tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
