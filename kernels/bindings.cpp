@@ -4,42 +4,60 @@
 
 #include <cstring>
 
+#include "common/arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace pycse;
-using Address = std::uintptr_t;  // a tensor's data_ptr(), 0 for none
 
 template <class T = void>
 static T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 void bind_cuda(py::module_& m);  // cuda/bindings.cpp
 
+static DType type_of(const char* name, int code, bool f64 = true) {
+  in_range(name, code, 0, f64 ? 2 : 1);
+  return DType(code);
+}
+
+// The panel that a kernel is given: c rows of n similarities.
+static Panel panel_of(int64_t B, int64_t n, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f,
+                      bool written, int threads) {
+  rows_among(i0, "c", c, B);
+  matrix("S", S, c, n, ld, written);
+  threads_of(threads);
+  return {type_of("dtype", dtype), at(S), ld, i0, c, at(f), threads};
+}
+
+static void check_pattern(const SparsePattern& p) {
+  at_least("out", p.out, 0);
+  at_least("in", p.in, 0);
+  numbers("out", p.out, p.in);
+  if (p.block != 1 && p.block != 16 && p.block != 32 && p.block != 64)
+    refuse("block", "be 1, 16, 32 or 64", p.block);
+  if (p.out % p.block) refuse("out", "be a multiple of the block", p.out);
+  if (p.in % p.block) refuse("in", "be a multiple of the block", p.in);
+  needed("ptr", p.ptr), needed("t_ptr", p.t_ptr);
+  in_range("ptr[-1]", p.ptr[p.out / p.block], 0, p.out / p.block * (p.in / p.block));
+  const int64_t kept = p.ptr[p.out / p.block];
+  needed("cols", p.cols, kept), needed("t_rows", p.t_rows, kept);
+  if (p.block == 1) needed("plan", p.plan), needed("t_plan", p.t_plan);
+}
+
+static void check_dense(const void* kernel, int64_t out, int64_t in, int threads) {
+  if (!kernel) throw std::invalid_argument("this instruction set has no dense products: has_dense_products()");
+  for (const auto& [name, size] : {std::pair("out", out), std::pair("in", in)})
+    if (size < 0 || size % 32) refuse(name, "be a multiple of 32", size);
+  if (numbers("out", out / 32, in / 32) > INT32_MAX) refuse("out", "give fewer blocks", out);
+  threads_of(threads);
+}
+
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "pycse's compiled kernels. Use the functions of pycse; these take raw addresses and check nothing.";
+  m.doc() = "pycse's compiled kernels. Use the functions of pycse; these take raw addresses, and see only sizes.";
   using nogil = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<Contrastive>(m, "Contrastive")
-      .def(py::init([](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift,
-                       double hard_weight, std::optional<double> exclude_above, Address r2, Address s_pos, Address positives,
-                       Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dtau,
-                       Address dm) {
-             Contrastive p;
-             p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
-             p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
-             p.hard_weight = hard_weight;
-             p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
-             p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
-             p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
-             p.coef = at(coef), p.coef_all = coef_all;
-             p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
-             return p;
-           }),
-           py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
-           py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0, py::arg("positives") = 0,
-           py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
-           py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0)
+  py::class_<Contrastive>(m, "ContrastiveProblem")
       .def(
           "symmetric_state",
           [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum,
@@ -50,74 +68,124 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
           py::arg("lneg_column"), py::arg("lse_column"));
+  // Problems are made by functions and not by constructors: pybind11 registers what a constructor has made outside its try
+  // block, and a failed allocation would unwind through the interpreter.
+  m.def("Contrastive",
+        [](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift,
+           double hard_weight, std::optional<double> exclude_above, Address r2, Address s_pos, Address positives,
+           Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dtau,
+           Address dm) {
+          Contrastive p;
+          p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
+          p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
+          p.hard_weight = hard_weight;
+          p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
+          p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
+          p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
+          p.coef = at(coef), p.coef_all = coef_all;
+          p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
+          check_contrastive(p);
+          return p;
+        },
+        py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
+        py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0, py::arg("positives") = 0,
+        py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
+        py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0);
 
-  auto panel = [](int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, int threads) {
-    return Panel{DType(dtype), at(S), ld, i0, c, at(f), threads};
-  };
   m.def(
       "rows",
-      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f,
-              int threads, bool grad) {
-        cpu_kernels().rows(p, panel(dtype, S, ld, i0, c, f, threads), grad);
+      [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, int threads,
+         bool grad) {
+        check_rows(p);
+        if (grad) needed("f", f, c);
+        cpu_kernels().rows(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, f, grad, threads), grad);
       },
       nogil());
   m.def(
       "columns",
-      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
-        cpu_kernels().columns(p, panel(dtype, S, ld, i0, c, 0, threads));
+      [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
+        check_columns(p);
+        cpu_kernels().columns(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, 0, false, threads));
       },
       nogil());
   m.def(
       "symmetric",
-      [panel](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
-        cpu_kernels().symmetric(p, panel(dtype, S, ld, i0, c, 0, threads));
+      [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {
+        check_symmetric(p);
+        needed("coef", p.coef, p.B);
+        cpu_kernels().symmetric(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, 0, true, threads));
       },
       nogil());
   m.def(
       "normalize",
       [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int64_t ld_out,
          double factor, int threads) {
-        cpu_kernels().normalize(DType(dtype), at(z), ld, n, D, at(r), at(out), ld_out, factor, threads);
+        matrix("z", z, n, D, ld, false);
+        if (out) matrix("out", out, n, D, ld_out, true);
+        threads_of(threads);
+        return cpu_kernels().normalize(type_of("dtype", dtype), at(z), ld, n, D, at(r), at(out), ld_out, factor,
+                                       threads);
       },
       nogil());
   m.def(
       "project",
       [](int dtype, int g_dtype, Address z, int64_t ld, Address g, int64_t g_ld, int64_t n, int64_t D, Address r,
          Address f, bool scaled, Address out, int threads) {
-        cpu_kernels().project(DType(dtype), DType(g_dtype), at(z), ld, at(g), g_ld, n, D, at(r), at(f), scaled, at(out),
-                              threads);
+        matrix("z", z, n, D, ld, false);
+        if (g_ld == 0) matrix("g", g, n, D, D, false);
+        else matrix("g", g, D, n, g_ld, true);
+        matrix("out", out, n, D, D, true);
+        needed("r", r, n);
+        threads_of(threads);
+        const DType type = type_of("dtype", dtype), g_type = type_of("g_dtype", g_dtype);
+        check_gradient_type(dtype, g_dtype);
+        cpu_kernels().project(type, g_type, at(z), ld, at(g), g_ld, n, D, at(r), at(f), scaled, at(out), threads);
       },
       nogil());
   m.def(
       "positives",
       [](const Contrastive& p, int dtype, Address z1hat, int64_t ld1, Address z2, int64_t ld2, int64_t D, int64_t i0,
          int64_t n, int threads) {
-        cpu_kernels().positives(p, DType(dtype), at(z1hat), ld1, at(z2), ld2, D, i0, n, threads);
+        rows_among(i0, "n", n, p.B);
+        matrix("z1hat", z1hat, n, D, ld1, false);
+        matrix("z2", z2, p.N, D, ld2, false);
+        needed("r2", p.r2, p.N), needed("s_pos", p.s_pos, p.B);
+        threads_of(threads);
+        cpu_kernels().positives(p, type_of("dtype", dtype), at(z1hat), ld1, at(z2), ld2, D, i0, n, threads);
       },
       nogil());
   m.def(
       "small",
       [](const Contrastive& p, int dtype, int64_t D, Address z1, int64_t ld1, Address z2, int64_t ld2, bool normalize,
          bool symmetric, Address work, Address dz1, Address dz2, Address total, int threads) {
-        return cpu_kernels().small(p, Small{DType(dtype), D, ld1, ld2, at(z1), at(z2), normalize, symmetric, at<float>(work),
-                                     at(dz1), at(dz2), at<float>(total), threads});
+        matrix("z1", z1, p.B, D, ld1, false);
+        matrix("z2", z2, p.N, D, ld2, false);
+        needed("work", work);
+        if (symmetric && p.N != p.B) refuse("N", "be B in a symmetric loss", p.N);
+        threads_of(threads);
+        return cpu_kernels().small(p, Small{type_of("dtype", dtype, false), D, ld1, ld2, at(z1), at(z2), normalize,
+                                            symmetric, at<float>(work), at(dz1), at(dz2), at<float>(total), threads});
       },
       nogil());
-  py::class_<Distill>(m, "Distill")
-      .def(py::init([](int64_t B, double student, double teacher, double group, int divergence, int kind, double value,
-                       int64_t end, bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
-             return Distill{B, 1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end},
-                            sample, seed, at(coef), coef_all, at(loss)};
-           }),
-           py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
-           py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
-           py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
+  py::class_<Distill>(m, "DistillProblem");
+  m.def("Distill",
+        [](int64_t B, double student, double teacher, double group, int divergence, int kind, double value,
+           int64_t end, bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
+          const Distill d{B, 1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end},
+                          sample, seed, at(coef), coef_all, at(loss)};
+          check_distill(d);
+          return d;
+        },
+        py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
+        py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
+        py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
   m.def(
       "distill",
-      [panel](const Distill& d, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int teacher_dtype,
-              Address teachers, int64_t teachers_ld, bool grad, int threads) {
-        cpu_kernels().distill(d, panel(dtype, S, ld, i0, c, 0, threads), DType(teacher_dtype), at(teachers), teachers_ld,
-                              grad);
+      [](const Distill& d, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int teacher_dtype, Address teachers,
+         int64_t teachers_ld, bool grad, int threads) {
+        const Panel panel = panel_of(d.B, d.B, dtype, S, ld, i0, c, 0, grad, threads);
+        matrix("teachers", teachers, c, d.B, teachers_ld, false);
+        cpu_kernels().distill(d, panel, type_of("teacher_dtype", teacher_dtype), at(teachers), teachers_ld, grad);
       },
       nogil());
   m.def(
@@ -125,57 +193,93 @@ PYBIND11_MODULE(_native, m) {
       [](const Distill& d, int dtype, Address z, int64_t ld, int64_t D, bool normalize,
          const std::vector<std::tuple<int, Address, int64_t, int64_t>>& teachers, const std::vector<double>& weights,
          int logits_dtype, Address logits, int64_t logits_ld, Address work, Address dz, int threads) {
+        matrix("z", z, d.B, D, ld, false);
+        if (weights.size() != teachers.size()) refuse("weights", "be as many as the teachers", int64_t(weights.size()));
+        if (teachers.empty()) matrix("logits", logits, d.B, d.B, logits_ld, false);
+        needed("work", work, d.B);
+        threads_of(threads);
         std::vector<Vectors> teacher;
-        for (const auto& [type, x, stride, width] : teachers) teacher.push_back({DType(type), at(x), stride, width});
+        for (const auto& [type, x, stride, width] : teachers) {
+          matrix("teachers", x, d.B, width, stride, false);
+          teacher.push_back({type_of("teachers' dtype", type, false), at(x), stride, width});
+        }
         return cpu_kernels().small_distill(
-            d, {{DType(dtype), at(z), ld, D}, {DType(logits_dtype), at(logits), logits_ld, d.B}, normalize,
-                int64_t(teacher.size()), teacher.data(), weights.data(), at<float>(work), at(dz), threads});
+            d, {{type_of("dtype", dtype, false), at(z), ld, D},
+                {type_of("logits_dtype", logits_dtype), at(logits), logits_ld, d.B}, normalize, int64_t(teacher.size()),
+                teacher.data(), weights.data(), at<float>(work), at(dz), threads});
       },
       nogil());
-  py::class_<Uniformity>(m, "Uniformity").def(py::init([](double u, Address bias, Address sums) {
-    return Uniformity{u, at(bias), at(sums)};
-  }));
+  py::class_<Uniformity>(m, "UniformityProblem");
+  m.def("Uniformity", [](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; });
   m.def(
       "uniformity",
-      [panel](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
-              int threads) {
-        cpu_kernels().uniformity(p, panel(dtype, S, ld, i0, c, 0, threads), n, grad);
+      [](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
+         int threads) {
+        at_least("c", c, 0);
+        in_range("n", n, c, kMostNumbers);
+        in_range("i0", i0, 0, kMostNumbers);
+        needed("bias", p.bias, c), needed("sums", p.sums, c);
+        cpu_kernels().uniformity(p, panel_of(i0 + c, n, dtype, S, ld, i0, c, 0, grad, threads), n, grad);
       },
       nogil());
   m.def("small_distill_work_size", [](int64_t B, int64_t D, int64_t teachers, int dtype) {
-    return small_distill_work_size(B, D, teachers, DType(dtype));
+    at_least("B", B, 0), at_least("D", D, 0), at_least("teachers", teachers, 0);
+    numbers("B", B, B), numbers("B", B, D), numbers("B", B, teachers);
+    return small_distill_work_size(B, D, teachers, type_of("dtype", dtype, false));
   });
   m.def("small_work_size", [](int64_t B, int64_t N, int64_t D, int dtype, bool symmetric) {
-    return small_work_size(B, N, D, DType(dtype), symmetric);
+    at_least("B", B, 0), at_least("N", N, 0), at_least("D", D, 0);
+    numbers("B", B, N), numbers("B", B, D), numbers("N", N, D);
+    return small_work_size(B, N, D, type_of("dtype", dtype, false), symmetric);
   });
-  py::class_<SparsePattern>(m, "SparsePattern")
-      .def(py::init([](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows,
-                       Address plan, Address t_plan, Address packed) {
-        return SparsePattern{out, in, block, at<int32_t>(ptr), at<int32_t>(cols), at<int32_t>(t_ptr), at<int32_t>(t_rows),
-                             at<int32_t>(plan), at<int32_t>(t_plan), at(packed)};
-      }));
+  py::class_<SparsePattern>(m, "KeptWeights");
+  m.def("SparsePattern",
+        [](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows, Address plan,
+           Address t_plan, Address packed) {
+          const SparsePattern p{out, in, block, at<int32_t>(ptr), at<int32_t>(cols), at<int32_t>(t_ptr),
+                                at<int32_t>(t_rows), at<int32_t>(plan), at<int32_t>(t_plan), at(packed)};
+          check_pattern(p);
+          return p;
+        });
   m.attr("SPARSE_CHUNK") = kSparseChunk;
   m.attr("SPARSE_AT_STEP") = kAtStep;
   m.def(
       "sparse_product",
       [](const SparsePattern& p, int dtype, Address x, int64_t ldx, Address w, int64_t ldw, Address bias, Address y, int64_t n,
          bool transposed, int threads) {
-        cpu_kernels().sparse_product(p, DType(dtype), at(x), ldx, at(w), ldw, at(bias), at(y), n, transposed, threads);
+        matrix("x", x, n, transposed ? p.out : p.in, ldx, false);
+        matrix("w", w, p.out, p.in, ldw, false);
+        matrix("y", y, n, transposed ? p.in : p.out, transposed ? p.in : p.out, true);
+        threads_of(threads);
+        cpu_kernels().sparse_product(p, type_of("dtype", dtype), at(x), ldx, at(w), ldw, at(bias), at(y), n, transposed,
+                                     threads);
       },
       nogil());
   m.def(
       "sparse_outer",
       [](const SparsePattern& p, int dtype, Address dy, int64_t ldy, Address x, int64_t ldx, Address dw, int64_t n,
-         int threads) { cpu_kernels().sparse_outer(p, DType(dtype), at(dy), ldy, at(x), ldx, at(dw), n, threads); },
+         int threads) {
+        matrix("dy", dy, n, p.out, ldy, false);
+        matrix("x", x, n, p.in, ldx, false);
+        matrix("dw", dw, p.out, p.in, p.in, true);
+        threads_of(threads);
+        cpu_kernels().sparse_outer(p, type_of("dtype", dtype), at(dy), ldy, at(x), ldx, at(dw), n, threads);
+      },
       nogil());
   m.def(
       "sparse_pack",
       [](const SparsePattern& p, int dtype, Address w, int64_t ldw, Address packed, int threads) {
-        cpu_kernels().sparse_pack(p, DType(dtype), at(w), ldw, at(packed), threads);
+        if (p.block != 1) refuse("block", "be 1: only single weights are packed", p.block);
+        matrix("w", w, p.out, p.in, ldw, false);
+        needed("packed", packed, p.ptr[p.out]);
+        threads_of(threads);
+        cpu_kernels().sparse_pack(p, type_of("dtype", dtype), at(w), ldw, at(packed), threads);
       },
       nogil());
   // A few hundred numbers of a tensor, spread over it: another value shows that somebody wrote to it.
   m.def("fingerprint", [](Address begin, size_t bytes) {
+    needed("begin", begin, bytes >= sizeof(uint64_t));
+    in_range("bytes", int64_t(bytes), 0, kMostNumbers);
     uint64_t hash = 14695981039346656037u, word = 0;  // FNV-1a, by words
     const size_t words = bytes / sizeof word, step = (words / 512) | 1;  // odd: not one column of a weight
     for (size_t i = 0; i < words; i += step) {
@@ -187,7 +291,11 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "mask_weight",
       [](int dtype, Address w, int64_t ldw, Address bits, int64_t out, int64_t in, Address result, int threads) {
-        cpu_kernels().mask_weight(DType(dtype), at(w), ldw, at<int32_t>(bits), out, in, at(result), threads);
+        matrix("w", w, out, in, ldw, false);
+        matrix("result", result, out, in, in, true);
+        needed("bits", bits, out > 0 && in > 0);
+        threads_of(threads);
+        cpu_kernels().mask_weight(type_of("dtype", dtype), at(w), ldw, at<int32_t>(bits), out, in, at(result), threads);
       },
       nogil());
   m.def("has_dense_products", [] { return cpu_kernels().dense_product != nullptr; });
@@ -195,12 +303,20 @@ PYBIND11_MODULE(_native, m) {
       "dense_product",
       [](Address x, int64_t ldx, Address w, int64_t ldw, int64_t out, int64_t in, Address y, int64_t ldy, int64_t n, bool transposed,
          bool add, int threads) {
+        check_dense(reinterpret_cast<const void*>(cpu_kernels().dense_product), out, in, threads);
+        matrix("x", x, n, transposed ? out : in, ldx, false);
+        matrix("w", w, out, in, ldw, false);
+        matrix("y", y, n, transposed ? in : out, ldy, true);
         cpu_kernels().dense_product(at<float>(x), ldx, at<float>(w), ldw, out, in, at<float>(y), ldy, n, transposed, add, threads);
       },
       nogil());
   m.def(
       "dense_outer",
       [](Address dy, int64_t ldy, Address x, int64_t ldx, int64_t out, int64_t in, Address dw, int64_t n, bool add, int threads) {
+        check_dense(reinterpret_cast<const void*>(cpu_kernels().dense_outer), out, in, threads);
+        matrix("dy", dy, n, out, ldy, false);
+        matrix("x", x, n, in, ldx, false);
+        matrix("dw", dw, out, in, in, true);
         cpu_kernels().dense_outer(at<float>(dy), ldy, at<float>(x), ldx, out, in, at<float>(dw), n, add, threads);
       },
       nogil());
