@@ -92,7 +92,7 @@ class SparseLinear(nn.Linear):
 
     Kernels take plain tensors, eagerly and under torch.compile. Everywhere else the layer is F.linear of W ⊙ M in
     PyTorch's own operators: under torch.func's transforms (grad, jvp, vmap, …), in forward-mode AD, for subclasses of
-    Tensor (DTensor, FakeTensor), in torch.jit.trace, torch.export and torch.onnx.export. torch.fx keeps it as a call of
+    Tensor (FakeTensor), in torch.jit.trace, torch.export and torch.onnx.export. torch.fx keeps it as a call of
     a module.
 
     Args:

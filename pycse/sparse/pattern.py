@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycse import backends
+from pycse import backends, transforms
 from pycse.kernels import native
 
 BLOCKS = (16, 32, 64)
@@ -193,6 +193,9 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
     """:func:`pack_mask` undone: bool (out, in_features)."""
+    if transforms.active():  # vmap has no rule for views of another type in every torch
+        places = torch.arange(32, dtype=torch.int32, device=bits.device)
+        return (bits[:, :, None] >> places & 1).flatten(1)[:, :in_features].bool()
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     each = bits.contiguous().view(torch.uint8)[:, :, None] >> shifts & 1
     return each.view(bits.shape[0], bits.shape[1] * 32)[:, :in_features].bool()
