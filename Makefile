@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test fuzz train lint bench bench-check bench-update bench-docs wheel clean
+.PHONY: test sanitize fuzz train lint bench bench-check bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -17,6 +17,19 @@ test: $(VENV)/test  ## run the tests
 
 train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--recipe simcse" for options of pycse train
 	$(VENV)/bin/pycse train $(ARGS)
+
+# GCC brings its sanitizers' libraries. The checks alone under ThreadSanitizer; leaks are not asked for: Python and PyTorch keep
+# memory until the process ends. Memory that is fresh is NaN.
+SANITIZE := build/sanitize
+CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPYCSE_CHECKS=ON -B
+sanitize: $(VENV)/test  ## the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; under 6 minutes
+	$(PIP) cmake ninja pybind11
+	$(CONFIGURE) $(SANITIZE)/thread -DPYCSE_SANITIZE=thread -DPYCSE_MODULE=OFF
+	$(CONFIGURE) $(SANITIZE)/address -DPYCSE_SANITIZE=address -DPython_EXECUTABLE=$(abspath $(RUN)) \
+	  -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
+	$(VENV)/bin/cmake --build $(SANITIZE)/thread
+	$(VENV)/bin/cmake --build $(SANITIZE)/address
+	$(RUN) tests/native/sanitize.py $(SANITIZE)
 
 fuzz: $(VENV)/test  ## random calls against the reference for MINUTES; a crash, a hang or a fault is kept in runs/fuzz
 	PYTHONPATH=tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)
