@@ -1,5 +1,5 @@
-"""What the fuzzer found, each fault by itself and as small as it goes. One that is not mended yet is marked to fail,
-and has its line in tests/fuzz/known.py: when it passes, both go."""
+"""What the fuzzer found, each fault by itself and as small as it goes. One that is not mended yet is marked
+xfail(strict=True), and has its line in tests/fuzz/known.py: when it passes, both go."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ from pycse.sparse.pattern import pack_mask
 from pycse.sparse.storage import saved_masks
 
 BACKENDS = ["cpu", "torch"]
-
-
-def pending(*values):
-    """A parameter that meets a fault which is not mended yet."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason="a known fault, not mended yet"))
 
 
 def points(rows=4, width=6, seed=0):
@@ -96,7 +91,7 @@ def test_the_sign_of_a_layers_input_stands_in_a_flag(negative, grad, backend):
 
 @pytest.mark.parametrize(
     "dtype, backend",
-    [(torch.bfloat16, "cpu"), (torch.bfloat16, "torch"), pending(torch.float16, "cpu"), (torch.float16, "torch")],
+    [(torch.bfloat16, "cpu"), (torch.bfloat16, "torch"), (torch.float16, "cpu"), (torch.float16, "torch")],
 )
 def test_backward_of_masked_linear_under_autocast(dtype, backend):
     x, weight, mask = points().requires_grad_(), points(5, 6, 1).requires_grad_(), points(5, 6, 3) > 0
@@ -107,7 +102,7 @@ def test_backward_of_masked_linear_under_autocast(dtype, backend):
     torch.testing.assert_close(dw, x.sum(0) * mask, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", map(pending, BACKENDS))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_inside_inference_mode(backend):
     """F.linear gives them there for tensors made outside, so what is made of the mask must not be in the way."""
     x, weight, mask = points().requires_grad_(), points(5, 6, 1).requires_grad_(), points(5, 6, 3) > 0
@@ -138,7 +133,7 @@ def test_the_mean_of_two_probabilities_that_underflow(backend):
     assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [pending("reference"), "cpu", pending("torch")])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 def test_packed_masks_of_one_word_a_row_that_are_strided(backend):
     """A matrix of one number is contiguous whatever its strides, and a view of its bytes is not."""
     mask = torch.ones(1, 6).bool()
@@ -157,7 +152,7 @@ def test_a_logit_of_minus_infinity_is_no_nan(backend, value):
     assert torch.equal(loss[1].isfinite(), loss[0].isfinite())
 
 
-@pytest.mark.parametrize("backend", map(pending, BACKENDS))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_float16_weights_survive_a_small_upstream_gradient(backend):
     """Rows' losses beyond 65504, times 0.001, are no infinity: gradients of float16 wait for the upstream gradient."""
     z, weight = points(), torch.ones(4, dtype=torch.float16, requires_grad=True)
@@ -166,7 +161,6 @@ def test_gradients_of_float16_weights_survive_a_small_upstream_gradient(backend)
     torch.testing.assert_close(g, (fused_infonce(z, -z, 1e-5, reduction="none") * 1e-3).half())
 
 
-@pytest.mark.xfail(strict=True, reason="a known fault, not mended yet")
 def test_damaged_safetensors_are_named(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"0.mask_bits": pack_mask(torch.ones(4, 5).bool())}, path)

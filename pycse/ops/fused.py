@@ -56,7 +56,7 @@ def value(tensor: Tensor | None, number: float) -> float | Tensor:
 
 
 def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or like is None else gradient.to(like.dtype)
+    return gradient if gradient is None or like is None else gradient.to(gradient_dtype(like))
 
 
 def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -66,7 +66,7 @@ def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tup
         if not needed or x is None:
             result.append(z1.new_empty(EMPTY))
         else:
-            result.append(x.new_empty(x.shape, dtype=gradient_dtype(x) if k < 2 else x.dtype))
+            result.append(x.new_empty(x.shape, dtype=gradient_dtype(x)))
     return tuple(result)
 
 
@@ -211,7 +211,9 @@ def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     if fused.list_at is not None:
         options[fused.list_at - fused.tensors] = saved[fused.tensors :]
     run = ctx.run
-    if transforms.legacy_batched(upstream):  # jacobian(vectorize=True): the operator in PyTorch's own loop, which takes no lists
+    if transforms.legacy_batched(
+        upstream
+    ):  # jacobian(vectorize=True): the operator in PyTorch's own loop, which takes no lists
         if fused.list_at is not None:
             raise RuntimeError(NO_LOOP)
         run = fused.op

@@ -10,6 +10,7 @@ forward-mode AD), the product is written in PyTorch's own operators, dense, with
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -161,7 +162,11 @@ class _Gradients(torch.autograd.Function):
         a, b, *which = ctx.saved_tensors  # once: activation checkpointing unpacks them a single time
         which += ctx.options
         needs = ctx.needs_input_grad[2 : 2 + ctx.product.tensors]
-        return None, None, *ctx.product.backward(g, a, b, which, needs), *[None] * len(which)
+        device = g.device.type
+        # Forward has cast already; products inside a kernel are not to be cast again.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+            gradients = ctx.product.backward(g, a, b, which, needs)
+        return None, None, *gradients, *[None] * len(which)
 
 
 class _Products:

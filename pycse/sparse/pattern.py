@@ -197,7 +197,8 @@ def unpack_mask(bits: Tensor, in_features: int) -> Tensor:
         places = torch.arange(32, dtype=torch.int32, device=bits.device)
         return (bits[:, :, None] >> places & 1).flatten(1)[:, :in_features].bool()
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    each = bits.contiguous().view(torch.uint8)[:, :, None] >> shifts & 1
+    bits = bits if bits.is_contiguous() and bits.stride(-1) == 1 else bits.clone(memory_format=torch.contiguous_format)
+    each = bits.view(torch.uint8)[:, :, None] >> shifts & 1
     return each.view(bits.shape[0], bits.shape[1] * 32)[:, :in_features].bool()
 
 

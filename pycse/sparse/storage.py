@@ -166,12 +166,15 @@ def transformer_folder(folder: Path) -> Path:
 
 def saved_masks(folder: Path) -> dict[str, Tensor]:
     """The masks in a folder's safetensors files."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     masks = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            masks.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(f".{BITS}")})  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                masks.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(f".{BITS}")})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error})") from error
     return masks
 
 

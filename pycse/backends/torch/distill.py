@@ -40,7 +40,9 @@ class Kernels(Norms, panel.Kernels):
         coef = (out.coef if isinstance(out.coef, float) else out.coef[i0 : i0 + c, None]) / d.student_temperature
         part = out.loss[i0 : i0 + c]
         if d.divergence == "js":
-            log_a = (p + q).clamp_min(torch.finfo(p.dtype).tiny).log() - math.log(2)  # halves of the smallest numbers are 0
+            log_a = (p + q).clamp_min(torch.finfo(p.dtype).tiny).log() - math.log(
+                2
+            )  # halves of the smallest numbers are 0
             p_part = (p * (log_p - log_a)).masked_fill_(p == 0, 0)
             kl_p = p_part.sum(1, keepdim=True)
             q_part = torch.xlogy(q, q) - torch.where(q == 0, 0, q * log_a)
