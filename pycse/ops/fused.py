@@ -62,7 +62,7 @@ def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Shapes of the gradients of z1 and the other inputs (z2, temperature, m, weight), for the fake kernels."""
     result = []
-    for k, (needed, x) in enumerate(zip(needs, (z1, *inputs))):
+    for needed, x in zip(needs, (z1, *inputs)):
         if not needed or x is None:
             result.append(z1.new_empty(EMPTY))
         else:
