@@ -25,7 +25,7 @@ def pair(pattern, dtype=torch.float64):
     dense = sparse.densify()
     dict(sparse.named_parameters())["weight"].data.add_(~sparse.mask)
     dense.mask = sparse.mask
-    return sparse, dense, torch.randn(5, 64, dtype=dtype), torch.randn(5, 64, dtype=dtype)
+    return sparse, dense, torch.randn(2, 64, dtype=dtype), torch.randn(2, 64, dtype=dtype)
 
 
 def of_duals(module, x, t):
