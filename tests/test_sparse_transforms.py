@@ -172,13 +172,13 @@ def test_what_pytorch_puts_in_the_weights_place(pattern):
         def forward(self, weight):
             return 2 * weight + 1
 
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64, dtype=torch.float64)
     for change, made, undo in (
         (lambda m: prune.l1_unstructured(m, "weight", 0.3), lambda m: m.weight_orig * m.weight_mask, lambda m: prune.remove(m, "weight")),
         (lambda m: parametrize.register_parametrization(m, "weight", Affine()), lambda m: 2 * m.parametrizations.weight.original + 1, lambda m: parametrize.remove_parametrizations(m, "weight")),
         (lambda m: parametrizations.spectral_norm(m.eval()), lambda m: m.parametrizations.weight[0](m.parametrizations.weight.original), lambda m: parametrize.remove_parametrizations(m, "weight")),
     ):  # fmt: skip
-        sparse = pair(pattern, torch.float32)[0]
+        sparse = pair(pattern)[0]
         change(sparse)
         for _ in range(2):
             (leaf,) = (p for name, p in sparse.named_parameters() if "weight" in name)
