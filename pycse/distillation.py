@@ -142,7 +142,7 @@ def fused_distill(
         teacher_logits: instead of ``teachers``, (B, B) averaged cosines made elsewhere, before any temperature. The
             diagonal is not looked at.
         teacher_weights: one number >= 0 a teacher, normalised to sum 1; default: equal.
-        student_temperature, teacher_temperature: > 0, no unit.
+        student_temperature, teacher_temperature: at least 1e-12, no unit.
         group_temperature: > 0: group boundaries are quantiles of softmax(t / group_temperature).
         group_p: probability mass of a group, in (0, 1]; 0.1 where no grouping is given, as published.
         group_size: instead, ranks in a group, >= 1.

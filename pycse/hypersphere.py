@@ -50,7 +50,7 @@ def uniformity(x: Tensor, t: float = 2.0, *, normalize: bool = True, backend: st
     Args:
         x: (N, D) embeddings, N >= 2; float32, float64, bfloat16 or float16. A row with norm <= 1e-12 counts as 0 and
             gets gradient 0.
-        t: > 0, no unit. Up to 20 the exponentials fit float32 without a search for the largest one.
+        t: > 0 and at most 1e6, no unit. Up to 20 the exponentials fit float32 without a search for the largest one.
         normalize: False takes the rows as they are. Exponents are differences of t |x_i|^2, so in float32 this may be 1e6
             at most (t itself for unit rows); beyond that digits are lost, and at last everything.
         backend: as in :func:`pycse.fused_focal_infonce`.
