@@ -12,9 +12,8 @@ from torch._C import _functorch
 from torch.fx import Proxy
 
 
-def active() -> bool:
-    """Whether the caller runs inside a transform of torch.func."""
-    return torch._C._are_functorch_transforms_active()
+# Whether the caller runs inside a transform of torch.func.
+active = torch._C._are_functorch_transforms_active
 
 
 def _levels(t: Tensor):

@@ -215,6 +215,8 @@ def check_values(
     focal: bool,
 ) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    if temperature is None and m is None and positives is None:
+        return
     temperature, m, positives = (None if transforms.batched(t) else t for t in (temperature, m, positives))
     if temperature is not None:
         value = temperature.item()

@@ -158,6 +158,8 @@ def test_dot_products_beyond_resolution_are_nan_and_no_number():
     """normalize=False: logits of 1e9 and more, whose rounding in float32 is hundreds of nats."""
     for B in (8, 150):
         x, y = (z * 1e6 for z in views(B, torch.float32))
+        both = fused_infonce(x, y, 0.05, normalize=False, symmetric=True, reduction="none", backend="cpu")
+        assert both.isnan().all()
         loss = fused_infonce(x, y, 0.05, normalize=False, reduction="none", backend="cpu")
         truth = fused_infonce(x.double(), y.double(), 0.05, normalize=False, reduction="none", backend="reference")
         assert (loss.isnan() | (abs(loss.double() - truth) <= 1e-5 * truth + 1e-3)).all()

@@ -30,12 +30,10 @@ PYCSE_INLINE void store(bf16& out, float x) {  // round to nearest even; NaN sta
   out.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// 2^x: 0 below -126.5 (so -inf marks a key that does not count), 2^64 above 64, NaN for NaN. Relative error 1.7e-7: a
-// minimax polynomial on [-1/2, 1/2]; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits, and 127
-// more makes it an exponent. The product, not a sum of bits, keeps a NaN whatever its payload.
+// 2^x for x < 128 (less a row's maximum, whose rounding is 32 bits at most: rows.h): 0 below -126 (so -inf marks a key that does not count), NaN for NaN. Relative error 1.7e-7: a minimax
+// polynomial on [-1/2, 1/2]; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits, and 127 more
+// makes it an exponent. The product, not a sum of bits, keeps a NaN whatever its payload.
 PYCSE_INLINE float exp2_(float x) {
-  x = x < -127.0f ? -127.0f : x;  // 2^-127 has exponent 0 and counts as 0
-  x = x > 64.0f ? 64.0f : x;
   const float t = x + 12583039.0f;
   const float r = x - (t - 12583039.0f);
   float y = 1.3264727262e-3f;
@@ -44,9 +42,10 @@ PYCSE_INLINE float exp2_(float x) {
   y = y * r + 2.4022242084e-1f;
   y = y * r + 6.9314697760e-1f;
   y = y * r + 1.0f;
-  return y * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) << 23);
+  y *= __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, t) << 23);
+  return x < -126.0f ? 0.0f : y;
 }
-PYCSE_INLINE double exp2_(double x) { return std::exp2(x > 64 ? 64 : x); }
+PYCSE_INLINE double exp2_(double x) { return std::exp2(x); }
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 

@@ -178,8 +178,11 @@ class _Gradients(torch.autograd.Function):
         listed = () if fused.list_at is None else args[fused.list_at]
         saved = [*args[: fused.tensors], *listed]
         # What inference mode made (encode() of a teacher, say) counts no changes in place: a copy is kept.
-        with torch.inference_mode(False) if any(t is not None and t.is_inference() for t in saved) else _NO_GUARD:
-            ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in saved))
+        for k, t in enumerate(saved):
+            if t is not None and t.is_inference():
+                with torch.inference_mode(False):
+                    saved[k] = t.clone()
+        ctx.save_for_backward(*saved)
         ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, args[fused.tensors :], needs
         ctx.dtypes = [t.dtype if needed else None for t, needed in zip(saved, needs)]
         ctx.gradients = None if unknown else gradients

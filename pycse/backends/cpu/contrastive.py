@@ -83,12 +83,13 @@ def _small(p: Contrastive) -> Result | None:
     """None for embeddings so long that their products might overflow: the panels normalise rows first."""
     kernels, code = native(), CODES[p.z1.dtype]
     (B, D), N = p.z1.shape, p.z2.shape[0]
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=p.z1.device)  # noqa: E731
-    rows, loss, work = new(B), new(), new(kernels.small_work_size(B, N, D, code, p.symmetric))
-    dz1 = new(B, D, dtype=p.z1.dtype) if p.needs.z1 else None
-    dz2 = new(N, D, dtype=p.z1.dtype) if p.needs.z2 else None
-    dtau = new(B) if p.needs.temperature else None
-    dm = new(B) if p.needs.m else None
+    new, wide = p.z1.new_empty, torch.float32
+    rows, loss = new(B, dtype=wide), new((), dtype=wide)
+    work = new(kernels.small_work_size(B, N, D, code, p.symmetric), dtype=wide)
+    dz1 = new(B, D) if p.needs.z1 else None
+    dz2 = new(N, D) if p.needs.z2 else None
+    dtau = new(B, dtype=wide) if p.needs.temperature else None
+    dm = new(B, dtype=wide) if p.needs.m else None
     coef = p.row_coefficients()
     done = kernels.small(
         _problem(p, coef, loss=rows, dtau=dtau, dm=dm),

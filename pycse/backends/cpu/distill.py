@@ -51,9 +51,10 @@ def _small(d: Distillation) -> Result | None:
     """None for embeddings so long that their products might overflow: the panels normalise rows first."""
     kernels, code = native(), CODES[d.z1.dtype]
     B, D = d.z1.shape
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=d.z1.device)  # noqa: E731
-    loss, work = new(B), new(kernels.small_distill_work_size(B, D, len(d.teachers), code))
-    dz = new(B, D, dtype=d.z1.dtype) if d.need else None
+    new, wide = d.z1.new_empty, torch.float32
+    loss = new(B, dtype=wide)
+    work = new(kernels.small_distill_work_size(B, D, len(d.teachers), code), dtype=wide)
+    dz = new(B, D) if d.need else None
     coef = d.row_coefficients() * d.factor
     done = kernels.small_distill(
         _problem(d, coef, loss), code, d.z1.data_ptr(), d.z1.stride(0), D, d.normalize,
