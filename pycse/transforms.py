@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.fx import Proxy
 
-
 # Whether the caller runs inside a transform of torch.func.
 active = torch._C._are_functorch_transforms_active
 
