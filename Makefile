@@ -4,12 +4,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+BASE ?= HEAD
 MINUTES ?= 5
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test sanitize fuzz train lint bench bench-check bench-update bench-docs wheel clean
+.PHONY: test sanitize fuzz train lint bench bench-check bench-compare bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -42,6 +43,9 @@ bench: $(VENV)/bench  ## every table, beside the peers; ARGS="--full", or "--wor
 
 bench-check: $(VENV)/test  ## fail where a ratio is worse than benchmarks/baseline.json; under 3 minutes
 	$(RUN) -m benchmarks check
+
+bench-compare: $(VENV)/test  ## time the working tree beside another commit; BASE=REF, ARGS="--workload 'focal-*'"
+	$(RUN) -m benchmarks compare --base $(BASE) $(ARGS)
 
 bench-update: $(VENV)/test  ## rewrite the baseline
 	$(RUN) -m benchmarks update

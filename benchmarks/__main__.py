@@ -117,6 +117,38 @@ def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
 
 
 @app.command()
+def compare(
+    base: Annotated[str, typer.Option("--base", metavar="REF", help="The commit to stand beside; it is built once.")],
+    workload: Glob = "*",
+    seconds: Annotated[float, typer.Option(min=0, help="For the rounds of a workload.")] = SECONDS,
+) -> None:
+    """Time the working tree beside another commit, on the short set or the workloads named; parity is asked for first."""
+    from benchmarks.compare import Side, compared, package_of
+
+    chosen, skipped = fitting([w for w in select("short", workload) if w.timed and not w.huge])
+    commit, site = package_of(base)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"{date.today()}  {measure.machine()}  {measure.commit()} beside {commit}", highlight=False)
+    out = Table("workload", "parity", f"{commit} ms", "here ms", f"times as fast as {commit}", "spread")
+    for column in out.columns[1:]:
+        column.justify = "right"
+    with Side(site) as other, Side(None) as here:
+        for w in chosen:
+            c = compared(other, here, w.name, seconds)
+            if c.left_out:
+                skipped[w.name] = c.left_out
+                continue
+            times = (f"{c.timings[side].best * 1e3:.3f}" for side in ("base", "new"))
+            spread = max(t.spread for t in c.timings.values())
+            out.add_row(w.name, f"{max(c.parity.values()):.0e}", *times, f"{c.ratio:.3f}", f"{spread:.0%}")
+    console.print(out)
+    for name, reason in skipped.items():
+        console.print(f"left out: {name}: {reason}", highlight=False)
+    if any("ParityError" in reason for reason in skipped.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def update(workload: Glob = "*", file: File = baseline.FILE) -> None:
     """Measure the short set and make it the baseline, with date, machine and commit."""
     chosen = select("short", workload)

@@ -18,8 +18,10 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside this package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
+import pycse  # noqa: E402
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import baseline, docs, growth, measure, peers  # noqa: E402
+from benchmarks.compare import Side, compared  # noqa: E402
 from benchmarks.formulas import reference  # noqa: E402
 from benchmarks.measure import Turns  # noqa: E402
 from benchmarks.peers import PEERS, PYCSE, Peer, beside, parity, too_large  # noqa: E402
@@ -304,6 +306,46 @@ class TestDocuments:
         path.write_text(content)
         code, error = main(monkeypatch, capsys, "docs", "--json", path)
         assert code == 2 and str(path) in error and error.count("\n") == 1
+
+
+class TestCompare:
+    NAME = "focal-64x768-fp32"
+
+    @pytest.fixture(scope="class")
+    def new(self):
+        with Side(None) as side:
+            yield side
+
+    def test_two_packages_take_turns(self, new):
+        with Side(None) as base:
+            c = compared(base, new, self.NAME, 0)
+        assert not c.left_out and c.parity["base"] == c.parity["new"] < 1e-4
+        assert len(c.timings["base"].seconds) == len(c.timings["new"].seconds) == 5
+        assert c.ratio == c.timings["base"].best / c.timings["new"].best
+
+    def test_a_package_that_computes_something_else_is_not_timed(self, new, tmp_path):
+        real = Path(pycse.__file__)
+        other = tmp_path / "pycse"
+        other.mkdir()
+        wrong = "right = fused_focal_infonce\ndef fused_focal_infonce(*a, **k): return 1.01 * right(*a, **k)\n"
+        (other / "__init__.py").write_text(f"__path__ = [{str(real.parent)!r}]\n{real.read_text()}\n{wrong}")
+        with Side(tmp_path) as base:
+            assert base.package == str(other) and new.package == str(real.parent)
+            c = compared(base, new, self.NAME, 0)
+        assert c.left_out.startswith("base: ParityError") and not c.timings
+
+    def test_what_a_package_cannot_run_is_left_out(self, new, tmp_path):
+        (tmp_path / "pycse").mkdir()
+        real = Path(pycse.__file__)
+        (tmp_path / "pycse" / "__init__.py").write_text(
+            f"__path__ = [{str(real.parent)!r}]\n{real.read_text()}\ndel fused_focal_infonce\n"
+        )
+        with Side(tmp_path) as base:
+            assert "fused_focal_infonce" in compared(base, new, self.NAME, 0).left_out
+
+    def test_an_unknown_commit(self, monkeypatch, capsys):
+        code, said = main(monkeypatch, capsys, "compare", "--base", "no-such-commit", "--workload", self.NAME)
+        assert code == 2 and "'no-such-commit'" in said
 
 
 def test_the_stages_of_a_call_add_up():

@@ -38,7 +38,7 @@ FAULTS = {
     "scratch for one thread less": Fault(
         ADDRESS, "block_sparse.h", "packed(threads * most", "packed((threads - 1) * most"
     ),
-    "no room past the ranks": Fault(ADDRESS, "shuffle.h", "ranked_(n + 1)", "ranked_(n)"),
+    "half as many buckets as are used": Fault(ADDRESS, "shuffle.h", "bucket_(2 * n)", "bucket_(n)"),
     "a mask's last word is whole": Fault(ADDRESS, "sparse.h", "int(in - k * 32)", "32"),
     "transposed rows in too little scratch": Fault(
         ADDRESS, "norms.h", "buffers(threads * kTransposed * D)", "buffers(threads * kTransposed * (D - 1))"
@@ -156,6 +156,10 @@ class Builder:
         found = [self.compiled(source, isa, sanitizer, "-fopenmp", f"-DPYCSE_ISA={isa}", *ISAS[isa], again=again)]
         return [*found, *self.kernels("v4", sanitizer, False)] if isa == "amx" else found
 
+    def forget(self) -> None:
+        for path in self.folder.glob("*.o"):
+            path.unlink()
+
     def checks(self, isa: str, sanitizer: str, everything: bool) -> str:
         """everything: the fault is in what the checks include too."""
         choice = self.folder / f"{isa}.cpp"
@@ -174,15 +178,16 @@ def plant(fault: Fault, builder: Builder) -> str:
     text = path.read_text()
     if fault.before not in text:
         return f"NOT PLANTED: {fault.file} has no {fault.before!r}"
+    everything = fault.file == "contrastive.h"  # the checks include it too
     path.write_text(text.replace(fault.before, fault.after))
     try:
-        checks = builder.checks(
-            fault.isa, "thread" if fault.instrument == THREADS else "address", fault.file == "contrastive.h"
-        )
+        checks = builder.checks(fault.isa, "thread" if fault.instrument == THREADS else "address", everything)
         options = "malloc_fill_byte=255:max_malloc_fill_size=1073741824:detect_leaks=0"
         done = subprocess.run([checks], env={**os.environ, "ASAN_OPTIONS": options}, capture_output=True, text=True)
     finally:
         path.write_text(text)
+        if everything:
+            builder.forget()
     said = done.stdout + done.stderr
     marks = {
         ADDRESS: "AddressSanitizer",
