@@ -112,6 +112,8 @@ class Fused:
         )
         if not plain:
             if transforms.active():
+                if torch.compiler.is_compiling():  # which cannot look into a transform of what has gradients of its own
+                    torch._dynamo.graph_break("pycse: a loss under a transform of torch.func is not compiled")
                 return transformed(self, z1, *rest)
             if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
                 raise RuntimeError(
@@ -273,7 +275,6 @@ def _wants_gradients(tensors: Any) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-@torch.compiler.disable  # TorchDynamo cannot look into a transform of a function with gradients of its own
 def transformed(fused: Fused, *args: Any) -> tuple[Tensor, ...]:
     """The operator's values under torch.func's transforms (grad, vjp, jacrev, vmap), for its arguments up to ``needs``."""
     needs = [t is not None and transforms.tracked(t) for t in args[: fused.differentiable]]
