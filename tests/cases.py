@@ -51,7 +51,7 @@ HOSTILE = [
     Case(kind="zeros", focal=False),
     Case(kind="scales", D=64),
     Case(kind="far"),
-    Case(17, 31, kind="far", focal=False, temperature=0.02),
+    Case(17, 31, kind="far", focal=False),
     Case(kind="opposite"),
     Case(kind="opposite", temperature=0.01, focal=False),
 ]
