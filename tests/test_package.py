@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,3 +166,12 @@ def test_a_gil_release_lets_python_run():
     stop.set()
     thread.join()
     assert ticks[0] > before
+
+
+def test_no_backend_imports_another():
+    """An error in what they shared would be in the oracle too, and no test would see it."""
+    folder = ROOT / "pycse" / "backends"
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0]
+        for name in re.findall(r"^\s*(?:from|import) pycse\.backends\.(\w+)", path.read_text(encoding="utf-8"), re.M):
+            assert name in (own, "addresses", "forks") or not (folder / name).is_dir(), f"{path} imports {name}"
