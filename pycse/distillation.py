@@ -270,7 +270,7 @@ def _distill(
         if z2 is None:
             return DistillCSEOutput(distillation, torch.zeros_like(distillation), distillation.detach())
         if validate or z1.device.type == "cpu":
-            validation.check_values(z1, z2, tau, margin, weight, positives, focal)
+            validation.check_values(z1, z2, tau, margin, weight, positives, focal, normalize)
         p = Contrastive(
             z1, z2, temperature, m if focal else 0.0, focal, positives, query_ids, key_ids, weight,
             float(hard_negative_weight), excluded, symmetric, normalize, reduction,

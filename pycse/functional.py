@@ -151,7 +151,7 @@ def _contrastive(
     excluded = None if exclude_above is None else float(exclude_above)
     if backend == "reference":  # plain PyTorch: its own autograd, to any order
         if validate or z1.device.type == "cpu":
-            validation.check_values(z1, z2, tau, margin, weight, positives, focal)
+            validation.check_values(z1, z2, tau, margin, weight, positives, focal, normalize)
         return backends.module("reference", z1.device.type, "contrastive").contrastive(
             Contrastive(
                 z1,

@@ -50,7 +50,8 @@ def recordable(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Symbolic:
-            proxy = next(x for x in (*args, *kwargs.values()) if isinstance(x, Proxy))
+            given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, (list, tuple)) else [x])]
+            proxy = next(x for x in given if isinstance(x, Proxy))
             return proxy.tracer.create_proxy("call_function", call, args, kwargs)
 
     return call

@@ -79,7 +79,12 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
         raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
     allowed = "a finite number > 0" if positive else "a finite number"
     # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols. An integer may be larger than any float.
-    if not -sys.float_info.max <= value <= sys.float_info.max or (positive and not value > 0):
+    most = sys.float_info.max
+    if (
+        not -math.inf < value < math.inf
+        or (type(value) is int and not -most <= value <= most)
+        or (positive and not value > 0)
+    ):
         raise ValueError(f"{name} must be {allowed}, got {_short(value)}")
 
 
@@ -159,9 +164,10 @@ def contrastive(
     real("hard_negative_weight", hard_negative_weight)
     if exclude_above is not None:
         real("exclude_above", exclude_above)
-    resolvable(z1, temperature, m, hard_negative_weight)
     flag("symmetric", symmetric)
     flag("normalize", normalize)
+    if normalize:  # else similarities may be as small as the temperature
+        resolvable(z1, temperature, m, hard_negative_weight)
     flag("validate", validate)
     if hard_negative_weight != 0 and (N % B != 0 or N == B):
         raise ValueError(
@@ -184,9 +190,14 @@ SHARPEST = 1e6  # t of the uniformity
 
 def resolvable(z: Tensor, temperature: Any, m: Any, hard_negative_weight: float = 0.0) -> None:
     """That numbers (tensors are looked at later, if at all) do not make logits which are rounding errors."""
+
+    def number(x: Any, otherwise: float) -> Any:
+        if isinstance(x, Tensor):
+            return otherwise
+        return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)  # a symbol would be fixed
+
     largest = LARGEST_LOGIT.get(z.dtype, 1e6)
-    sharpness = 1.0 if isinstance(temperature, Tensor) else 1 / temperature
-    logit = (1 + abs(0.0 if isinstance(m, Tensor) else m)) * sharpness + max(hard_negative_weight, 0)
+    logit = (1 + abs(number(m, 0.0))) / number(temperature, 1.0) + max(number(hard_negative_weight, 0.0), 0)
     if logit > largest:
         raise ValueError(
             f"temperature must be larger, or m or hard_negative_weight smaller: (1 + |m|) / temperature + hard_negative_weight "
@@ -213,6 +224,7 @@ def check_values(
     weight: Tensor | None,
     positives: Tensor | None,
     focal: bool,
+    normalize: bool,
 ) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
     if temperature is None and m is None and positives is None:
@@ -228,7 +240,8 @@ def check_values(
             raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
     if temperature is not None or m is not None:
         numbers = (1.0 if temperature is None else temperature.item(), m.item() if m is not None and focal else 0.0)
-        resolvable(z1, *numbers)
+        if normalize:
+            resolvable(z1, *numbers)
     if positives is not None:
         low, high = (x.item() for x in positives.aminmax())
         if low < 0 or high >= z2.shape[0]:

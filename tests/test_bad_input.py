@@ -136,3 +136,22 @@ def test_more_than_2_to_the_31_elements_do_not_overflow(backend):
         outcome.append((state.loss, panel_S.clone()))
     for strided, dense in zip(*outcome):
         assert torch.equal(strided, dense)
+
+
+def test_numbers_of_other_kinds():
+    """NumPy's and Decimal are numbers; what is infinite in NumPy's float32 is not finite."""
+    import warnings
+    from decimal import Decimal
+
+    import numpy as np
+
+    z = torch.randn(4, 8)
+    expected = fused_infonce(z, z, 0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in (np.float64(0.05), Decimal("0.05")):
+            assert torch.equal(fused_infonce(z, z, number), expected)
+        torch.testing.assert_close(fused_infonce(z, z, np.float32(0.05)), expected)
+        for bad in (np.float32("inf"), np.float16("nan"), Decimal("inf")):
+            with pytest.raises(ValueError, match="temperature must be a finite number"):
+                fused_infonce(z, z, bad)

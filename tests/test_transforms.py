@@ -126,6 +126,24 @@ def test_what_is_not_there_says_so(backend):
         vmap(lambda x: fused_distill(x, [y], seed=1, backend="reference"))(torch.stack([x, y]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_mixed_second_derivative_raises(reduction):
+    """Also through an input that the inner transform does not differentiate: never a silent zero."""
+    x, y = tensors((B, D), (B, D))
+    w = torch.ones(B)
+
+    def penalty(a, w):
+        inner = lambda b: fused_infonce(a, b, weight=w, reduction=reduction, backend="cpu").sum()  # noqa: E731
+        return grad(inner)(y).square().sum()
+
+    for k in (0, 1):
+        with pytest.raises(RuntimeError, match="double backward"):
+            grad(penalty, k)(x, w)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty(leaf, w).backward()
+
+
 def test_a_compiled_transform_is_refused():
     x, y = tensors((B, D), (B, D))
     f = lambda x, y: grad(lambda x: fused_infonce(x, y, backend="cpu"))(x)  # noqa: E731
@@ -138,6 +156,19 @@ def test_second_derivatives_of_the_reference():
     f = lambda x: fused_infonce(x, y, 0.5, backend="reference")  # noqa: E731
     same(hessian(f)(x), torch.autograd.functional.hessian(f, x))
     same(jvp(f, (x,), (y,))[1], (grad(f)(x) * y).sum())
+
+
+def test_symbolic_trace_finds_a_proxy_among_teachers():
+    class Distilled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("z", tensors((B, D))[0])
+
+        def forward(self, e):
+            return fused_distill(self.z, [e], seed=1)
+
+    (e,) = tensors((B, 5))
+    same(torch.fx.symbolic_trace(Distilled())(e), Distilled()(e))
 
 
 class Model(torch.nn.Module):

@@ -135,8 +135,6 @@ PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
 // A row whose largest logit is beyond this is NaN: the maximum's own rounding would decide it (common/loss.h).
 template <class A> constexpr A kResolved = A(0x1p29);
 template <> inline constexpr double kResolved<double> = 0x1p58;
-template <class A> constexpr double kResolvedSum = 0x1p23;
-template <> inline constexpr double kResolvedSum<double> = 0x1p52;
 
 // One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in bits
 // where the shift is fixed.
@@ -159,11 +157,7 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
                        [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
                          top = block_max(s, r, b, n, bits, top);
                        });
-    // Log-sums of rows and columns are rounded as well, and no maximum is taken off them: a symmetric loss has to know its
-    // positives' logits too, which bound the columns' sums from below.
-    const bool lost = p.lpos ? std::max(std::abs(double(top)), std::abs(l_pos) * kLog2e) > kResolvedSum<A>
-                             : std::abs(top) > kResolved<A>;
-    bias.set(lost ? A(NAN) : -top);
+    bias.set(std::abs(top) > kResolved<A> ? A(NAN) : -top);
   }
 
   Sums sums;

@@ -110,6 +110,10 @@ void finish_column(const Contrastive& p, int64_t j) {
   loss = A((double(loss) + softplus(l_neg - p.lpos[j])) / 2);
 }
 
+// 2^x where only the rounding of a log-sum makes x positive.
+template <class A>
+PYCSE_INLINE A probability(A x) { return exp2_(x > 0 ? A(0) : x); }
+
 // One block of a row: S -> G. Returns sum P l and sum P s through the last two arguments, P = dLoss/dl.
 template <bool Params, class T, class A>
 PYCSE_NOINLINE void symmetric_block(T* S, const A* r2, const A* row_bias, const A* column_bias, int64_t n,
@@ -119,7 +123,7 @@ PYCSE_NOINLINE void symmetric_block(T* S, const A* r2, const A* row_bias, const 
   for (int64_t k = 0; k < n; ++k) {
     A s = load(S[k]) * r2[k];
     A x = (bits.u * s + bits.v) * s;
-    A P = A(0.5) * (coef_i * exp2_(x + row_bias[k]) + coef_j[k] * exp2_(x + column_bias[k]));
+    A P = A(0.5) * (coef_i * probability(x + row_bias[k]) + coef_j[k] * probability(x + column_bias[k]));
     if constexpr (Params) {
       sum_l += P * logit(s);
       sum_s += P * s;

@@ -25,9 +25,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def check() -> None:
-    """Called before each use of a backend. Raises RuntimeError where the call would wait forever."""
-    if not _thread.ran and pytorch.get_num_threads() > 1:
+def check(native: bool) -> None:
+    """Called before each use of a backend, ``native`` where it will run a parallel region (PyTorch's operators do not for
+    small tensors). Raises RuntimeError where the call would wait forever."""
+    if not _thread.ran and (native or _thread.lost) and pytorch.get_num_threads() > 1:
         if _thread.lost:
             raise RuntimeError(
                 "pycse was used before this process was forked, and OpenMP's threads stayed behind in the parent: with "
@@ -35,7 +36,7 @@ def check() -> None:
                 "'spawn' or 'forkserver' (torch.multiprocessing.set_start_method), fork before the first call, or call "
                 "torch.set_num_threads(1) in the child"
             )
-        _thread.ran = True
+        _thread.ran = native
 
 
 def _in_child() -> None:

@@ -40,7 +40,7 @@ def compute(
 ) -> tuple[Contrastive, Result]:
     run = backends.module(backend, z1.device.type, "contrastive").contrastive
     if validate or z1.device.type == "cpu":
-        check_values(z1, z2, temperature, m, weight, positives, focal)
+        check_values(z1, z2, temperature, m, weight, positives, focal, normalize)
     p = Contrastive(
         fused.rows(z1),
         fused.rows(z2),

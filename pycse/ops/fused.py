@@ -311,7 +311,7 @@ class Transformed(torch.autograd.Function):
         tensors, listed, gradients = (
             list(ctx.saved_tensors[part]) for part in (slice(n), slice(n, -d), slice(-d, None))
         )
-        inputs = [t for t, need in zip(tensors, needed) if need]
+        inputs = [t for t in tensors[:d] if t is not None]  # a derivative through any of them has to raise
         dtypes = [None if t is None else t.dtype for t in tensors]
         if ctx.unknown:
             if fused.list_at is not None:

@@ -474,6 +474,12 @@ class SparseLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if BITS not in self._buffers:  # of a version that kept the kernels' lists as buffers
+            for name in ("ptr", "cols", "t_ptr", "t_rows", "plan", "t_plan"):
+                self._buffers.pop(name, None)
+            for name in ("chosen", "reason", "_source"):
+                self.__dict__.pop(name, None)
+            self.register_buffer(BITS, patterns.pack_mask(self.mask))
         self._derive()
 
 

@@ -16,7 +16,9 @@ from pycse.problem import Distillation, Result
 def averaged(q: Tensor, group: Tensor) -> Tensor:
     """Each entry replaced by the mean of its group; group -1 stays."""
     ordered, order = group.sort(dim=1, stable=True)
-    first = torch.searchsorted(ordered, ordered.contiguous())  # a group's number: where it begins in the order of groups
+    first = torch.searchsorted(
+        ordered, ordered.contiguous()
+    )  # a group's number: where it begins in the order of groups
     number = torch.empty_like(order).scatter_(1, order, first)
     means = torch.zeros_like(q).scatter_reduce_(1, number, q, "mean", include_self=False)
     return torch.where(group < 0, q, means.gather(1, number))
