@@ -302,3 +302,18 @@ def test_two_processes(tmp_path):
         for p in both:
             p.kill()
     assert [p.returncode for p in both] == [0, 0], "\n".join(output)
+
+
+def test_what_an_earlier_version_pickled():
+    """Its kernels' lists were buffers, and the packed mask was none."""
+    mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    layer = SparseLinear(8, 6, mask=mask, pattern="unstructured")
+    state = layer.__getstate__()
+    kept = {name: t for name, t in state["_buffers"].items() if name != "mask_bits"}
+    state = {**state, "_buffers": {**kept, **dict.fromkeys(("ptr", "cols", "t_ptr", "t_rows", "plan", "t_plan"))}}
+    state |= {"chosen": "dense", "reason": "as asked", "_source": None}
+    old = SparseLinear.__new__(SparseLinear)
+    old.__setstate__(state)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(old(x), layer(x))
+    assert set(old.state_dict()) == set(layer.state_dict()) and torch.equal(old.mask, mask)

@@ -355,3 +355,18 @@ def test_exit_during_a_call_ends_as_it_does_for_pytorch():
     for call, seconds in (("use(3000, 128)", 0.3), ("use(20, 16)", 0.3), ("use(3000, 128)", 0.0)):
         result = python(code.format(call=call, seconds=seconds))
         assert result.stdout == "exit\n" and result.returncode in ends, (result.returncode, result.stderr[-2000:])
+
+
+@FORK
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_fork_after_small_calls_of_pytorchs_operators_is_no_error(backend):
+    done = python(f"""
+torch.set_num_threads(2)
+z = points(4, 8)
+expected = fused_infonce(z, z, backend={backend!r})
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(fused_infonce(z, z, backend={backend!r}), expected) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""")
+    assert done.returncode == 0, done.stderr
