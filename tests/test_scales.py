@@ -120,6 +120,18 @@ def test_a_row_that_is_not_finite_is_seen(backend):
                 assert fused_focal_infonce(*z, symmetric=True, backend=backend).isnan()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_column_of_nothing_but_nan_is_nan(backend):
+    """Two rows: a column has one negative, and without it no maximum."""
+    for dtype in (torch.float32, torch.float64):
+        for side, row in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            z = list(views(2, dtype))
+            z[side][row] = float("nan")
+            for temperature in (0.01, 0.05):
+                loss = fused_infonce(*z, temperature, symmetric=True, reduction="none", backend=backend)
+                assert loss.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_temperature_that_the_type_cannot_resolve_is_refused(dtype):
     z = views(8, dtype)

@@ -37,7 +37,7 @@ PYCSE_NOINLINE void column_tops(const T* S, const A* r2, const A* bias, int64_t 
   for (int64_t k = 0; k < n; ++k) {
     A s = load(S[k]) * r2[k];
     A x = (bits.u * s + bits.v) * s + bias[k];
-    top[k] = x > top[k] ? x : top[k];
+    top[k] = x <= top[k] || top[k] != top[k] ? top[k] : x;  // NaN stays: it is a negative too
   }
 }
 
