@@ -45,7 +45,8 @@ def fused_focal_infonce(
             <= 1e-12 counts as 0 and gets gradient 0; an infinite number or NaN makes the loss NaN.
         z2: (N, D) embeddings of the keys, same dtype and device. Keys beyond B are extra or hard negatives.
         temperature: > 0, no unit. A number or a 0-d float tensor, which may require grad. (1 + |m|) / temperature +
-            hard_negative_weight may be 1e6 at most (1e12 for float64): similarities resolve no larger logits.
+            hard_negative_weight may be 1e6 at most (1e12 for float64) where rows are normalised: cosines resolve no
+            larger logits. Beyond logits of 3e8 the native kernels give NaN.
         m: hardness of the negatives. A number or a 0-d float tensor, which may require grad.
         positives: (B,) integers: row i's positive is key ``positives[i]``; by default key i, then N >= B.
         hard_negative_weight: added (not divided by temperature) to the logits of row i's own hard negatives, keys

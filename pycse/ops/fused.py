@@ -56,6 +56,7 @@ def value(tensor: Tensor | None, number: float) -> float | Tensor:
 
 
 def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A number's or a weight's gradient as forward returns it: in its type, float16's in float32."""
     return gradient if gradient is None or like is None else gradient.to(gradient_dtype(like))
 
 
@@ -216,9 +217,7 @@ def _again(ctx: Any, upstream: Tensor) -> tuple[list[Tensor], Tensor]:
     if fused.list_at is not None:
         options[fused.list_at - fused.tensors] = saved[fused.tensors :]
     run = ctx.run
-    if transforms.legacy_batched(
-        upstream
-    ):  # jacobian(vectorize=True): the operator in PyTorch's own loop, which takes no lists
+    if transforms.legacy_batched(upstream):  # jacobian(vectorize=True): PyTorch's own loop, which takes no lists
         if fused.list_at is not None:
             raise RuntimeError(NO_LOOP)
         run = fused.op

@@ -65,9 +65,8 @@ def masked_linear(
     if _composed():
         return _dense(x, weight, patterns.unpack_mask(mask, weight.shape[1]) if packed else mask, bias)
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-        bits = (
-            mask if packed else patterns.pack_mask(mask)
-        )  # saved for backward, where gradients are asked for nevertheless
+        # Saved for backward, where gradients are asked for nevertheless.
+        bits = mask if packed else patterns.pack_mask(mask)
         bits = bits.clone() if bits.is_inference() else bits
     y = ops.masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, bits, backend)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -16,9 +16,8 @@ from pycse.problem import Distillation, Result
 def averaged(q: Tensor, group: Tensor) -> Tensor:
     """Each entry replaced by the mean of its group; group -1 stays."""
     ordered, order = group.sort(dim=1, stable=True)
-    first = torch.searchsorted(
-        ordered, ordered.contiguous()
-    )  # a group's number: where it begins in the order of groups
+    # A group's number: where it begins in the order of groups.
+    first = torch.searchsorted(ordered, ordered.contiguous())
     number = torch.empty_like(order).scatter_(1, order, first)
     means = torch.zeros_like(q).scatter_reduce_(1, number, q, "mean", include_self=False)
     return torch.where(group < 0, q, means.gather(1, number))
@@ -50,9 +49,8 @@ class Kernels(Norms, panel.Kernels):
         coef = (out.coef if isinstance(out.coef, float) else out.coef[i0 : i0 + c, None]) / d.student_temperature
         part = out.loss[i0 : i0 + c]
         if d.divergence == "js":
-            log_a = (p + q).clamp_min(torch.finfo(p.dtype).tiny).log() - math.log(
-                2
-            )  # halves of the smallest numbers are 0
+            # Not of (p + q) / 2: half of the smallest number is 0.
+            log_a = (p + q).clamp_min(torch.finfo(p.dtype).tiny).log() - math.log(2)
             p_part = (p * (log_p - log_a)).masked_fill_(p == 0, 0)
             kl_p = p_part.sum(1, keepdim=True)
             q_part = torch.xlogy(q, q) - torch.where(q == 0, 0, q * log_a)
