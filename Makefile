@@ -35,8 +35,8 @@ sanitize: $(VENV)/test  ## the kernels under AddressSanitizer, UndefinedBehavior
 fuzz: $(VENV)/test  ## random calls against the reference for MINUTES; a crash, a hang or a fault is kept in runs/fuzz
 	PYTHONPATH=tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)
 
-lint: $(VENV)/test
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+lint: $(VENV)/test  ## ruff, mypy and clang-format (.pre-commit-config.yaml)
+	PATH=$(abspath $(VENV))/bin:$$PATH pre-commit run --all-files
 
 bench: $(VENV)/bench  ## every table, beside the peers; ARGS="--full", or "--workload 'focal-*'"
 	$(RUN) -m benchmarks run $(ARGS)

@@ -86,8 +86,8 @@ def run(
 
 @app.command()
 def check(workload: Glob = "*", file: File = baseline.FILE) -> None:
-    """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes. On another processor than
-    the baseline's, worse ratios are reported only."""
+    """Fail where a ratio is worse than its baseline by more than the tolerance. Under 3 minutes. On another processor
+    than the baseline's, worse ratios are reported only."""
     chosen = select("short", workload)
     known_ratios = baseline.load(file, [w.name for w in chosen])
     comparable = (here := measure.machine()).split(",")[0] == known_ratios["machine"].split(",")[0]
@@ -122,7 +122,8 @@ def compare(
     workload: Glob = "*",
     seconds: Annotated[float, typer.Option(min=0, help="For the rounds of a workload.")] = SECONDS,
 ) -> None:
-    """Time the working tree beside another commit, on the short set or the workloads named; parity is asked for first."""
+    """Time the working tree beside another commit, on the short set or the workloads named; parity is asked for
+    first."""
     from benchmarks.compare import Side, compared, package_of
 
     chosen, skipped = fitting([w for w in select("short", workload) if w.timed and not w.huge])

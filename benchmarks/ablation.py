@@ -2,9 +2,10 @@
 
     python -m benchmarks.ablation --eval-file stsb-dev.tsv --teacher all-mpnet-base-v2 --json ablation.jsonl
 
-Every run is `pycse train` with the defaults, but for what its row names. --teacher (repeatable) names the encoders that teach
-beside the uncut one in the last row; without it that row is left out. A finished run is a line of the --json file; a line that is
-there is not run again, so an interrupted ablation goes on where it was. Teachers' embeddings are kept in --cache-teachers.
+Every run is `pycse train` with the defaults, but for what its row names. --teacher (repeatable) names the encoders that
+teach beside the uncut one in the last row; without it that row is left out. A finished run is a line of the --json
+file; a line that is there is not run again, so an interrupted ablation goes on where it was. Teachers' embeddings are
+kept in --cache-teachers.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ class Regression:
 
 
 def combined(attempts: list[dict[str, float]], how: Callable[[list[float]], float]) -> dict[str, float]:
-    """One ratio a peer out of several attempts at a workload: their median for a baseline, their maximum for the check, where
-    a regression has to show in every attempt. Times of different attempts are not mixed: processors change their speed."""
+    """One ratio a peer out of several attempts at a workload: their median for a baseline, their maximum for the check,
+    where a regression has to show in every attempt. Times of different attempts are not mixed: processors change their
+    speed."""
     return {peer: how([ratios[peer] for ratios in attempts]) for peer in attempts[0]}
 
 

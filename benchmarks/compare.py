@@ -1,8 +1,8 @@
-"""How fast the working tree is beside another commit: both packages compute the same workloads, in two processes that take
-turns. A process has one package only, so whatever changed between the two is compared, native code included.
+"""How fast the working tree is beside another commit: both packages compute the same workloads, in two processes that
+take turns. A process has one package only, so whatever changed between the two is compared, native code included.
 
-A workload counts only where both sides agree with its formula (benchmarks/peers.py: parity). What the other commit cannot run,
-since the benchmarks of today ask for what it does not have, is left out with its reason.
+A workload counts only where both sides agree with its formula (benchmarks/peers.py: parity). What the other commit
+cannot run, since the benchmarks of today ask for what it does not have, is left out with its reason.
 """
 
 from __future__ import annotations

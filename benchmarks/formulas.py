@@ -1,4 +1,5 @@
-"""The formulas in plain PyTorch: what eager peers compute, and what everything that is timed is held against, in float32."""
+"""The formulas in plain PyTorch: what eager peers compute, and what everything that is timed is held against, in
+float32."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: s
 
 
 def distillation_of_similarities(s: Tensor, t: Tensor, shuffle: str) -> Tensor:
-    """Sum over rows; s and t have their diagonals. Vectorised: sort, cumsum, argsort of group + noise, gather, log_softmax."""
+    """Sum over rows; s and t have their diagonals. Vectorised: sort, cumsum, argsort of group + noise, gather,
+    log_softmax."""
     B = len(s)
     with torch.no_grad():
         t, order = t.clone().fill_diagonal_(-torch.inf).sort(dim=1, descending=True)

@@ -5,9 +5,9 @@
     python -m benchmarks.gpu --exercise      each kernel once on small ragged shapes, for compute-sanitizer
     python -m benchmarks.gpu --dry-run       all of it in tiny on the processor: no number means anything
 
-benchmarks/gpu.sh builds and tests first. A row first asserts parity with plain PyTorch in float32; then alternatives take
-turns and CUDA events time them. Shares and ratios are of medians, times too. Small batches and layers are timed as CUDA
-graphs. A row that fails says so in the results and does not stop the others.
+benchmarks/gpu.sh builds and tests first. A row first asserts parity with plain PyTorch in float32; then alternatives
+take turns and CUDA events time them. Shares and ratios are of medians, times too. Small batches and layers are timed as
+CUDA graphs. A row that fails says so in the results and does not stop the others.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def layer(plan: Plan) -> dict[str, Any]:
 
 
 def tune(plan: Plan) -> dict[str, Any]:
-    """Panel rows of every route, the fused GEMM's tiles and their order in the largest row, one direction; the sparse product's
-    tiles. The fastest of each ("best") is for the tables of pycse/backends and panels/products.py."""
+    """Panel rows of every route, the fused GEMM's tiles and their order in the largest row, one direction; the sparse
+    product's tiles. The fastest of each ("best") is for the tables of pycse/backends and panels/products.py."""
     z1, z2 = embeddings(plan, plan.large)
     expected = parts.truth(z1, z2)
 
@@ -386,7 +386,8 @@ def path_of(plan: Plan, out: Path) -> Path:
 
 
 def write(plan: Plan, out: Path, rows: dict[str, Any]) -> None:
-    """Both files anew after every row: what was measured stays if a later row is cut off, and what an earlier run measured."""
+    """Both files anew after every row: what was measured stays if a later row is cut off, and what an earlier run
+    measured."""
     stem = path_of(plan, out)
     device = (
         {} if plan.dry else {"name": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}

@@ -257,7 +257,8 @@ def floors(plan: Plan, z1: Tensor, z2: Tensor, sweeps: int = 1) -> dict[str, Ste
 
 
 def siglip() -> Callable[[Tensor, Tensor], Tensor]:
-    """Another loss (a sigmoid for each pair) over the same products; its inputs come normalised, which is left out of its time."""
+    """Another loss (a sigmoid for each pair) over the same products; its inputs come normalised, which is left out of
+    its time."""
     module = importlib.import_module("siglip_kernel")
 
     def loss(z1: Tensor, z2: Tensor) -> Tensor:

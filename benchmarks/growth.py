@@ -34,7 +34,8 @@ def near_floor(shares: dict[int, float]) -> tuple[int, int] | None:
 
 
 def curves(rows: dict[str, Any]) -> dict[str, Any]:
-    """Of the workloads that make the curve: seconds and bytes by N for pycse, eager and the floor, and what they say."""
+    """Of the workloads that make the curve: seconds and bytes by N for pycse, eager and the floor, and what they
+    say."""
     points = sorted((w for w in WORKLOADS if w.growth and w.name in rows), key=lambda w: w.N)
     seconds: dict[str, dict[int, float]] = {"pycse": {}, "eager": {}, "floor": {}}
     memory: dict[str, dict[int, float]] = {"pycse": {}, "eager": {}}

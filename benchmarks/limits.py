@@ -11,8 +11,9 @@ from benchmarks.workloads import Inputs, Workload
 
 
 def products(w: Workload, x: Inputs, c: int) -> Callable[[], None]:
-    """In panels of c rows, with torch.mm into preallocated memory. 6 N^2 D operations for a contrastive loss, 8 where it is
-    symmetric, 2 forward alone; 3 for uniformity, whose panels are triangular; 8 and 6 + 2 K for DistillCSE with K teachers."""
+    """In panels of c rows, with torch.mm into preallocated memory. 6 N^2 D operations for a contrastive loss, 8 where
+    it is symmetric, 2 forward alone; 3 for uniformity, whose panels are triangular; 8 and 6 + 2 K for DistillCSE with K
+    teachers."""
     z = [leaf.detach() for leaf in x.leaves]
     N, D = z[0].shape
     new = lambda *shape, dtype=z[0].dtype: torch.empty(*shape, dtype=dtype, device=z[0].device)  # noqa: E731

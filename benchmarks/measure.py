@@ -69,8 +69,8 @@ class Turns:
             self.turn_seconds[name] = seconds * self.batch[name]
 
     def plan(self, budget: float) -> int:
-        """How many rounds fit in ``budget`` seconds, at least three. A call of a third of it takes part in one more at most:
-        the first look at it counts too."""
+        """How many rounds fit in ``budget`` seconds, at least three. A call of a third of it takes part in one more at
+        most: the first look at it counts too."""
         for name in self.others:
             if (seconds := self.turn_seconds[name]) > budget / 3:
                 self.timings[name].seconds.append(seconds)

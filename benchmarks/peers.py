@@ -1,8 +1,8 @@
 """What every workload is timed beside: pycse itself, eager PyTorch, other packages, and the floor of its own GEMMs.
 
-A peer says which workloads it covers and builds its computation from their inputs. What is not installed, needs a GPU that is
-not there, or would not fit into memory is left out with its reason. ``parity`` holds everything that computes the same loss
-against the formula in float32; what computes another loss says how it differs.
+A peer says which workloads it covers and builds its computation from their inputs. What is not installed, needs a GPU
+that is not there, or would not fit into memory is left out with its reason. ``parity`` holds everything that computes
+the same loss against the formula in float32; what computes another loss says how it differs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ParityError(AssertionError):
 
 @dataclass
 class Alternative:
-    """``output`` as a function of ``leaves``, which gradients are taken of. Without leaves nothing is compared: a floor."""
+    """``output`` as a function of ``leaves``, which gradients are taken of. Without leaves nothing is compared: a
+    floor."""
 
     output: Callable[[], Any]
     leaves: list[Tensor]
@@ -105,8 +106,8 @@ def _pycse(w: Workload, x: Inputs) -> Alternative:
 
 
 def _rows(S: Tensor, run: Callable[[Tensor], Tensor | None], losses: Tensor) -> Alternative:
-    """A row kernel writes over its panel. Timed on its own output again and again: its loops do not depend on values, and
-    G is small and stays so (a copy in between would take as long as the kernel)."""
+    """A row kernel writes over its panel. Timed on its own output again and again: its loops do not depend on values,
+    and G is small and stays so (a copy in between would take as long as the kernel)."""
     first, panel = S.detach(), S.detach().clone()
 
     def values() -> list[Tensor]:
@@ -474,7 +475,8 @@ NAMES = [peer.name for peer in PEERS]
 def beside(w: Workload, names: list[str], everything: bool) -> tuple[list[Peer], dict[str, str]]:
     """The peers to time beside a workload, pycse first, and why others that cover it are left out.
 
-    ``names`` limits them (none: all); torch.compile takes seconds to compile, so only marked workloads have it by default.
+    ``names`` limits them (none: all); torch.compile takes seconds to compile, so only marked workloads have it by
+    default.
     """
     chosen, left_out = [PYCSE], {}
     for peer in PEERS[1:]:
@@ -499,8 +501,8 @@ def too_large(w: Workload, peer: Peer = PYCSE) -> str:
 
 
 def parity(w: Workload, x: Inputs, peer: Peer, alternative: Alternative, expected: list[Tensor]) -> float | None:
-    """The largest relative difference, of norms, of output and gradients to what ``reference`` gave; raises where it is more
-    than rounding. None for a limit, which computes no loss. What draws at random is compared without its draw."""
+    """The largest relative difference, of norms, of output and gradients to what ``reference`` gave; raises where it is
+    more than rounding. None for a limit, which computes no loss. What draws at random is compared without its draw."""
     if peer.limit:
         return None
     if peer.name == "pycse-expected":

@@ -1,7 +1,7 @@
 """Where the time of one call goes: Focal-InfoNCE, forward + backward, at B = 64 and N = 8192, stage by stage.
 
-Every function on the way is wrapped in a clock while the call runs; a stage's time is its own, without the stages that it calls.
-Inside the one native call of a small batch, parts are told apart by leaving gradients out.
+Every function on the way is wrapped in a clock while the call runs; a stage's time is its own, without the stages that
+it calls. Inside the one native call of a small batch, parts are told apart by leaving gradients out.
 """
 
 from __future__ import annotations

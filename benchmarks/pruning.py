@@ -1,11 +1,12 @@
-"""What removing parameters costs or gains: share removed against Spearman, for four ways to choose, as a table and a picture.
+"""What removing parameters costs or gains: share removed against Spearman, for four ways to choose, as a table and a
+picture.
 
     python -m benchmarks.pruning --eval-file stsb-dev.tsv --json pruning.jsonl --picture pruning.png
 
-lowest and highest score (pycse.sparse.score), random, and magnitude; single weights of all transformer layers, one quota for
-all; no training afterwards. A seed draws the text that is scored, dropout, and the random choice; magnitude has no chance in
-it and runs once. A finished run is a line of the --json file; a line that is there is not run again, so an interrupted
-sweep goes on where it was.
+lowest and highest score (pycse.sparse.score), random, and magnitude; single weights of all transformer layers, one
+quota for all; no training afterwards. A seed draws the text that is scored, dropout, and the random choice; magnitude
+has no chance in it and runs once. A finished run is a line of the --json file; a line that is there is not run again,
+so an interrupted sweep goes on where it was.
 
     python -m benchmarks.pruning --speed
 
@@ -121,7 +122,8 @@ def grouped(runs: list[dict[str, Any]], name: str, measure: str) -> dict[tuple[s
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown, a table a set: Spearman times 100, mean and standard deviation of the seeds, and uniformity of the lowest."""
+    """Markdown, a table a set: Spearman times 100, mean and standard deviation of the seeds, and uniformity of the
+    lowest."""
     parts = []
     for name in runs[0]["scores"]:
         spearman, uniformity = grouped(runs, name, "spearman"), grouped(runs, name, "uniformity")
@@ -164,7 +166,8 @@ def plot(runs: list[dict[str, Any]], path: str) -> None:
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    """Sentences a second of the whole encoder and of one with half of its neurons and heads, on the same token batches."""
+    """Sentences a second of the whole encoder and of one with half of its neurons and heads, on the same token
+    batches."""
     from pycse.sparse import sparsify
 
     sweep = Sweep(arguments)

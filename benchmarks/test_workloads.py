@@ -107,7 +107,8 @@ def summary(w: Workload, timings: dict[str, Timing]) -> dict[str, object]:
 
 
 def _prepared(name: str, peer_name: str):
-    """In a new process: inputs, and a peer's call on them, after the same call on fewer rows has loaded the libraries."""
+    """In a new process: inputs, and a peer's call on them, after the same call on fewer rows has loaded the
+    libraries."""
     w = next(w for w in WORKLOADS if w.name == name)
     peer = next(p for p in PEERS if p.name == peer_name)
     peer.build(less := small(w), inputs(less, measure.device())).step(w.backward)()

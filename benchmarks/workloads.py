@@ -1,8 +1,8 @@
 """Every workload by name: what is computed, at which sizes, on which inputs. The one list that all benchmarks read.
 
 A name says everything: ``focal-8192x768-fp32`` is forward and backward, ``-forward`` at its end the forward alone,
-``distillcse-512x768-fp32-4-sample`` has 4 teachers, ``sparse-block32-75-2048x768x3072-fp32`` a layer 768 -> 3072 with 75% of
-its blocks zero, on 2048 tokens. ``…-rows-…`` is a row kernel alone, on one thread.
+``distillcse-512x768-fp32-4-sample`` has 4 teachers, ``sparse-block32-75-2048x768x3072-fp32`` a layer 768 -> 3072 with
+75% of its blocks zero, on 2048 tokens. ``…-rows-…`` is a row kernel alone, on one thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Compiled and Triton kernels of pycse. ``native()`` is the C++/CUDA module; nothing is loaded before it is asked for."""
+"""Compiled and Triton kernels of pycse. ``native()`` is the C++/CUDA module; nothing is loaded before it is asked
+for."""
 
 from __future__ import annotations
 

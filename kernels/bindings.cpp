@@ -1,4 +1,5 @@
-// The Python module pycse.kernels._native. Pointers and sizes in, nothing of torch; the GIL is released in every kernel.
+// The Python module pycse.kernels._native. Pointers and sizes in, nothing of torch; the GIL is released in every
+// kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +13,9 @@ namespace py = pybind11;
 using namespace pycse;
 
 template <class T = void>
-static T* at(Address address) { return reinterpret_cast<T*>(address); }
+static T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 void bind_cuda(py::module_& m);  // cuda/bindings.cpp
 
@@ -34,8 +37,7 @@ static void check_pattern(const SparsePattern& p) {
   at_least("out", p.out, 0);
   at_least("in", p.in, 0);
   numbers("out", p.out, p.in);
-  if (p.block != 1 && p.block != 16 && p.block != 32 && p.block != 64)
-    refuse("block", "be 1, 16, 32 or 64", p.block);
+  if (p.block != 1 && p.block != 16 && p.block != 32 && p.block != 64) refuse("block", "be 1, 16, 32 or 64", p.block);
   if (p.out % p.block) refuse("out", "be a multiple of the block", p.out);
   if (p.in % p.block) refuse("in", "be a multiple of the block", p.in);
   needed("ptr", p.ptr), needed("t_ptr", p.t_ptr);
@@ -60,37 +62,37 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Contrastive>(m, "ContrastiveProblem")
       .def(
           "symmetric_state",
-          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum,
-             Address lneg_column, Address lse_column) {
+          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum, Address lneg_column,
+             Address lse_column) {
             p.lpos = at<double>(lpos), p.lneg = at<double>(lneg);
             p.column_max = at<double>(column_max), p.column_sum = at<double>(column_sum);
             p.lneg_column = at<double>(lneg_column), p.lse_column = at(lse_column);
           },
-          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"),
-          py::arg("lneg_column"), py::arg("lse_column"));
-  // Problems are made by functions and not by constructors: pybind11 registers what a constructor has made outside its try
-  // block, and a failed allocation would unwind through the interpreter.
-  m.def("Contrastive",
-        [](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift,
-           double hard_weight, std::optional<double> exclude_above, Address r2, Address s_pos, Address positives,
-           Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dtau,
-           Address dm) {
-          Contrastive p;
-          p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
-          p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
-          p.hard_weight = hard_weight;
-          p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
-          p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
-          p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
-          p.coef = at(coef), p.coef_all = coef_all;
-          p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
-          check_contrastive(p);
-          return p;
-        },
-        py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
-        py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0, py::arg("positives") = 0,
-        py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
-        py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0);
+          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"), py::arg("lneg_column"),
+          py::arg("lse_column"));
+  // Problems are made by functions and not by constructors: pybind11 registers what a constructor has made outside its
+  // try block, and a failed allocation would unwind through the interpreter.
+  m.def(
+      "Contrastive",
+      [](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift, double hard_weight,
+         std::optional<double> exclude_above, Address r2, Address s_pos, Address positives, Address query_ids,
+         Address key_ids, Address coef, double coef_all, Address loss, Address dtau, Address dm) {
+        Contrastive p;
+        p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
+        p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
+        p.hard_weight = hard_weight;
+        p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
+        p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
+        p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
+        p.coef = at(coef), p.coef_all = coef_all;
+        p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
+        check_contrastive(p);
+        return p;
+      },
+      py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
+      py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0,
+      py::arg("positives") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0,
+      py::arg("coef_all") = 1, py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0);
 
   m.def(
       "rows",
@@ -118,8 +120,8 @@ PYBIND11_MODULE(_native, m) {
       nogil());
   m.def(
       "normalize",
-      [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int64_t ld_out,
-         double factor, int threads) {
+      [](int dtype, Address z, int64_t ld, int64_t n, int64_t D, Address r, Address out, int64_t ld_out, double factor,
+         int threads) {
         matrix("z", z, n, D, ld, false);
         if (out) matrix("out", out, n, D, ld_out, true);
         threads_of(threads);
@@ -168,17 +170,19 @@ PYBIND11_MODULE(_native, m) {
       },
       nogil());
   py::class_<Distill>(m, "DistillProblem");
-  m.def("Distill",
-        [](int64_t B, double student, double teacher, double group, int divergence, int kind, double value,
-           int64_t end, bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
-          const Distill d{B, 1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end},
-                          sample, seed, at(coef), coef_all, at(loss)};
-          check_distill(d);
-          return d;
-        },
-        py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
-        py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
-        py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
+  m.def(
+      "Distill",
+      [](int64_t B, double student, double teacher, double group, int divergence, int kind, double value, int64_t end,
+         bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
+        const Distill d{
+            B,    1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end}, sample,
+            seed, at(coef),    coef_all,    at(loss)};
+        check_distill(d);
+        return d;
+      },
+      py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
+      py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
+      py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
   m.def(
       "distill",
       [](const Distill& d, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int teacher_dtype, Address teachers,
@@ -203,10 +207,15 @@ PYBIND11_MODULE(_native, m) {
           matrix("teachers", x, d.B, width, stride, false);
           teacher.push_back({type_of("teachers' dtype", type, false), at(x), stride, width});
         }
-        return cpu_kernels().small_distill(
-            d, {{type_of("dtype", dtype, false), at(z), ld, D},
-                {type_of("logits_dtype", logits_dtype), at(logits), logits_ld, d.B}, normalize, int64_t(teacher.size()),
-                teacher.data(), weights.data(), at<float>(work), at(dz), threads});
+        return cpu_kernels().small_distill(d, {{type_of("dtype", dtype, false), at(z), ld, D},
+                                               {type_of("logits_dtype", logits_dtype), at(logits), logits_ld, d.B},
+                                               normalize,
+                                               int64_t(teacher.size()),
+                                               teacher.data(),
+                                               weights.data(),
+                                               at<float>(work),
+                                               at(dz),
+                                               threads});
       },
       nogil());
   py::class_<Uniformity>(m, "UniformityProblem");
@@ -233,20 +242,27 @@ PYBIND11_MODULE(_native, m) {
     return small_work_size(B, N, D, type_of("dtype", dtype, false), symmetric);
   });
   py::class_<SparsePattern>(m, "KeptWeights");
-  m.def("SparsePattern",
-        [](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr, Address t_rows, Address plan,
-           Address t_plan, Address packed) {
-          const SparsePattern p{out, in, block, at<int32_t>(ptr), at<int32_t>(cols), at<int32_t>(t_ptr),
-                                at<int32_t>(t_rows), at<int32_t>(plan), at<int32_t>(t_plan), at(packed)};
-          check_pattern(p);
-          return p;
-        });
+  m.def("SparsePattern", [](int64_t out, int64_t in, int block, Address ptr, Address cols, Address t_ptr,
+                            Address t_rows, Address plan, Address t_plan, Address packed) {
+    const SparsePattern p{out,
+                          in,
+                          block,
+                          at<int32_t>(ptr),
+                          at<int32_t>(cols),
+                          at<int32_t>(t_ptr),
+                          at<int32_t>(t_rows),
+                          at<int32_t>(plan),
+                          at<int32_t>(t_plan),
+                          at(packed)};
+    check_pattern(p);
+    return p;
+  });
   m.attr("SPARSE_CHUNK") = kSparseChunk;
   m.attr("SPARSE_AT_STEP") = kAtStep;
   m.def(
       "sparse_product",
-      [](const SparsePattern& p, int dtype, Address x, int64_t ldx, Address w, int64_t ldw, Address bias, Address y, int64_t n,
-         bool transposed, int threads) {
+      [](const SparsePattern& p, int dtype, Address x, int64_t ldx, Address w, int64_t ldw, Address bias, Address y,
+         int64_t n, bool transposed, int threads) {
         matrix("x", x, n, transposed ? p.out : p.in, ldx, false);
         matrix("w", w, p.out, p.in, ldw, false);
         matrix("y", y, n, transposed ? p.in : p.out, transposed ? p.in : p.out, true);
@@ -301,18 +317,20 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_dense_products", [] { return cpu_kernels().dense_product != nullptr; });
   m.def(
       "dense_product",
-      [](Address x, int64_t ldx, Address w, int64_t ldw, int64_t out, int64_t in, Address y, int64_t ldy, int64_t n, bool transposed,
-         bool add, int threads) {
+      [](Address x, int64_t ldx, Address w, int64_t ldw, int64_t out, int64_t in, Address y, int64_t ldy, int64_t n,
+         bool transposed, bool add, int threads) {
         check_dense(reinterpret_cast<const void*>(cpu_kernels().dense_product), out, in, threads);
         matrix("x", x, n, transposed ? out : in, ldx, false);
         matrix("w", w, out, in, ldw, false);
         matrix("y", y, n, transposed ? in : out, ldy, true);
-        cpu_kernels().dense_product(at<float>(x), ldx, at<float>(w), ldw, out, in, at<float>(y), ldy, n, transposed, add, threads);
+        cpu_kernels().dense_product(at<float>(x), ldx, at<float>(w), ldw, out, in, at<float>(y), ldy, n, transposed,
+                                    add, threads);
       },
       nogil());
   m.def(
       "dense_outer",
-      [](Address dy, int64_t ldy, Address x, int64_t ldx, int64_t out, int64_t in, Address dw, int64_t n, bool add, int threads) {
+      [](Address dy, int64_t ldy, Address x, int64_t ldx, int64_t out, int64_t in, Address dw, int64_t n, bool add,
+         int threads) {
         check_dense(reinterpret_cast<const void*>(cpu_kernels().dense_outer), out, in, threads);
         matrix("dy", dy, n, out, ldy, false);
         matrix("x", x, n, in, ldx, false);

@@ -17,7 +17,8 @@ from pycse.transforms import recordable
 
 
 class DistillCSEOutput(NamedTuple):
-    """``loss`` is to be differentiated; the parts are detached, for logging. loss = contrastive + weight distillation."""
+    """``loss`` is to be differentiated; the parts are detached, for logging. loss = contrastive + weight
+    distillation."""
 
     loss: Tensor
     contrastive: Tensor
@@ -78,8 +79,8 @@ def fused_distillcse(
         normalize, weight, reduction, backend, validate: likewise, for both parts (teachers are always normalised).
 
     Returns:
-        A named tuple (loss, contrastive, distillation): 0-d, or (B,) for reduction="none"; float32, or float64 for float64
-        inputs. Only ``loss`` has gradients.
+        A named tuple (loss, contrastive, distillation): 0-d, or (B,) for reduction="none"; float32, or float64 for
+        float64 inputs. Only ``loss`` has gradients.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
@@ -133,12 +134,13 @@ def fused_distill(
         p = softmax_j(s_ij / student_temperature),  q = softmax_j(t_ij / teacher_temperature), shuffled inside groups
         "ce"  L_i = -sum_j q log p     "kl"  sum_j q log(q / p)     "js"  KL(q | a) / 2 + KL(p | a) / 2, a = (p + q) / 2
 
-    Groups are runs of the teacher's ranking (t descending): the shuffle keeps the student from copying the noise of close
-    similarities.
+    Groups are runs of the teacher's ranking (t descending): the shuffle keeps the student from copying the noise of
+    close similarities.
 
     Args:
         z: (B, D) embeddings of the student, one view; float32, float64, bfloat16 or float16, any scale.
-        teachers: sequence of (B, D_k) embeddings of the same sentences, widths and float types as they come; no gradient.
+        teachers: sequence of (B, D_k) embeddings of the same sentences, widths and float types as they come; no
+            gradient.
         teacher_logits: instead of ``teachers``, (B, B) averaged cosines made elsewhere, before any temperature. The
             diagonal is not looked at.
         teacher_weights: one number >= 0 a teacher, normalised to sum 1; default: equal.
@@ -148,11 +150,13 @@ def fused_distill(
         group_size: instead, ranks in a group, >= 1.
         span: instead, ranks (start, end) of the only group, 0 <= start < end <= B - 1; other ranks stay in place.
         shuffle: "sample" draws one permutation inside each group; "expected" gives each member its group's mean
-            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js" it
+            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js"
+                it
             is another objective); "none" leaves q as it is.
         divergence: "ce" (published), "kl" or "js". The entropy in "kl" is that of the unshuffled q.
-        seed: integer, 0-d int64 tensor (read by the kernel: a CUDA graph draws anew when it changes) or torch.Generator.
-            The same seed gives the same permutation on every backend. Default: drawn from torch's own generator.
+        seed: integer, 0-d int64 tensor (read by the kernel: a CUDA graph draws anew when it changes) or
+            torch.Generator. The same seed gives the same permutation on every backend. Default: drawn from torch's own
+            generator.
         normalize: False where rows of z have unit norm already.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none".

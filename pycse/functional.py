@@ -1,4 +1,5 @@
-"""The contrastive losses. Each validates its arguments and calls one operator. (Distillation: pycse/distillation.py.)"""
+"""The contrastive losses. Each validates its arguments and calls one operator. (Distillation:
+pycse/distillation.py.)"""
 
 from __future__ import annotations
 

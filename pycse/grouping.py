@@ -9,8 +9,8 @@ Row i holds t_ij for j != i, ranked r = 0, 1, ... by t descending (ties: lower c
     "span"    ranks [start, end) are one group, the others stay where they are
 
 The shuffle is a function of (seed, row, group, members in column order): member n's key is the 32-bit word n mod 4 of
-Philox4x32-10 with counter (n div 4, group, row, row >> 32) and key (seed, seed >> 32); sorting the members by key (ties:
-lower column) gives the permutation. Two of n members tie with probability n^2 / 2^33.
+Philox4x32-10 with counter (n div 4, group, row, row >> 32) and key (seed, seed >> 32); sorting the members by key
+(ties: lower column) gives the permutation. Two of n members tie with probability n^2 / 2^33.
 
 Here in plain PyTorch for the reference and torch backends; the kernels share kernels/common/{philox,groups}.h.
 Source: Xu et al., "DistillCSE", Findings of EMNLP 2023 (arXiv 2310.13499), section 4.2.

@@ -1,4 +1,5 @@
-"""Alignment and uniformity of embeddings on the unit hypersphere. Each validates its arguments and calls one operator."""
+"""Alignment and uniformity of embeddings on the unit hypersphere. Each validates its arguments and calls one
+operator."""
 
 from __future__ import annotations
 
@@ -51,13 +52,13 @@ def uniformity(x: Tensor, t: float = 2.0, *, normalize: bool = True, backend: st
         x: (N, D) embeddings, N >= 2; float32, float64, bfloat16 or float16. A row with norm <= 1e-12 counts as 0 and
             gets gradient 0.
         t: > 0 and at most 1e6, no unit. Up to 20 the exponentials fit float32 without a search for the largest one.
-        normalize: False takes the rows as they are. Exponents are differences of t |x_i|^2, so in float32 this may be 1e6
-            at most (t itself for unit rows); beyond that digits are lost, and at last everything.
+        normalize: False takes the rows as they are. Exponents are differences of t |x_i|^2, so in float32 this may be
+            1e6 at most (t itself for unit rows); beyond that digits are lost, and at last everything.
         backend: as in :func:`pycse.fused_focal_infonce`.
 
     Returns:
-        0-d, float32 (float64 for float64 inputs). Gradients have the inputs' dtype. Memory: O(c N) and one copy of x, two
-        with gradients; 3 N^2 D operations.
+        0-d, float32 (float64 for float64 inputs). Gradients have the inputs' dtype. Memory: O(c N) and one copy of x,
+        two with gradients; 3 N^2 D operations.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value, named, before any work.

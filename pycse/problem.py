@@ -1,7 +1,7 @@
 """What one call computes: the arguments after validation, and what comes back.
 
-The names follow kernels/README.md. A ``Contrastive`` or a ``Distillation`` is what an op hands to a backend; every backend
-returns a ``Result``.
+The names follow kernels/README.md. A ``Contrastive`` or a ``Distillation`` is what an op hands to a backend; every
+backend returns a ``Result``.
 """
 
 from __future__ import annotations

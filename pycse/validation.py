@@ -64,7 +64,8 @@ def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always; an array is a number to nobody
+    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always; an array is a number to
+    # nobody
     real = isinstance(value, Real) or (hasattr(value, "__float__") and not getattr(value, "shape", ()))
     return real and not isinstance(value, bool)
 
@@ -78,7 +79,8 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} must be a number or a 0-d float tensor, got {_what(value)}")
     allowed = "a finite number > 0" if positive else "a finite number"
-    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols. An integer may be larger than any float.
+    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols. An integer may be larger than
+    # any float.
     most = sys.float_info.max
     if (
         not -math.inf < value < math.inf

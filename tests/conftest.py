@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def device_alive():
-    """A fault on the GPU takes its context with it, and with that every later test of the process: xdist starts another."""
+    """A fault on the GPU takes its context with it, and with that every later test of the process: xdist starts
+    another."""
     yield
     if torch.cuda.is_initialized():
         try:

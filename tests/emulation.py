@@ -21,6 +21,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def instead(monkeypatch: pytest.MonkeyPatch, backend: ModuleType, name: str, emulate: Callable[..., Any]) -> None:
-    """The backend's function of that name runs ``emulate``, which reads numbers through their addresses as a GPU would."""
+    """The backend's function of that name runs ``emulate``, which reads numbers through their addresses as a GPU
+    would."""
     monkeypatch.setattr(backend, name, emulate)
     monkeypatch.setattr(fused, "value", lambda tensor, value: value if tensor is None else tensor.detach())

@@ -1,7 +1,7 @@
 """The one place that says what is right: results of backend="reference" in float64, and how far a kernel may be off.
 
-A kernel's budget is 2 x the error of the same maths in plain PyTorch at the kernel's dtype, plus a rounding band. Errors
-are norm-wise: |x - ref| / |ref|.
+A kernel's budget is 2 x the error of the same maths in plain PyTorch at the kernel's dtype, plus a rounding band.
+Errors are norm-wise: |x - ref| / |ref|.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from pycse import fused_focal_infonce, fused_infonce
 
-# Rounding of inputs' products and of the stored result. A bf16 panel rounds s by 2^-9, and l' = (2 s + m)/tau = 46 makes that
+# Rounding of inputs' products and of the stored result. A bf16 panel rounds s by 2^-9, and l' = (2 s + m)/tau = 46
+# makes that
 # 0.09 in a logit: with one negative (B = 2) nothing averages it.
 BAND = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 1.5e-3}
-# Below this size a value is judged absolutely. Gradients that vanish only after the projection (all rows equal, D = 1) leave
-# the rounding of what cancelled, about l' eps = 40 eps; test_confident_rows looks at small gradients that do not cancel.
+# Below this size a value is judged absolutely. Gradients that vanish only after the projection (all rows equal, D = 1)
+# leave the rounding of what cancelled, about l' eps = 40 eps; test_confident_rows looks at small gradients that do not
+# cancel.
 FLOOR_LOSS, FLOOR_GRADIENT = 1e-8, 0.1
 
 
@@ -93,7 +95,8 @@ class Outcome:
 
 
 def run(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", exact: bool = False) -> Outcome:
-    """Loss and all gradients for an upstream gradient that is not 1. ``exact`` promotes the dtype's values to float64."""
+    """Loss and all gradients for an upstream gradient that is not 1. ``exact`` promotes the dtype's values to
+    float64."""
     z1, z2 = (z.to(dtype) for z in case.embeddings(dtype))
     if exact:
         z1, z2 = z1.double(), z2.double()

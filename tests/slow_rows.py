@@ -1,4 +1,5 @@
-"""A pytest plugin for the benchmarks that makes the contrastive row kernel about 30% slower: it runs again on 9 of 32 rows."""
+"""A pytest plugin for the benchmarks that makes the contrastive row kernel about 30% slower: it runs again on 9 of 32
+rows."""
 
 from benchmarks import peers
 

@@ -13,7 +13,8 @@ NAMES = {1: "unstructured", 16: "block16", 32: "block32", 64: "block64"}
 
 
 def random_mask(out, in_, block, density, seed=0):
-    """Whole blocks, about ``density`` of them, with an empty block row and an empty block column unless all are kept."""
+    """Whole blocks, about ``density`` of them, with an empty block row and an empty block column unless all are
+    kept."""
     g = torch.Generator().manual_seed(seed)
     kept = torch.rand(out // block, in_ // block, generator=g) < density
     if 0 < density < 1:

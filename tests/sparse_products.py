@@ -136,7 +136,8 @@ SPLIT = [Case(200, 128, 128, 32, 0.5), Case(97, 64, 128, 64), Case(150, 48, 80, 
 
 
 def check_layer(backend: str, device: str, dtype: torch.dtype = torch.float32) -> None:
-    """SparseLinear and masked_linear, forward and backward, beside the reference backend; leading dimensions as they come."""
+    """SparseLinear and masked_linear, forward and backward, beside the reference backend; leading dimensions as they
+    come."""
     g = torch.Generator().manual_seed(2)
     for block, pattern in ((32, "block32"), (16, "block16"), (1, "unstructured"), (1, "masked")):
         mask = (torch.rand(96 // block, 64 // block, generator=g) < 0.5).repeat_interleave(block, 0)

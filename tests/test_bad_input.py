@@ -113,7 +113,8 @@ def test_one_row_works():
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_more_than_2_to_the_31_elements_do_not_overflow(backend):
-    """c N > 2^31 through a strided panel, and N D > 2^31 in the keys, without the memory: expanded and strided views."""
+    """c N > 2^31 through a strided panel, and N D > 2^31 in the keys, without the memory: expanded and strided
+    views."""
     from pycse.backends.cpu import contrastive as cpu
     from pycse.backends.torch import contrastive as plain
     from pycse.panels import contrastive as panel

@@ -1,6 +1,8 @@
-"""The benchmarks: names, parity of everything timed, the check against the baseline, documents made of results, bad input.
+"""The benchmarks: names, parity of everything timed, the check against the baseline, documents made of results, bad
+input.
 
-No time is asserted: what is compared are numbers made up here, counts of operations, and one slow-down planted on purpose.
+No time is asserted: what is compared are numbers made up here, counts of operations, and one slow-down planted on
+purpose.
 """
 
 import contextlib
@@ -359,7 +361,8 @@ def test_the_stages_of_a_call_add_up():
 def test_a_slower_row_kernel_is_caught(tmp_path, monkeypatch, capfd):
     """The real commands: a baseline, a check that passes, and one that fails on a kernel that does 30% more work.
 
-    What else runs on a machine moves a ratio by up to 20%, either way, so the three are tried again where one went astray.
+    What else runs on a machine moves a ratio by up to 20%, either way, so the three are tried again where one went
+    astray.
     """
     file = tmp_path / "baseline.json"
     monkeypatch.setattr(command, "SECONDS", 1.0)

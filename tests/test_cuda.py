@@ -1,6 +1,6 @@
-"""The CUDA backend. Its kernels' bodies run everywhere, on one host thread (kernels/cuda/emulated.cpp), and are held to the
-float64 reference over the same table as every backend; with a GPU the table runs on the device as well. The compiled
-kernels themselves are looked at without a GPU: no spills, no library that a machine without CUDA lacks."""
+"""The CUDA backend. Its kernels' bodies run everywhere, on one host thread (kernels/cuda/emulated.cpp), and are held to
+the float64 reference over the same table as every backend; with a GPU the table runs on the device as well. The
+compiled kernels themselves are looked at without a GPU: no spills, no library that a machine without CUDA lacks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ import cases
 from oracle import BAND, Case, check, run
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# What only these kernels can get wrong: rows that start anywhere within 16 bytes, fewer keys than one access takes, several
-# own hard negatives in one access, tensors together with every option.
+# What only these kernels can get wrong: rows that start anywhere within 16 bytes, fewer keys than one access takes,
+# several own hard negatives in one access, tensors together with every option.
 MORE = [
     *(Case(5, N, 9, tensors=t) for N in (5, 6, 7, 8, 9, 15, 17, 23) for t in (False, True)),
     Case(1, 9, 4, options={"hard_negative_weight": 1.0}),

@@ -1,5 +1,5 @@
-"""The CUDA backend's distillation. Its bodies run everywhere, on one host thread, and are held to the float64 reference; with
-a GPU the same table runs on the device. The groups are those of pycse/grouping.py, member by member."""
+"""The CUDA backend's distillation. Its bodies run everywhere, on one host thread, and are held to the float64
+reference; with a GPU the same table runs on the device. The groups are those of pycse/grouping.py, member by member."""
 
 from __future__ import annotations
 
@@ -190,7 +190,8 @@ def test_every_pair_of_types(dtype, teacher, B):
 
 
 def check_long_rows(kernels: type[panel.Kernels], device: str, dtype: torch.dtype, c: int) -> None:
-    """Rows whose groups do not fit in shared memory, beside the formulas; a whole batch of them would need minutes on a CPU."""
+    """Rows whose groups do not fit in shared memory, beside the formulas; a whole batch of them would need minutes on a
+    CPU."""
     B, i0 = 12001, 7000
     unit = torch.nn.functional.normalize(student(B), dim=1)
     S = (unit[i0 : i0 + c] @ unit.t()).to(dtype)

@@ -1,6 +1,7 @@
-"""The GEMM with the loss as its epilogue for sm_90a (kernels/cuda/fused.h). On the host its blocks and clusters run thread by
-thread on models of the barriers, the copy engine and wgmma, by the PTX manual; what is asynchronous happens as early as it may, or
-as late. It is off by default (pycse.backends.cuda.contrastive.FUSED); these tests switch it on."""
+"""The GEMM with the loss as its epilogue for sm_90a (kernels/cuda/fused.h). On the host its blocks and clusters run
+thread by thread on models of the barriers, the copy engine and wgmma, by the PTX manual; what is asynchronous happens
+as early as it may, or as late. It is off by default (pycse.backends.cuda.contrastive.FUSED); these tests switch it
+on."""
 
 from __future__ import annotations
 

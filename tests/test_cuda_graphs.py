@@ -1,5 +1,6 @@
-"""Every path of the GPU backends in a CUDA graph: replayed on new inputs it gives what the call itself gives, and every replay
-shuffles anew. Needs a GPU; the same comparisons run anywhere with ``replay`` as a plain call (backend "torch")."""
+"""Every path of the GPU backends in a CUDA graph: replayed on new inputs it gives what the call itself gives, and every
+replay shuffles anew. Needs a GPU; the same comparisons run anywhere with ``replay`` as a plain call (backend
+"torch")."""
 
 from __future__ import annotations
 

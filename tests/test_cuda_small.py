@@ -1,5 +1,6 @@
-"""Small batches in one launch (kernels/cuda/small.h). Its phases run everywhere, one after another on the host, and are held to
-the float64 reference over the table of every backend; with a GPU also as the cooperative launch that they are."""
+"""Small batches in one launch (kernels/cuda/small.h). Its phases run everywhere, one after another on the host, and are
+held to the float64 reference over the table of every backend; with a GPU also as the cooperative launch that they
+are."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import cases
 from oracle import BAND, Case, check, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # fp16 arrives as fp32 (pycse/ops/fused.py)
-# Around the tiles of 64 x 64 and steps of 64 (bf16) or 32 (fp32) features, rows whose addresses are no multiple of 16 bytes.
+# Around the tiles of 64 x 64 and steps of 64 (bf16) or 32 (fp32) features, rows whose addresses are no multiple of 16
+# bytes.
 MORE = [
     *(Case(B, N, D) for B, N, D in ((63, 64, 64), (64, 65, 63), (65, 129, 65), (128, 128, 1), (3, 200, 100), (130, 131, 31))),
     *(Case(B, D=D, options={"symmetric": True}) for B, D in ((64, 64), (129, 33), (200, 40))),

@@ -1,6 +1,6 @@
-"""The CUDA backend's sparse products. Its kernels run everywhere, thread by thread on the host (kernels/cuda/tile.h), matrix
-instructions by the layouts of the PTX manual, and are held to the float64 reference; with a GPU the table runs on the device.
-That the compiled kernels do not spill is tests/test_cuda.py's."""
+"""The CUDA backend's sparse products. Its kernels run everywhere, thread by thread on the host (kernels/cuda/tile.h),
+matrix instructions by the layouts of the PTX manual, and are held to the float64 reference; with a GPU the table runs
+on the device. That the compiled kernels do not spill is tests/test_cuda.py's."""
 
 from __future__ import annotations
 

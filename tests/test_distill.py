@@ -1,4 +1,5 @@
-"""DistillCSE: the authors' golden vectors, every CPU backend against the float64 reference, and the shuffle's distribution."""
+"""DistillCSE: the authors' golden vectors, every CPU backend against the float64 reference, and the shuffle's
+distribution."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def test_the_student_comes_closer_to_its_teacher(place, tmp_path_factory, wide_m
         z, e = (torch.from_numpy(encoder.encode(SENTENCES)) for encoder in (student, teacher))
         return fused_distill(z, [e], shuffle="none", divergence="kl", **sharp).item()
 
-    # Random encoders find all sentences alike, up to dropout: only without it and at low temperatures are they told apart.
+    # Random encoders find all sentences alike, up to dropout: only without it and at low temperatures are they told
+    # apart.
     calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 32}
     calm_model = make_model(tmp_path_factory, "abcdefghijklmnopqrstuvwxyz", seed=2, **calm)
     sharp = {"student_temperature": 0.004, "teacher_temperature": 0.002}

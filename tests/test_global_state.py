@@ -1,4 +1,5 @@
-"""Nothing that a process can set changes a value: the default dtype, the default device, a device context, the gradient mode.
+"""Nothing that a process can set changes a value: the default dtype, the default device, a device context, the gradient
+mode.
 
 Buffers that kernels write through an address must have the type and place that the kernels assume, whatever torch.empty
 would give by default.

@@ -1,4 +1,5 @@
-"""Results of the authors' own code, and a small file of ours made from the reference, so that every checkout tests something."""
+"""Results of the authors' own code, and a small file of ours made from the reference, so that every checkout tests
+something."""
 
 from __future__ import annotations
 

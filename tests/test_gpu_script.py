@@ -1,4 +1,5 @@
-"""benchmarks/gpu.sh and what it runs, rehearsed on a machine that needs no GPU: the first minute on one is not for typos."""
+"""benchmarks/gpu.sh and what it runs, rehearsed on a machine that needs no GPU: the first minute on one is not for
+typos."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def test_no_absolute_path_in_the_binary():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_instruction_sets_share_no_code(tmp_path):
-    """An inline function that two of them compile is kept once by the linker: it could be the one this CPU cannot run."""
+    """An inline function that two of them compile is kept once by the linker: it could be the one this CPU cannot
+    run."""
     source, target = ROOT / "kernels" / "cpu" / "isa.cpp", tmp_path / "isa.o"
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-DPYCSE_ISA=probe"]
     subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True)

@@ -1,4 +1,5 @@
-"""What the panel drivers do differently on a GPU, on a machine that needs none: sizes, strides, sums in float32, joined teachers."""
+"""What the panel drivers do differently on a GPU, on a machine that needs none: sizes, strides, sums in float32, joined
+teachers."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_rows_of_a_panel_lie_apart(case, dtype, backend, monkeypatch):
 
 @pytest.fixture
 def sums_in_float32(monkeypatch):
-    """CUDA's products of 16-bit matrices into float32, in plain PyTorch on the processor; how often they were asked for."""
+    """CUDA's products of 16-bit matrices into float32, in plain PyTorch on the processor; how often they were asked
+    for."""
     calls = {"mm": 0, "addmm": 0}
 
     def mm(a, b, *, out=None, out_dtype=None):

@@ -1,4 +1,5 @@
-"""Products of panels on the CPU: in AMX tiles where the processor has them, by PyTorch elsewhere. Values, layouts, ragged sides."""
+"""Products of panels on the CPU: in AMX tiles where the processor has them, by PyTorch elsewhere. Values, layouts,
+ragged sides."""
 
 import os
 import subprocess
@@ -167,8 +168,8 @@ def test_the_same_for_any_number_of_threads():
 
 
 def test_fewer_threads_than_asked_for(tmp_path):
-    """OpenMP may give a kernel fewer threads; none of its work may be left out. float32 alone: PyTorch's bfloat16 products leave
-    some out.
+    """OpenMP may give a kernel fewer threads; none of its work may be left out. float32 alone: PyTorch's bfloat16
+    products leave some out.
     """
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

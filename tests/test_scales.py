@@ -1,6 +1,7 @@
 """Embeddings of any scale, row by row: every finite row has the loss and the gradient that its direction gives.
 
-Errors are relative to each row's own gradient, which is 1/|z| long: in a norm over all rows a row of 1e25 would not count.
+Errors are relative to each row's own gradient, which is 1/|z| long: in a norm over all rows a row of 1e25 would not
+count.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def outcome(run, inputs, double: bool):
 
 
 def close_by_rows(run, inputs, dtype) -> None:
-    """run(*inputs, backend) against the float64 reference: at most twice the error of the reference in the inputs' dtype, and a
-    rounding band; rows' gradients in units of what a row of that length has."""
+    """run(*inputs, backend) against the float64 reference: at most twice the error of the reference in the inputs'
+    dtype, and a rounding band; rows' gradients in units of what a row of that length has."""
     loss, gradients = outcome(run, inputs, False)
     truth, expected = outcome(lambda *z: run(*z, backend="reference"), inputs, True)
     eager_loss, eager = outcome(lambda *z: run(*z, backend="reference"), inputs, False)

@@ -219,7 +219,8 @@ def worker(folder):
         return fully_shard(module, mesh=mesh)
 
     def trained(wrap, change):
-        """What ``wrap`` makes of a model after some steps, and the same in one process. Momentum stays where weights went."""
+        """What ``wrap`` makes of a model after some steps, and the same in one process. Momentum stays where weights
+        went."""
         alone = model(pattern)
         together = wrap(copy.deepcopy(alone))
         g = torch.Generator().manual_seed(1)

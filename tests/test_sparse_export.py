@@ -1,4 +1,5 @@
-"""Sparse layers and sparsified encoders in torch.jit.trace, torch.export, ONNX, torch.fx, and compiled after a write."""
+"""Sparse layers and sparsified encoders in torch.jit.trace, torch.export, ONNX, torch.fx, and compiled after a
+write."""
 
 from __future__ import annotations
 

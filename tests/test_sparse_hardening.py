@@ -93,7 +93,8 @@ def test_products_of_what_is_resolved_later(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_layouts(pattern, backend):
-    """Strides of 0, of other orders, and as long as a tensor of a terabyte has them; one row, none, and no rows at all."""
+    """Strides of 0, of other orders, and as long as a tensor of a terabyte has them; one row, none, and no rows at
+    all."""
     _, sparse = layer(32, 64, SIDES.get(pattern, 1), 0.4, backend, pattern=pattern)
     base = torch.randn(200, 200)
     far = torch.as_strided(base, (1, 64), (1 << 38, 1))

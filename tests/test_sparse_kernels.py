@@ -161,7 +161,8 @@ def test_blocks_keep_what_is_not_finite_in_its_row(bad, dtype):
 
 
 def test_blocks_of_one_owner_and_parts_of_columns():
-    """A thread with one block over many tokens; empty block rows inside parts of a wide weight, and a ragged last tile."""
+    """A thread with one block over many tokens; empty block rows inside parts of a wide weight, and a ragged last
+    tile."""
     for T, out, in_, kept in ((2100, 64, 64, [(1, 0)]), (2100, 64, 32, [(0, 0), (1, 0)])):
         mask = torch.zeros(out, in_, dtype=torch.bool)
         for r, c in kept:

@@ -1,4 +1,5 @@
-"""The losses under torch.func (grad, vjp, jacrev, vmap), torch.autograd.functional and torch.fx: right, or one clear sentence."""
+"""The losses under torch.func (grad, vjp, jacrev, vmap), torch.autograd.functional and torch.fx: right, or one clear
+sentence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The Triton backend against the float64 reference.
 
-Every test here runs on a CUDA GPU where there is one. In any case test_everything_in_the_interpreter runs the file again in
-a process of its own with TRITON_INTERPRET=1, on CPU tensors, in float32, float64 and float16 (the interpreter's bfloat16
-truncates, and its tl.dot misreads it); and test_kernels_compile makes machine code of every kernel without a GPU.
+Every test here runs on a CUDA GPU where there is one. In any case test_everything_in_the_interpreter runs the file
+again in a process of its own with TRITON_INTERPRET=1, on CPU tensors, in float32, float64 and float16 (the
+interpreter's bfloat16 truncates, and its tl.dot misreads it); and test_kernels_compile makes machine code of every
+kernel without a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Tensors whose memory is not what it seems: negative views, zeros without memory, tensors of inference mode that change."""
+"""Tensors whose memory is not what it seems: negative views, zeros without memory, tensors of inference mode that
+change."""
 
 from __future__ import annotations
 

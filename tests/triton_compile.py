@@ -1,8 +1,8 @@
 """Compiles every Triton kernel as its launcher launches it, for sm_80 and sm_90, on a machine that needs no GPU.
 
-The panel driver runs on small CPU tensors with launches recorded instead of made, so that signatures and options are the
-launchers' own. Prints registers, spills (stack) and shared memory; exits with an error where a kernel does not compile,
-spills, leaves its tensor cores idle, or a block asks for more shared memory than its architecture has.
+The panel driver runs on small CPU tensors with launches recorded instead of made, so that signatures and options are
+the launchers' own. Prints registers, spills (stack) and shared memory; exits with an error where a kernel does not
+compile, spills, leaves its tensor cores idle, or a block asks for more shared memory than its architecture has.
 
     python tests/triton_compile.py [80 90]
 """
@@ -56,7 +56,8 @@ def record(fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
 
 
 def source(fn: Any, given: dict[str, Any]) -> ASTSource:
-    """Specialised as Triton does at a launch: None, 1 and constexprs are constants, multiples of 16 are known as such."""
+    """Specialised as Triton does at a launch: None, 1 and constexprs are constants, multiples of 16 are known as
+    such."""
     constants = {fn.arg_names[i] for i in fn.constexprs}
     signature, constexprs, attrs = {}, {}, {}
     for i, (name, value) in enumerate(given.items()):
@@ -193,8 +194,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def tensor_cores(arch: int, name: str, given: dict[str, Any], asm: dict[str, str]) -> str | None:
-    """What a product's machine code lacks: on sm_90 whole warpgroups multiply (wgmma) while the next operands are on their
-    way, on sm_80 warps (mma.sync). None where tensor cores have no such type, or a tile is too low for a warpgroup."""
+    """What a product's machine code lacks: on sm_90 whole warpgroups multiply (wgmma) while the next operands are on
+    their way, on sm_80 warps (mma.sync). None where tensor cores have no such type, or a tile is too low for a
+    warpgroup."""
     types = {t.dtype for t in given.values() if isinstance(t, torch.Tensor)}
     described = [t.base.dtype for t in given.values() if hasattr(t, "block_shape")]
     types.update(described)
@@ -256,7 +258,8 @@ def check(arch: int) -> list[str]:
             name += " {PRECISION}".format(**given) + "".join(
                 f" {k}{given[k]}" for k in ("BLOCK", "TOKENS") if k in given
             )
-        # ptxas may give up two to four registers of these for one more block on a multiprocessor. Nothing is hot in fp64.
+        # ptxas may give up two to four registers of these for one more block on a multiprocessor. Nothing is hot in
+        # fp64.
         hot = fn.__name__ in (*FUSED, "columns", "symmetric") or fn is backend.row_kernels.rows
         least = 0 if hot else 16
         if name[:4] != "fp64" and max(used["STACK"], used["LOCAL"]) > least:

@@ -1,6 +1,6 @@
-// What the bindings refuse. Addresses and sizes come as numbers, so a mistake in Python would be a read or write anywhere; a
-// few compares find those that show, and ValueError names the argument. Not found: an address that is wrong, a buffer that is
-// shorter than its sizes say, an index out of range.
+// What the bindings refuse. Addresses and sizes come as numbers, so a mistake in Python would be a read or write
+// anywhere; a few compares find those that show, and ValueError names the argument. Not found: an address that is
+// wrong, a buffer that is shorter than its sizes say, an index out of range.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -29,7 +29,8 @@ inline void threads_of(int threads) { in_range("threads", threads, 1, kMostThrea
 // a b numbers; both are sizes.
 inline int64_t numbers(const char* name, int64_t a, int64_t b) {
   int64_t product;
-  if (__builtin_mul_overflow(a, b, &product) || product > kMostNumbers) refuse(name, "give a matrix that fits into memory", a);
+  if (__builtin_mul_overflow(a, b, &product) || product > kMostNumbers)
+    refuse(name, "give a matrix that fits into memory", a);
   return product;
 }
 
@@ -47,7 +48,8 @@ inline void matrix(const char* name, Address x, int64_t n, int64_t D, int64_t ld
   if (n < 0 || D < 0) refuse(name, "have sizes of at least 0", n < 0 ? n : D);
   needed(name, x, n > 0 && D > 0);
   if (n <= 1) return void(numbers(name, n, D));
-  if (const int64_t least = written ? D : 0; ld < least) refuse(name, "have rows at least " + std::to_string(least) + " apart", ld);
+  if (const int64_t least = written ? D : 0; ld < least)
+    refuse(name, "have rows at least " + std::to_string(least) + " apart", ld);
   numbers(name, n, ld > D ? ld : D);
 }
 
@@ -92,8 +94,8 @@ inline void check_grouping(const Grouping& cut) {
   const double least = cut.kind == GroupKind::mass ? 0x1p-60 : cut.kind == GroupKind::size ? 1 : 0;
   const double most = cut.kind == GroupKind::mass ? 1 : cut.kind == GroupKind::size ? HUGE_VAL : double(cut.end);
   if (!(cut.value >= least && cut.value <= most))
-    throw std::invalid_argument("group_value must lie between " + std::to_string(least) + " and " + std::to_string(most) +
-                                ", got " + std::to_string(cut.value));
+    throw std::invalid_argument("group_value must lie between " + std::to_string(least) + " and " +
+                                std::to_string(most) + ", got " + std::to_string(cut.value));
 }
 template <class Distill>
 void check_distill(const Distill& d) {
@@ -105,7 +107,8 @@ void check_distill(const Distill& d) {
 
 // The gradient's type beside that of the embeddings (project): its own, or for bf16 (1) also float (0).
 inline void check_gradient_type(int dtype, int g_dtype) {
-  if (g_dtype != dtype && (dtype != 1 || g_dtype != 0)) refuse("g_dtype", "fit dtype " + std::to_string(dtype), g_dtype);
+  if (g_dtype != dtype && (dtype != 1 || g_dtype != 0))
+    refuse("g_dtype", "fit dtype " + std::to_string(dtype), g_dtype);
 }
 
 }  // namespace pycse

@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), for host and device.
 //
-// The shuffle's key of member n of a group is word n mod 4 of block n div 4: counter (n div 4, group, row, row >> 32), key
-// (seed, seed >> 32). pycse/grouping.py defines the same.
+// The shuffle's key of member n of a group is word n mod 4 of block n div 4: counter (n div 4, group, row, row >> 32),
+// key (seed, seed >> 32). pycse/grouping.py defines the same.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,5 @@
-// What AMX does faster than the widest vectors; everything else stays as v4 has it. CMake compiles this with PYCSE_ISA = amx.
+// What AMX does faster than the widest vectors; everything else stays as v4 has it. CMake compiles this with PYCSE_ISA
+// = amx.
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -6,7 +7,9 @@
 #include "block_tiles.h"
 #include "sparse.h"
 
-namespace pycse::v4 { Kernels kernels(); }
+namespace pycse::v4 {
+Kernels kernels();
+}
 
 namespace pycse::PYCSE_ISA {
 
@@ -29,46 +32,48 @@ static bool fits(const SparsePattern& p, DType dtype, int64_t n) {
   return p.block >= 32 && dtype != DType::f64 && n >= (dtype == DType::f32 ? 4 * kSquare : kSquare);
 }
 
-static void product(const SparsePattern& p, DType dtype, const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias,
-                    void* y, int64_t n, bool transposed, int threads) {
+static void product(const SparsePattern& p, DType dtype, const void* x, int64_t ldx, const void* w, int64_t ldw,
+                    const void* bias, void* y, int64_t n, bool transposed, int threads) {
   if (!fits(p, dtype, n)) return without().sparse_product(p, dtype, x, ldx, w, ldw, bias, y, n, transposed, threads);
   const auto run = [&](auto type) {
     using T = decltype(type);
-    (p.block == 32 ? tiled_product<32, T> : tiled_product<64, T>)(
-        p, static_cast<const T*>(x), ldx, static_cast<const T*>(w), ldw, static_cast<const T*>(bias), static_cast<T*>(y),
-        transposed ? p.in : p.out, n, transposed, false, true, threads);
+    (p.block == 32 ? tiled_product<32, T>
+                   : tiled_product<64, T>)(p, static_cast<const T*>(x), ldx, static_cast<const T*>(w), ldw,
+                                           static_cast<const T*>(bias), static_cast<T*>(y), transposed ? p.in : p.out,
+                                           n, transposed, false, true, threads);
   };
   if (dtype == DType::f32) run(float());
   else run(bf16());
 }
 
-static void outer(const SparsePattern& p, DType dtype, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw, int64_t n,
-                  int threads) {
+static void outer(const SparsePattern& p, DType dtype, const void* dy, int64_t ldy, const void* x, int64_t ldx,
+                  void* dw, int64_t n, int threads) {
   if (!fits(p, dtype, n)) return without().sparse_outer(p, dtype, dy, ldy, x, ldx, dw, n, threads);
   const auto run = [&](auto type) {
     using T = decltype(type);
-    (p.block == 32 ? tiled_outer<32, T> : tiled_outer<64, T>)(p, static_cast<const T*>(dy), ldy, static_cast<const T*>(x), ldx,
-                                                              static_cast<T*>(dw), n, false, threads);
+    (p.block == 32 ? tiled_outer<32, T> : tiled_outer<64, T>)(p, static_cast<const T*>(dy), ldy,
+                                                              static_cast<const T*>(x), ldx, static_cast<T*>(dw), n,
+                                                              false, threads);
   };
   if (dtype == DType::f32) run(float());
   else run(bf16());
 }
 
-static void dense_product(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t out, int64_t in, float* y, int64_t ldy,
-                          int64_t n, bool transposed, bool add, int threads) {
+static void dense_product(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t out, int64_t in, float* y,
+                          int64_t ldy, int64_t n, bool transposed, bool add, int threads) {
   const int64_t features = transposed ? out : in;
   const int64_t most = transposed ? kDeepest * 3 / 4 : kDeepest;
   const int64_t chunks = (features + most - 1) / most, chunk = (features / kDepth + chunks - 1) / chunks * kDepth;
   for (int64_t f = 0; f < features; f += chunk) {
     const int64_t deep = std::min(chunk, features - f);
     const EveryBlock all(transposed ? deep : out, transposed ? in : deep);
-    tiled_product<32, float>(all.pattern, x + f, ldx, w + f * (transposed ? ldw : 1), ldw, nullptr, y, ldy, n, transposed, add || f > 0,
-                             false, threads);
+    tiled_product<32, float>(all.pattern, x + f, ldx, w + f * (transposed ? ldw : 1), ldw, nullptr, y, ldy, n,
+                             transposed, add || f > 0, false, threads);
   }
 }
 
-static void dense_outer(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t out, int64_t in, float* dw, int64_t n,
-                        bool add, int threads) {
+static void dense_outer(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t out, int64_t in, float* dw,
+                        int64_t n, bool add, int threads) {
   tiled_outer<32, float>(EveryBlock(out, in).pattern, dy, ldy, x, ldx, dw, n, add, threads);
 }
 

@@ -2,11 +2,11 @@
 //
 //   y = x W^T + bias        dx = dy W        dW = dy^T x on the kept blocks, 0 elsewhere
 //
-// y and dx are one product: some block rows' weights are packed in the order of their use, [block][k][results], as many as
-// stay in L2; tokens stream past them, a tile at a time, in place where they can be, the next on its way to L2. A tile of y
-// stays in registers over its whole block row. dW sums panels of tokens, copied block column by block column, into the output
-// (16-bit: into fp32 blocks, rounded once). Scratch: kept weights, and in dW the narrower of dy and x. Everything is summed in
-// a fixed order.
+// y and dx are one product: some block rows' weights are packed in the order of their use, [block][k][results], as many
+// as stay in L2; tokens stream past them, a tile at a time, in place where they can be, the next on its way to L2. A
+// tile of y stays in registers over its whole block row. dW sums panels of tokens, copied block column by block column,
+// into the output (16-bit: into fp32 blocks, rounded once). Scratch: kept weights, and in dW the narrower of dy and x.
+// Everything is summed in a fixed order.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -22,18 +22,19 @@ constexpr int kTileTokens = 12, kTileVecs = 2, kOuterRows = 8;  // 24 of 32 regi
 #else
 constexpr int kTileTokens = 6, kTileVecs = 2, kOuterRows = 4;   // 12 and 8 of 16
 #endif
-constexpr int64_t kPackedBytes = 1 << 20;    // of L2: the packed weights that every tile of tokens passes by
-constexpr int64_t kSpanTiles = 8;             // tiles of tokens in a task
-constexpr int64_t kOuterNumbers = 4096;       // of dW: of a block column of dy and of x, 2 x 16 KB in L1
-constexpr int64_t kOuterColumns = 512;        // of the wider of dy and x, copied at a time: whole cache lines in a row
-constexpr int64_t kStreamBytes = 16 << 20; // results from this size on are stored past the caches
+constexpr int64_t kPackedBytes = 1 << 20;  // of L2: the packed weights that every tile of tokens passes by
+constexpr int64_t kSpanTiles = 8;  // tiles of tokens in a task
+constexpr int64_t kOuterNumbers = 4096;  // of dW: of a block column of dy and of x, 2 x 16 KB in L1
+constexpr int64_t kOuterColumns = 512;  // of the wider of dy and x, copied at a time: whole cache lines in a row
+constexpr int64_t kStreamBytes = 16 << 20;  // results from this size on are stored past the caches
 
 // out[c - c0][t][b] = x[t][c b : (c + 1) b] for n tokens, block columns [c0, c1); `tokens` is the panel's extent.
 template <int b, class T, class A>
 PYCSE_NOINLINE void copy_panel(const T* x, int64_t ld, int64_t n, int64_t c0, int64_t c1, int64_t tokens, A* out) {
   for (int64_t t = 0; t < n; ++t)
     for (int64_t c = c0; c < c1; ++c)
-      for (int k = 0; k < b; k += kLanes<A>) store_lanes(out + ((c - c0) * tokens + t) * b + k, load_lanes(x + t * ld + c * b + k));
+      for (int k = 0; k < b; k += kLanes<A>)
+        store_lanes(out + ((c - c0) * tokens + t) * b + k, load_lanes(x + t * ld + c * b + k));
 }
 
 // The next tile's rows of x on their way to L2: `lines` of each, shared out over the blocks of this tile.
@@ -49,11 +50,12 @@ PYCSE_INLINE void fetch(Ahead<A>& ahead) {
     for (int i = 0; i < R; ++i) __builtin_prefetch(ahead.next + i * ahead.ldx, 0, 2);
 }
 
-// y[0 : R, 0 : V lanes] over the n blocks of a block row, whose weights lie at w as [block][k][V lanes]. x is in place, or
+// y[0 : R, 0 : V lanes] over the n blocks of a block row, whose weights lie at w as [block][k][V lanes]. x is in place,
+// or
 // copied: [block column][R][b].
 template <int b, int R, int V, bool copied, bool stream, class A, class T>
-PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int64_t n, const A* w, const T* bias, T* y, int64_t ldy,
-                               Ahead<A>& ahead) {
+PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int64_t n, const A* w, const T* bias, T* y,
+                               int64_t ldy, Ahead<A>& ahead) {
   constexpr int width = V * kLanes<A>, line = 64 / sizeof(A), page = 4096 / sizeof(A), column = copied ? R * b : b;
   if constexpr (copied) ldx = b;
   vec_t<A> acc[R][V];
@@ -96,13 +98,13 @@ PYCSE_INLINE void product_tile(const A* x, int64_t ldx, const int32_t* cols, int
 
 // R tokens of y for the block rows [r0, r1), whose weights start at w.
 template <int b, int R, int V, bool copied, bool stream, class A, class T>
-PYCSE_NOINLINE void product_rows(const A* x, int64_t ldx, const int32_t* ptr, const int32_t* cols, int64_t r0, int64_t r1, const A* w,
-                                 const T* bias, T* y, int64_t ldy, Ahead<A> ahead) {
+PYCSE_NOINLINE void product_rows(const A* x, int64_t ldx, const int32_t* ptr, const int32_t* cols, int64_t r0,
+                                 int64_t r1, const A* w, const T* bias, T* y, int64_t ldy, Ahead<A> ahead) {
   constexpr int width = V * kLanes<A>;
   for (int64_t r = r0; r < r1; ++r)
     for (int part = 0; part < b; part += width, w += (ptr[r + 1] - ptr[r]) * b * width)
-      product_tile<b, R, V, copied, stream>(x, ldx, cols + ptr[r], ptr[r + 1] - ptr[r], w, bias ? bias + r * b + part : nullptr,
-                                            y + r * b + part, ldy, ahead);
+      product_tile<b, R, V, copied, stream>(x, ldx, cols + ptr[r], ptr[r + 1] - ptr[r], w,
+                                            bias ? bias + r * b + part : nullptr, y + r * b + part, ldy, ahead);
 }
 
 // A kept block for y: packed[part][k][o] = W[r b + part + o][c b + k], parts `stride` apart.
@@ -130,24 +132,29 @@ PYCSE_NOINLINE void pack_straight(const T* w, int64_t ld, int64_t stride, A* pac
 
 // y = x W^T + bias, or with `transposed` dx = dy W: block rows are then the pattern's block columns.
 template <int b, class T>
-void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
-                   bool transposed, int threads) {
+void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y,
+                   int64_t n, bool transposed, int threads) {
   using A = acc_t<T>;
   constexpr bool direct = std::is_same_v<A, T>;
   constexpr int V = std::min(kTileVecs, b / kLanes<A>), width = V * kLanes<A>, R = kTileTokens * kTileVecs / V;
-  constexpr bool copied = !direct || V < kTileVecs;  // 16 bits are widened; the addresses of more rows would not fit in registers
+  constexpr bool copied =
+      !direct || V < kTileVecs;  // 16 bits are widened; the addresses of more rows would not fit in registers
   const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *cols = transposed ? p.t_rows : p.cols;
-  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out, rows = results / b, kept = ptr[rows];
+  const int64_t features = transposed ? p.out : p.in, results = transposed ? p.in : p.out, rows = results / b,
+                kept = ptr[rows];
   if (n == 0 || rows == 0) return;
-  // A task is some block rows, as many as keep their weights in L2, times some tokens; a thread's tasks follow each other.
+  // A task is some block rows, as many as keep their weights in L2, times some tokens; a thread's tasks follow each
+  // other.
   const int64_t span = kSpanTiles * R, spans = (n + span - 1) / span;
-  const int64_t parts = std::min(rows, std::max<int64_t>(kept * b * b * int64_t(sizeof(A)) / kPackedBytes + 1, 4 * threads / spans));
+  const int64_t parts =
+      std::min(rows, std::max<int64_t>(kept * b * b * int64_t(sizeof(A)) / kPackedBytes + 1, 4 * threads / spans));
   const auto bound = [&](int64_t part) {
     return part == parts ? rows : std::lower_bound(ptr, ptr + rows, int32_t(kept * part / parts)) - ptr;
   };
   int64_t most = 0;
   for (int64_t part = 0; part < parts; ++part) most = std::max<int64_t>(most, ptr[bound(part + 1)] - ptr[bound(part)]);
-  const bool stream = direct && n * results * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
+  const bool stream =
+      direct && n * results * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
   Scratch<A> packed(threads * most * b * b), tiles(copied ? threads * R * features : 0);
 #pragma omp parallel num_threads(threads)
   {
@@ -155,7 +162,8 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
     int64_t held = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < parts * spans; ++task) {
-      const int64_t part = task / spans, r0 = bound(part), r1 = bound(part + 1), end = std::min(n, (task % spans + 1) * span);
+      const int64_t part = task / spans, r0 = bound(part), r1 = bound(part + 1),
+                    end = std::min(n, (task % spans + 1) * span);
       if (held != part) {
         A* to = mine;
         for (int64_t r = r0; r < r1; ++r) {
@@ -173,12 +181,14 @@ void block_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, 
           constexpr int m = decltype(tokens)::value;
           const int64_t blocks = std::max(1, ptr[r1] - ptr[r0]) * (b / width);
           Ahead<A> ahead{tile, 0, 0, blocks};
-          if constexpr (direct) ahead = {x + std::min(t + m, n - m) * ldx, ldx, features * int64_t(sizeof(A)) / 64, blocks};
+          if constexpr (direct)
+            ahead = {x + std::min(t + m, n - m) * ldx, ldx, features * int64_t(sizeof(A)) / 64, blocks};
           const A* xt = tile;
           if constexpr (copied) copy_panel<b>(x + t * ldx, ldx, m, 0, features / b, m, tile);
           else xt = x + t * ldx;
-          (stream ? product_rows<b, m, V, copied, direct, A, T> : product_rows<b, m, V, copied, false, A, T>)(
-              xt, ldx, ptr, cols, r0, r1, mine, bias, y + t * results, results, ahead);
+          (stream ? product_rows<b, m, V, copied, direct, A, T>
+                  : product_rows<b, m, V, copied, false, A, T>)(xt, ldx, ptr, cols, r0, r1, mine, bias, y + t * results,
+                                                                results, ahead);
           t += m;
         };
         if (end - t >= R) run(std::integral_constant<int, R>());
@@ -195,7 +205,8 @@ template <int b, int R, int V, class A>
 PYCSE_INLINE void outer_tile(const A* dy, const A* x, int64_t n, bool first, A* out, int64_t ld, const A* next) {
   constexpr int tiles = b / R * (b / (V * kLanes<A>)), step = b / tiles;
   vec_t<A> acc[R][V] = {};
-  for (int i = 0; i < R; ++i) __builtin_prefetch(out + i * ld, 1), __builtin_prefetch(out + i * ld + V * kLanes<A> - 1, 1);
+  for (int i = 0; i < R; ++i)
+    __builtin_prefetch(out + i * ld, 1), __builtin_prefetch(out + i * ld + V * kLanes<A> - 1, 1);
   for (int64_t t = 0; t < n; ++t) {
     vec_t<A> xv[V];
     __builtin_prefetch(next + t * step);
@@ -220,7 +231,8 @@ PYCSE_NOINLINE void outer_block(const A* dy, const A* x, int64_t n, bool first, 
   constexpr int V = std::min(kTileVecs, b / kLanes<A>), R = V == 1 ? 2 * kOuterRows : kOuterRows;
   constexpr int tiles = b / R * (b / (V * kLanes<A>)), step = b / tiles;
   for (int k = 0; k < b; k += V * kLanes<A>)
-    for (int i = 0; i < b; i += R, next += n * step) outer_tile<b, R, V>(dy + i, x + k, n, first, out + i * ld + k, ld, next);
+    for (int i = 0; i < b; i += R, next += n * step)
+      outer_tile<b, R, V>(dy + i, x + k, n, first, out + i * ld + k, ld, next);
 }
 
 // Zeros in block row r of dW, beside its kept blocks.
@@ -240,7 +252,8 @@ PYCSE_NOINLINE void clear_dropped(const SparsePattern& p, int64_t r, T* dw) {
 // dW = dy^T x on the kept blocks, 0 elsewhere; dW is (out, in) contiguous. The narrower of dy and x is copied whole, in
 // panels; the other some block columns at a time, by the thread that owns their part of dW.
 template <int b, class T>
-void block_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n, int threads) {
+void block_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n,
+                 int threads) {
   using A = acc_t<T>;
   constexpr bool direct = std::is_same_v<A, T>;
   constexpr int64_t tokens = kOuterNumbers / b, group = kOuterColumns / b;

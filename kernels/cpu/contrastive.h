@@ -30,10 +30,10 @@ struct Contrastive {
   void* dm = nullptr;                     // (B) acc or null: coef_i dL_i/dm
   double* lpos = nullptr;                 // (B) or null: logit of the positive
   double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
-  double* column_max = nullptr;           // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
-  double* column_sum = nullptr;           // (N)
-  double* lneg_column = nullptr;          // (N) symmetric only: the finished log-sums of the columns
-  void* lse_column = nullptr;             // (N) acc: log(exp(lneg_column) + exp(lpos))
+  double* column_max = nullptr;  // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
+  double* column_sum = nullptr;  // (N)
+  double* lneg_column = nullptr;  // (N) symmetric only: the finished log-sums of the columns
+  void* lse_column = nullptr;  // (N) acc: log(exp(lneg_column) + exp(lpos))
 };
 
 // Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
@@ -41,23 +41,23 @@ struct Panel {
   DType dtype = DType::f32;
   void* S = nullptr;
   int64_t ld = 0, i0 = 0, c = 0;
-  void* f = nullptr;                      // (c) acc: the rows' factors of G, gradients only
+  void* f = nullptr;  // (c) acc: the rows' factors of G, gradients only
   int threads = 1;
 };
 
-struct Small {                            // a whole forward + backward in one call, for batches that fit in cache
+struct Small {  // a whole forward + backward in one call, for batches that fit in cache
   DType dtype = DType::f32;
   int64_t D = 0, ld1 = 0, ld2 = 0;
   const void *z1 = nullptr, *z2 = nullptr;
   bool normalize = true, symmetric = false;
-  float* work = nullptr;                  // small_work_size floats, aligned as doubles are
-  void *dz1 = nullptr, *dz2 = nullptr;    // (B, D), (N, D) contiguous or null, in dtype
-  float* total = nullptr;                 // sum_i coef_i L_i
+  float* work = nullptr;  // small_work_size floats, aligned as doubles are
+  void *dz1 = nullptr, *dz2 = nullptr;  // (B, D), (N, D) contiguous or null, in dtype
+  float* total = nullptr;  // sum_i coef_i L_i
   int threads = 1;
 };
 
-// r1, r2, the rows' losses and factors, the panel of similarities; what a symmetric loss keeps of rows and columns (five doubles
-// and three floats each); for bf16 the gradients before they are rounded.
+// r1, r2, the rows' losses and factors, the panel of similarities; what a symmetric loss keeps of rows and columns
+// (five doubles and three floats each); for bf16 the gradients before they are rounded.
 inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype, bool symmetric) {
   return 3 * B + N + B * N + (symmetric ? 13 * B : 0) + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
@@ -69,28 +69,28 @@ struct Distill {
   int64_t B = 0;
   double inv_student = 40, inv_teacher = 80, inv_group = 1;  // 1 / temperature
   Divergence divergence = Divergence::ce;
-  Grouping cut;                           // kind none: q stays as it is
-  bool sample = true;                     // else each member receives its group's mean
+  Grouping cut;  // kind none: q stays as it is
+  bool sample = true;  // else each member receives its group's mean
   uint64_t seed = 0;
-  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  const void* coef = nullptr;  // (B) acc: dLoss/dL_i, or null: coef_all for every row
   double coef_all = 1;
-  void* loss = nullptr;                   // (B) acc
+  void* loss = nullptr;  // (B) acc
 };
 
-struct Vectors {                          // rows of embeddings, or of a matrix
+struct Vectors {  // rows of embeddings, or of a matrix
   DType type = DType::f32;
   const void* x = nullptr;
   int64_t ld = 0, D = 0;
 };
 
-struct SmallDistill {                     // a whole forward + backward in one call, for batches that fit in cache
-  Vectors z, logits;                      // logits (B, B) where there are no teachers
+struct SmallDistill {  // a whole forward + backward in one call, for batches that fit in cache
+  Vectors z, logits;  // logits (B, B) where there are no teachers
   bool normalize = true;
   int64_t teachers = 0;
   const Vectors* teacher = nullptr;
   const double* weight = nullptr;
-  float* work = nullptr;                  // small_distill_work_size floats
-  void* dz = nullptr;                     // (B, D) contiguous or null, in z's type
+  float* work = nullptr;  // small_distill_work_size floats
+  void* dz = nullptr;  // (B, D) contiguous or null, in z's type
   int threads = 1;
 };
 
@@ -100,19 +100,19 @@ inline int64_t small_distill_work_size(int64_t B, int64_t D, int64_t teachers, D
 }
 
 struct Uniformity {
-  double u = 0;                           // 2 t / log 2
-  const void* bias = nullptr;             // (N) acc
-  void* sums = nullptr;                   // (N) acc
+  double u = 0;  // 2 t / log 2
+  const void* bias = nullptr;  // (N) acc
+  void* sums = nullptr;  // (N) acc
 };
 
 // The kept blocks of a weight (out, in), by block rows and by block columns: pycse/sparse/pattern.py.
 struct SparsePattern {
   int64_t out = 0, in = 0;
   int block = 1;
-  const int32_t *ptr = nullptr, *cols = nullptr;         // (out/block + 1), (nnz)
-  const int32_t *t_ptr = nullptr, *t_rows = nullptr;     // (in/block + 1), (nnz)
-  const int32_t *plan = nullptr, *t_plan = nullptr;      // single weights: the order of their use for y, for dx
-  const void* packed = nullptr;                          // (nnz) acc: single weights in that order for y; null: they are in W
+  const int32_t *ptr = nullptr, *cols = nullptr;  // (out/block + 1), (nnz)
+  const int32_t *t_ptr = nullptr, *t_rows = nullptr;  // (in/block + 1), (nnz)
+  const int32_t *plan = nullptr, *t_plan = nullptr;  // single weights: the order of their use for y, for dx
+  const void* packed = nullptr;  // (nnz) acc: single weights in that order for y; null: they are in W
 };
 constexpr int64_t kSparseChunk = 128;  // features that single weights are planned by: with their tokens at most 32 KB
 constexpr int kAtStep = 32;  // a feature's place in a plan: the processor multiplies it by up to 8
@@ -144,12 +144,12 @@ struct Kernels {
   void (*sparse_pack)(const SparsePattern&, DType, const void* w, int64_t ldw, void* packed, int threads);
   void (*mask_weight)(DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
                       int threads);
-  // Dense products in fp32, faster than the fp32 units'; null where the processor has no means for them. w is (out, in), both
-  // multiples of 32: y (+)= x w^T or, `transposed`, x w; and dw (+)= dy^T x, contiguous.
-  void (*dense_product)(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t out, int64_t in, float* y, int64_t ldy,
-                        int64_t n, bool transposed, bool add, int threads) = nullptr;
-  void (*dense_outer)(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t out, int64_t in, float* dw, int64_t n,
-                      bool add, int threads) = nullptr;
+  // Dense products in fp32, faster than the fp32 units'; null where the processor has no means for them. w is (out,
+  // in), both multiples of 32: y (+)= x w^T or, `transposed`, x w; and dw (+)= dy^T x, contiguous.
+  void (*dense_product)(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t out, int64_t in, float* y,
+                        int64_t ldy, int64_t n, bool transposed, bool add, int threads) = nullptr;
+  void (*dense_outer)(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t out, int64_t in, float* dw,
+                      int64_t n, bool add, int threads) = nullptr;
 };
 
 }  // namespace pycse

@@ -5,10 +5,16 @@
 
 namespace pycse {
 
-namespace portable { Kernels kernels(); }
+namespace portable {
+Kernels kernels();
+}
 #ifdef PYCSE_X86
-namespace v3 { Kernels kernels(); }
-namespace v4 { Kernels kernels(); }
+namespace v3 {
+Kernels kernels();
+}
+namespace v4 {
+Kernels kernels();
+}
 #endif
 #ifdef PYCSE_AMX
 namespace amx {
@@ -21,8 +27,7 @@ static std::vector<Kernels> usable() {
   std::vector<Kernels> found;
 #ifdef PYCSE_X86
   __builtin_cpu_init();
-  const bool v3_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("bmi2");
+  const bool v3_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (v3_ok && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(v4::kernels());

@@ -1,4 +1,5 @@
-// Distillation, one row: the student's similarities s and the teachers' t, softmaxes, Group-P shuffle, divergence, gradient.
+// Distillation, one row: the student's similarities s and the teachers' t, softmaxes, Group-P shuffle, divergence,
+// gradient.
 //
 //   p_j = exp(s_j / tau_s) / z     q_j = exp(t_j / tau_t) / z_t      j over the row's columns but the diagonal
 //   q shuffled inside its groups (shuffle.h), or averaged over them
@@ -14,8 +15,8 @@
 
 namespace pycse::PYCSE_ISA {
 
-// log2 x for x > 0 (about -127 for 0, NaN for NaN): 2 atanh(f) / log 2 with f = (m - 1) / (m + 1), |f| < 0.172. Relative
-// error 1e-7.
+// log2 x for x > 0 (about -127 for 0, NaN for NaN): 2 atanh(f) / log 2 with f = (m - 1) / (m + 1), |f| < 0.172.
+// Relative error 1e-7.
 PYCSE_INLINE float log2_(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const int32_t exponent = int32_t(bits - 0x3f3504f3u) >> 23;
@@ -81,7 +82,8 @@ PYCSE_NOINLINE void difference(const A* e, const A* q, A of_e, A of_q, T* G, int
   for (int64_t k = 0; k < n; ++k) store(G[k], of_e * e[k] - of_q * q[k]);
 }
 
-// p and q come unnormalised, as e and q; e becomes p log2(p / a). Returns KL(p | a), and KL(q | a) through `kl_q`, in bits.
+// p and q come unnormalised, as e and q; e becomes p log2(p / a). Returns KL(p | a), and KL(q | a) through `kl_q`, in
+// bits.
 template <class A>
 PYCSE_NOINLINE double jensen_shannon(A* e, const A* q_, A of_e, A of_q, A* p_, int64_t n, double& kl_q) {
   A sum_p = 0, sum_q = 0;
@@ -157,8 +159,8 @@ void distill_panel(const Distill& d, const Panel& panel, const void* teachers, i
   auto scratch = scratch_of<acc_t<T>>(panel.threads, d.B);
 #pragma omp parallel for num_threads(panel.threads) schedule(static)
   for (int64_t k = 0; k < panel.c; ++k)
-    distill_row(d, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, static_cast<const U*>(teachers) + k * ld, grad,
-                scratch[thread_index()]);
+    distill_row(d, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, static_cast<const U*>(teachers) + k * ld,
+                grad, scratch[thread_index()]);
 }
 
 template <class T>

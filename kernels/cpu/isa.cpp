@@ -14,7 +14,20 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA), rows, columns, symmetric, normalize, project, positives, small, distill, small_distill,
-          uniformity, sparse_product, sparse_outer, sparse_pack, mask_weight};
+  return {PYCSE_STRING(PYCSE_ISA),
+          rows,
+          columns,
+          symmetric,
+          normalize,
+          project,
+          positives,
+          small,
+          distill,
+          small_distill,
+          uniformity,
+          sparse_product,
+          sparse_outer,
+          sparse_pack,
+          mask_weight};
 }
 }  // namespace pycse::PYCSE_ISA

@@ -20,7 +20,9 @@ PYCSE_INLINE vec_t<A> load_lanes(const A* x) {
 PYCSE_INLINE vec load_lanes(const bf16* x) { return load_vec(x); }
 
 template <class A>
-PYCSE_INLINE void store_lanes(A* out, vec_t<A> v) { std::memcpy(out, &v, sizeof v); }
+PYCSE_INLINE void store_lanes(A* out, vec_t<A> v) {
+  std::memcpy(out, &v, sizeof v);
+}
 PYCSE_INLINE void store_lanes(bf16* out, vec v) {
   const uvec u = (uvec)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const uvec bits = (u & 0x7fffffffu) > 0x7f800000u ? uvec{} + 0x7fc0u : rounded;  // NaN stays NaN

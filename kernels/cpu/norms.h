@@ -63,8 +63,8 @@ bool normalize_of(const void* z, int64_t ld, int64_t n, int64_t D, void* r, void
   return far != 0;
 }
 
-inline bool normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out,
-                      int64_t ld_out, double factor, int threads) {
+inline bool normalize(DType dtype, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out,
+                      double factor, int threads) {
   switch (dtype) {
     case DType::f32: return normalize_of<float>(z, ld, n, D, r, out, ld_out, factor, threads);
     case DType::bf16: return normalize_of<bf16>(z, ld, n, D, r, out, ld_out, factor, threads);
@@ -105,7 +105,8 @@ PYCSE_INLINE void project_row(const T* z, const G* g, int64_t D, acc_t<T> r, acc
   for (int64_t d = 0; d < D; ++d) store(out[d], k * (f * (A(load(g[d])) - along * (r * load(z[d])))));
 }
 
-// Rows of g [i, i + n) into buffer (n, D), where g is stored transposed: g_id at g[d * ld + i]. Whole cache lines at a time.
+// Rows of g [i, i + n) into buffer (n, D), where g is stored transposed: g_id at g[d * ld + i]. Whole cache lines at a
+// time.
 constexpr int64_t kTransposed = 32;
 template <class G, class A>
 PYCSE_NOINLINE void gather_rows(const G* g, int64_t ld, int64_t i, int64_t n, int64_t D, A* buffer) {
@@ -136,7 +137,8 @@ void project_of(const void* z, int64_t ld, const void* g_, int64_t g_ld, int64_t
     for (int64_t i = 0; i < n; i += kTransposed) {
       const int64_t rows = n - i < kTransposed ? n - i : kTransposed;
       gather_rows(g, g_ld, i, rows, D, buffer);
-      for (int64_t k = 0; k < rows; ++k) project_row(zi(i + k), buffer + k * D, D, r[i + k], fi(i + k), scaled, oi(i + k));
+      for (int64_t k = 0; k < rows; ++k)
+        project_row(zi(i + k), buffer + k * D, D, r[i + k], fi(i + k), scaled, oi(i + k));
     }
   }
 }

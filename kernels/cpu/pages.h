@@ -1,4 +1,5 @@
-// Large scratch on 2 MB pages: a 32 MB panel on 4 KB pages costs 8192 page faults a call and misses the TLB in every GEMM.
+// Large scratch on 2 MB pages: a 32 MB panel on 4 KB pages costs 8192 page faults a call and misses the TLB in every
+// GEMM.
 #pragma once
 #include <cstdint>
 

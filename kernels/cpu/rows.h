@@ -4,7 +4,8 @@
 //   s_ij = S_ij r_j                 r_j = 1/|z2_j|
 //   l_ij = (q s + b) s / tau        logit.h; + hard_weight for row i's own hard negatives
 //   L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
-// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and g1:
+// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and
+// g1:
 //   G_ij = e_ij tau l'(s_ij) r_j                  negatives
 //   G_ip = -z_neg tau l'_pos(s_ip) r_p            the positive: from the negatives' sum, so that a confident row
 //          (p -> 1) keeps its digits; p - 1 would cancel.
@@ -19,7 +20,7 @@
 namespace pycse::PYCSE_ISA {
 
 constexpr int64_t kBlock = 256;  // keys visited at a time: the additive bias of a block stays in L1
-constexpr int64_t kLane = 16;    // floats of the widest vector: a ragged tail is padded to this, never run as scalars
+constexpr int64_t kLane = 16;  // floats of the widest vector: a ragged tail is padded to this, never run as scalars
 
 // Logits are in units of log 2 where they meet the exponential: bits(s) = (q s + b) s / (tau ln 2) = (u s + v) s.
 template <class A>
@@ -41,8 +42,8 @@ struct alignas(64) Bias {
   }
 };
 
-// The bias of row i's keys [a, a + n); no negatives are the positive, a key with the row's id, a key above the threshold,
-// and the padding [n, padded).
+// The bias of row i's keys [a, a + n); no negatives are the positive, a key with the row's id, a key above the
+// threshold, and the padding [n, padded).
 template <class T, class A>
 PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive, const T* S, const A* r2, A threshold,
                               int64_t a, int64_t n, int64_t padded, Bias<A>& bias) {
@@ -103,8 +104,8 @@ PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bi
   return best;
 }
 
-// Runs body(n, S, r2, bias) over the row's keys in blocks whose length is a multiple of kLane; the ragged last lanes run
-// on padded copies. Writes: to S.
+// Runs body(n, S, r2, bias) over the row's keys in blocks whose length is a multiple of kLane; the ragged last lanes
+// run on padded copies. Writes: to S.
 template <bool Writes, class T, class A, class F>
 PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold,
                               Bias<A>& bias, F body) {
@@ -136,8 +137,8 @@ PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
 template <class A> constexpr A kResolved = A(0x1p29);
 template <> inline constexpr double kResolved<double> = 0x1p58;
 
-// One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in bits
-// where the shift is fixed.
+// One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in
+// bits where the shift is fixed.
 template <bool Grad, bool Params, class T>
 PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>& bias) {
   using A = acc_t<T>;
@@ -154,17 +155,15 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
     bias.set(0);
     A top = A(l_pos * kLog2e);
     over_blocks<false>(p, i, pos, S, r2, threshold, bias,
-                       [&](int64_t n, const T* s, const A* r, const A* b) __attribute__((always_inline)) {
-                         top = block_max(s, r, b, n, bits, top);
-                       });
+                       [&](int64_t n, const T* s, const A* r, const A* b)
+                           __attribute__((always_inline)) { top = block_max(s, r, b, n, bits, top); });
     bias.set(std::abs(top) > kResolved<A> ? A(NAN) : -top);
   }
 
   Sums sums;
   over_blocks<Grad>(p, i, pos, S, r2, threshold, bias,
-                    [&](int64_t n, T* s, const A* r, const A* b) __attribute__((always_inline)) {
-                      visit<Grad, Params>(s, r, b, n, logit, bits, sums);
-                    });
+                    [&](int64_t n, T* s, const A* r, const A* b)
+                        __attribute__((always_inline)) { visit<Grad, Params>(s, r, b, n, logit, bits, sums); });
 
   const double z_neg = sums.z, z = z_neg + exp2_(l_pos * kLog2e + double(bias.offset));
   const double l_neg = (std::log2(z_neg) - double(bias.offset)) * kLn2;

@@ -1,4 +1,5 @@
-// Group-P in a row without a sort of it: membership from a histogram of mass, the shuffle by a bucket sort of Philox keys.
+// Group-P in a row without a sort of it: membership from a histogram of mass, the shuffle by a bucket sort of Philox
+// keys.
 //
 //   bins     equal ranges of t, descending; a bin that no group boundary cuts lies in one group as a whole
 //   cut bins their few members are ranked exactly (t descending, lower column first)
@@ -20,7 +21,7 @@
 namespace pycse::PYCSE_ISA {
 
 constexpr int64_t kMostBins = 2048, kFewestBins = 32;  // 16 and 8 KB of mass and count: they stay in L1
-constexpr int kCounted = 32;                           // up to this many keys are sorted by counting the smaller ones
+constexpr int kCounted = 32;  // up to this many keys are sorted by counting the smaller ones
 
 template <class A>
 PYCSE_NOINLINE int64_t masses(const A* t, A top, A scale, int32_t* mass, int64_t n) {
@@ -55,7 +56,8 @@ PYCSE_NOINLINE void philox_words(uint64_t seed, uint64_t row, const uint32_t* bl
   }
 }
 
-// sorted: (key, column) of n <= kCounted members, each where the number of smaller ones says. No branch depends on a key.
+// sorted: (key, column) of n <= kCounted members, each where the number of smaller ones says. No branch depends on a
+// key.
 PYCSE_NOINLINE void count_smaller(const uint32_t* key, const int32_t* member, int32_t n, uint64_t* sorted) {
   alignas(64) uint64_t x[kCounted];
   for (int32_t k = 0; k < kCounted; ++k) x[k] = k < n ? uint64_t(key[k]) << 32 | uint32_t(member[k]) : ~uint64_t(0);
@@ -72,8 +74,19 @@ template <class A>
 class Shuffle {
  public:
   explicit Shuffle(int64_t n)
-      : mass_(n), bin_(n), group_(n), ranked_(n + 1), cut_group_(n), member_(n), bucket_(2 * n), sorted_(n), key_(n),
-        block_(n), block_group_(n), words_(4 * n), groups_(n + 1) {}
+      : mass_(n),
+        bin_(n),
+        group_(n),
+        ranked_(n + 1),
+        cut_group_(n),
+        member_(n),
+        bucket_(2 * n),
+        sorted_(n),
+        key_(n),
+        block_(n),
+        block_group_(n),
+        words_(4 * n),
+        groups_(n + 1) {}
 
   // out: q shuffled or averaged. t, q of the n columns but the diagonal; top and low bound t.
   void run(const Distill& d, int64_t row, const A* t, A top, A low, const A* q, A* out, int64_t n) {
@@ -85,7 +98,7 @@ class Shuffle {
 
  private:
   struct Group {
-    int64_t id;          // as the definition counts; -1: stays in place
+    int64_t id;  // as the definition counts; -1: stays in place
     int32_t begin, count, next;
   };
 
@@ -93,7 +106,8 @@ class Shuffle {
   int64_t find_groups(const Distill& d, const A* t, A top, A low, int64_t n) {
     const bool by_mass = d.cut.kind == GroupKind::mass;
     const double total = by_mass ? double(masses(t, top, A(d.inv_group * kLog2e), mass_.data(), n)) : double(n);
-    const int64_t bins = std::clamp<int64_t>(1ll << (63 - __builtin_clzll(uint64_t(n / 2) | 1)), kFewestBins, kMostBins);
+    const int64_t bins =
+        std::clamp<int64_t>(1ll << (63 - __builtin_clzll(uint64_t(n / 2) | 1)), kFewestBins, kMostBins);
     const A range = top - low;
     const A scale = range > 0 && range < A(INFINITY) ? A(bins) / range : range > 0 ? A(bins) / 4 : A(0);
     bins_of(t, top, scale, A(bins - 1), bin_.data(), n);
@@ -208,7 +222,8 @@ class Shuffle {
     }
   }
 
-  // sorted_: (key, column) of the group's members, ascending. Keys are uniform: buckets of half a member, then insertion.
+  // sorted_: (key, column) of the group's members, ascending. Keys are uniform: buckets of half a member, then
+  // insertion.
   void sort_members(const int32_t* member, int32_t n) {
     if (n <= kCounted) return count_smaller(key_.data(), member, n, sorted_.data());
     const uint32_t buckets = 2 * uint32_t(n);

@@ -30,9 +30,10 @@ PYCSE_INLINE void store(bf16& out, float x) {  // round to nearest even; NaN sta
   out.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// 2^x for x < 128 (less a row's maximum, whose rounding is 32 bits at most: rows.h): 0 below -126 (so -inf marks a key that does not count), NaN for NaN. Relative error 1.7e-7: a minimax
-// polynomial on [-1/2, 1/2]; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits, and 127 more
-// makes it an exponent. The product, not a sum of bits, keeps a NaN whatever its payload.
+// 2^x for x < 128 (less a row's maximum, whose rounding is 32 bits at most: rows.h): 0 below -126 (so -inf marks a key
+// that does not count), NaN for NaN. Relative error 1.7e-7: a minimax polynomial on [-1/2, 1/2]; adding 1.5 * 2^23
+// rounds to an integer and leaves it in the low mantissa bits, and 127 more makes it an exponent. The product, not a
+// sum of bits, keeps a NaN whatever its payload.
 PYCSE_INLINE float exp2_(float x) {
   const float t = x + 12583039.0f;
   const float r = x - (t - 12583039.0f);

@@ -82,7 +82,7 @@ PYCSE_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t D, floa
 // S[i0:i1, :] = diag(r1) x y^T. Rows past an edge repeat the last one and are not stored.
 template <class T>
 PYCSE_NOINLINE void similarities(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t i0, int64_t i1, int64_t N,
-                               int64_t D, const float* r1, float* S) {
+                                 int64_t D, const float* r1, float* S) {
   for (int64_t i = i0; i < i1; i += kDotRows)
     for (int64_t j = 0; j < N; j += kDotCols) {
       const T *a[kDotRows], *b[kDotCols];
@@ -118,7 +118,7 @@ PYCSE_INLINE void product_tile(const float* const* G, int64_t step, const T* z, 
 // out[i0:i1, :] = sum_j G(i, j) z_j, with G(i, j) = G[i * row + j * step].
 template <class T>
 PYCSE_NOINLINE void product(const float* G, int64_t row, int64_t step, const T* z, int64_t ld, int64_t n, int64_t D,
-                          int64_t i0, int64_t i1, float* out) {
+                            int64_t i0, int64_t i1, float* out) {
   constexpr int64_t wide = kVecs * kWidth;
   for (int64_t d = 0; d < D;) {
     const int64_t left = D - d, taken = left >= wide ? wide : left >= kWidth ? kWidth : left;
@@ -204,7 +204,8 @@ bool small_of(Contrastive p, const Small& q) {
       else f[i] = row<true, false, float>(p, i, s, bias);
     }
     if (q.symmetric && ok) {  // B = N: this thread has the rows and the columns i0 to i1
-      for (int64_t a = i0; a < i1; a += kBlock) fold_columns<float>(p, {DType::f32, S, N, 0, B}, a, std::min(kBlock, i1 - a));
+      for (int64_t a = i0; a < i1; a += kBlock)
+        fold_columns<float>(p, {DType::f32, S, N, 0, B}, a, std::min(kBlock, i1 - a));
       for (int64_t i = i0; i < i1; ++i) finish_column<float>(p, i);
 #pragma omp barrier
       for (int64_t i = i0; grad && i < i1; ++i) {

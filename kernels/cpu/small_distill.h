@@ -77,9 +77,8 @@ bool small_distill_of(const Distill& d, const SmallDistill& q) {
     const int64_t i0 = B * t / n, i1 = B * (t + 1) / n;
     check(inverse_norms<T>(q.z, i0, i1, q.normalize, r));
     for (int64_t k = 0; k < K; ++k)
-      check(with_float(q.teacher[k].type, [&](auto e) {
-        return inverse_norms<decltype(e)>(q.teacher[k], i0, i1, true, r_k + k * B);
-      }));
+      check(with_float(q.teacher[k].type,
+                       [&](auto e) { return inverse_norms<decltype(e)>(q.teacher[k], i0, i1, true, r_k + k * B); }));
 #pragma omp barrier
     add_gram<T>(q.z, B, r, 1, true, S, t, n);
     for (int64_t k = 0; k < K; ++k)

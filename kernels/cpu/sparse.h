@@ -22,8 +22,8 @@ inline void sparse_product(const SparsePattern& p, DType dtype, const void* x, i
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     auto run = [&](auto body) {
-      body(p, static_cast<const T*>(x), ldx, static_cast<const T*>(w), ldw, static_cast<const T*>(bias), static_cast<T*>(y), n,
-           transposed, threads);
+      body(p, static_cast<const T*>(x), ldx, static_cast<const T*>(w), ldw, static_cast<const T*>(bias),
+           static_cast<T*>(y), n, transposed, threads);
     };
     switch (p.block) {
       case 1: return run(unstructured_product<T>);
@@ -34,8 +34,8 @@ inline void sparse_product(const SparsePattern& p, DType dtype, const void* x, i
   });
 }
 
-inline void sparse_outer(const SparsePattern& p, DType dtype, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw,
-                         int64_t n, int threads) {
+inline void sparse_outer(const SparsePattern& p, DType dtype, const void* dy, int64_t ldy, const void* x, int64_t ldx,
+                         void* dw, int64_t n, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     auto run = [&](auto body) {
@@ -64,8 +64,8 @@ PYCSE_INLINE void mask_word(const T* w, uint32_t bits, int n, T* result) {
 }
 
 // result = W * M, contiguous, and 0 (not W * 0) outside the mask; result may be W. bits: (out, ceil(in / 32)).
-inline void mask_weight(DType dtype, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
-                        int threads) {
+inline void mask_weight(DType dtype, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in,
+                        void* result, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t words = (in + 31) / 32;

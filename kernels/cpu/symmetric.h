@@ -25,8 +25,7 @@ PYCSE_NOINLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int
   }
   if (p.exclude) {
     const A* diag = static_cast<const A*>(p.s_pos) + a;
-    for (int64_t k = 0; k < n; ++k)
-      bias[k] = load(S[k]) * r2[k] > diag[k] + A(p.exclude_above) ? minus_inf : bias[k];
+    for (int64_t k = 0; k < n; ++k) bias[k] = load(S[k]) * r2[k] > diag[k] + A(p.exclude_above) ? minus_inf : bias[k];
   }
   if (i >= a && i < a + n) bias[i - a] = minus_inf;
 }
@@ -50,7 +49,8 @@ PYCSE_NOINLINE void column_sums(const T* S, const A* r2, const A* bias, int64_t 
   }
 }
 
-// Folds the panel's rows into the running maximum (in bits) and sum of exponentials of the columns [a, a + n), n <= kBlock.
+// Folds the panel's rows into the running maximum (in bits) and sum of exponentials of the columns [a, a + n), n <=
+// kBlock.
 template <class T>
 void fold_columns(const Contrastive& p, const Panel& panel, int64_t a, int64_t n) {
   using A = acc_t<T>;
@@ -112,7 +112,9 @@ void finish_column(const Contrastive& p, int64_t j) {
 
 // 2^x where only the rounding of a log-sum makes x positive.
 template <class A>
-PYCSE_INLINE A probability(A x) { return exp2_(x > 0 ? A(0) : x); }
+PYCSE_INLINE A probability(A x) {
+  return exp2_(x > 0 ? A(0) : x);
+}
 
 // One block of a row: S -> G. Returns sum P l and sum P s through the last two arguments, P = dLoss/dl.
 template <bool Params, class T, class A>
@@ -154,8 +156,9 @@ void symmetric_row(const Contrastive& p, int64_t i, T* S) {
     const int64_t n = std::min(kBlock, p.N - a);
     for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
     column_bias(p, i, S + a, a, n, offset, bias);
-    symmetric_block<Params>(S + a, r2 + a, bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias),
-                            bias, n, logit, bits, coef[i], coef + a, el, es);
+    symmetric_block<Params>(S + a, r2 + a,
+                            bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias), bias, n,
+                            logit, bits, coef[i], coef + a, el, es);
   }
   const double P_pos = -0.5 * double(coef[i]) * (sigmoid(p.lneg[i] - l_pos) + sigmoid(p.lneg_column[i] - l_pos));
   store(S[i], A(P_pos * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[i])));
@@ -166,8 +169,7 @@ void symmetric_row(const Contrastive& p, int64_t i, T* S) {
 template <bool Params, class T>
 void symmetric_of(const Contrastive& p, const Panel& panel) {
 #pragma omp parallel for num_threads(panel.threads) schedule(static)
-  for (int64_t c = 0; c < panel.c; ++c)
-    symmetric_row<Params>(p, panel.i0 + c, static_cast<T*>(panel.S) + c * panel.ld);
+  for (int64_t c = 0; c < panel.c; ++c) symmetric_row<Params>(p, panel.i0 + c, static_cast<T*>(panel.S) + c * panel.ld);
 }
 
 template <class T>

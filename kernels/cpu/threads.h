@@ -1,7 +1,7 @@
 // What a parallel region needs: scratch, made before it, and which thread this is.
 //
-// Nothing inside a region allocates: an exception that leaves one ends the process, and one thread's alone would leave the
-// others waiting at the next barrier.
+// Nothing inside a region allocates: an exception that leaves one ends the process, and one thread's alone would leave
+// the others waiting at the next barrier.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>
@@ -36,7 +36,9 @@ PYCSE_INLINE int team_size() {
 // Scratch that starts on a cache line.
 template <class A>
 struct Scratch {
-  struct Free { void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); } };
+  struct Free {
+    void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
   std::unique_ptr<A[], Free> memory;
   explicit Scratch(int64_t n)
       : memory(static_cast<A*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(A), std::align_val_t(64)))) {}

@@ -2,8 +2,8 @@
 //
 //   x = x1 + x2 + x3 exactly, each a bf16;  x w = x1 w1 + x1 w2 + x2 w1 + x2 w2 + x1 w3 + x3 w1, but for 2^-24 of it
 //
-// which is as precise as fp32, and six such products are still faster than one of the fp32 units. Infinities make NaN. Parts
-// below 1.2e-38 count as 0: numbers lose bits, eight at a time, from 1e-33 down.
+// which is as precise as fp32, and six such products are still faster than one of the fp32 units. Infinities make NaN.
+// Parts below 1.2e-38 count as 0: numbers lose bits, eight at a time, from 1e-33 down.
 #pragma once
 #include <immintrin.h>
 
@@ -12,8 +12,8 @@
 
 namespace pycse::PYCSE_ISA {
 
-constexpr int kTile = 16, kDepth = 32;                 // a product: (16, 32) by (32, 16)
-constexpr int64_t kTileNumbers = kTile * kDepth;       // of bf16 in a tile, 1 KB
+constexpr int kTile = 16, kDepth = 32;  // a product: (16, 32) by (32, 16)
+constexpr int64_t kTileNumbers = kTile * kDepth;  // of bf16 in a tile, 1 KB
 template <class T> constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
 
 // This thread's tile registers, all of 16 rows of 64 bytes; what others had configured comes back in the end.
@@ -44,8 +44,8 @@ PYCSE_INLINE uvec to_bf16(uvec u, bool any) {
   return (u + ((uvec)((u & 0x7fffffffu) < 0x7f7f8000u) & 0x8000u)) & 0xffff0000u;
 }
 
-// Pairs of numbers as bf16, one in each half of a lane: part[p] of (low, high). The processor multiplies pair by pair, so any
-// order of the depth will do that both operands have.
+// Pairs of numbers as bf16, one in each half of a lane: part[p] of (low, high). The processor multiplies pair by pair,
+// so any order of the depth will do that both operands have.
 PYCSE_INLINE void pairs(vec low, vec high, uvec* part) {
 #pragma GCC unroll 3
   for (int p = 0; p < 3; ++p) {
@@ -119,8 +119,8 @@ PYCSE_NOINLINE void right_straight(const T* x, int64_t ld, bf16* tiles) {
   for (int h = 0; h < 2; ++h) right_rows(x, ld, h, 0, kTile, tiles);
 }
 
-// The tile registers: 0 to 3 are a (32, 32) sum, 4 and 5 the left operands, 6 and 7 the right ones. The compiler does not know
-// that they touch memory.
+// The tile registers: 0 to 3 are a (32, 32) sum, 4 and 5 the left operands, 6 and 7 the right ones. The compiler does
+// not know that they touch memory.
 #define PYCSE_IN_ORDER() asm volatile("" ::: "memory")
 PYCSE_INLINE void sum_from_zero() {
   _tile_zero(0);

@@ -53,8 +53,9 @@ PYCSE_NOINLINE void to_lanes(const T* x, int64_t ld, int64_t n, int64_t tokens, 
   }
 }
 
-// y[t][f] = in[f][t] for n tokens of `tokens` and `features` columns. Lines of y are asked for two squares ahead. (Stores past the
-// caches take as long where y is in none, and 2.5 times as long where what was in its memory before still is.)
+// y[t][f] = in[f][t] for n tokens of `tokens` and `features` columns. Lines of y are asked for two squares ahead.
+// (Stores past the caches take as long where y is in none, and 2.5 times as long where what was in its memory before
+// still is.)
 template <class T, class A>
 PYCSE_NOINLINE void from_lanes(const A* in, int64_t tokens, int64_t n, int64_t features, T* y, int64_t ld) {
   constexpr int W = kLanes<A>;

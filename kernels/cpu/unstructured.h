@@ -2,13 +2,13 @@
 //
 //   y = x W^T + bias        dx = dy W        dW = dy^T x at the kept weights, 0 elsewhere
 //
-// Tokens are lanes: a panel of kTokens<A> tokens is stored [feature][token], and a kept weight is one broadcast times V vectors. The
-// features are taken in chunks that stay in L1, the next on its way to L2. The kept weights are first copied in the order of
-// their use, chunk by chunk and in each result by result, results with equally many together: the innermost loop then ends
-// where the processor expects it (random lengths cost as much in mispredicted branches as in arithmetic). That order is
-// listed once for a mask (pycse/sparse/pattern.py). One panel alone reads the weights where they are. dx is the same product by
-// the transposed list. dW sums dots over panels of tokens. Scratch: kept weights, and a chunk of x and a panel of y for each
-// thread. Everything is summed in a fixed order.
+// Tokens are lanes: a panel of kTokens<A> tokens is stored [feature][token], and a kept weight is one broadcast times V
+// vectors. The features are taken in chunks that stay in L1, the next on its way to L2. The kept weights are first
+// copied in the order of their use, chunk by chunk and in each result by result, results with equally many together:
+// the innermost loop then ends where the processor expects it (random lengths cost as much in mispredicted branches as
+// in arithmetic). That order is listed once for a mask (pycse/sparse/pattern.py). One panel alone reads the weights
+// where they are. dx is the same product by the transposed list. dW sums dots over panels of tokens. Scratch: kept
+// weights, and a chunk of x and a panel of y for each thread. Everything is summed in a fixed order.
 #pragma once
 #include "block_sparse.h"
 #include "transpose.h"
@@ -26,21 +26,26 @@ template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
 // The order in which the kept weights are used: Pattern.plan of pycse/sparse/pattern.py.
 struct Plan {
   int64_t results, features, nnz, chunks;
-  const int32_t* lengths;      // (chunks, kSparseChunk + 1): how many results have so many kept weights in a chunk
-  const int32_t* order;        // (chunks, results)
-  const int32_t* source;       // (nnz): where each kept weight stands in the list by rows
-  const uint16_t* ats;         // (nnz): kAtStep times its feature inside the chunk
+  const int32_t* lengths;  // (chunks, kSparseChunk + 1): how many results have so many kept weights in a chunk
+  const int32_t* order;  // (chunks, results)
+  const int32_t* source;  // (nnz): where each kept weight stands in the list by rows
+  const uint16_t* ats;  // (nnz): kAtStep times its feature inside the chunk
 
   Plan(const SparsePattern& p, bool transposed)
-      : results(transposed ? p.in : p.out), features(transposed ? p.out : p.in), nnz(p.ptr[p.out]),
-        chunks(std::max<int64_t>(1, (features + kSparseChunk - 1) / kSparseChunk)), lengths(transposed ? p.t_plan : p.plan),
-        order(lengths + chunks * (kSparseChunk + 1)), source(order + chunks * results),
+      : results(transposed ? p.in : p.out),
+        features(transposed ? p.out : p.in),
+        nnz(p.ptr[p.out]),
+        chunks(std::max<int64_t>(1, (features + kSparseChunk - 1) / kSparseChunk)),
+        lengths(transposed ? p.t_plan : p.plan),
+        order(lengths + chunks * (kSparseChunk + 1)),
+        source(order + chunks * results),
         ats(reinterpret_cast<const uint16_t*>(source + nnz)) {}
 
   int64_t chunk(int64_t q) const { return std::min(kSparseChunk, features - q * kSparseChunk); }
 };
 
-// ws = the kept weights in that order, by way of the order in which W stores them. Called by every thread of a parallel region.
+// ws = the kept weights in that order, by way of the order in which W stores them. Called by every thread of a parallel
+// region.
 template <class T, class A>
 void pack(const SparsePattern& p, const Plan& plan, const T* w, int64_t ldw, A* stored, A* ws) {
 #pragma omp for schedule(static)
@@ -78,11 +83,11 @@ PYCSE_INLINE void fetch(Coming<T>& coming) {
   if (++coming.row == coming.rows) coming.row = 0, coming.line += 64 / int64_t(sizeof(T)) - coming.rows * coming.ld;
 }
 
-// y[o] (+)= sum_k w_k x[at_k] for the results of one chunk; x is [feature][V vectors], y [result][V vectors]. The first chunk
-// starts from the bias. Kept weights are taken from k0 on; returns where the next chunk's begin.
+// y[o] (+)= sum_k w_k x[at_k] for the results of one chunk; x is [feature][V vectors], y [result][V vectors]. The first
+// chunk starts from the bias. Kept weights are taken from k0 on; returns where the next chunk's begin.
 template <int V, bool first, class T, class A>
-PYCSE_NOINLINE int64_t unstructured_chunk(const Plan& plan, const A* ws, int64_t q, int64_t k0, const A* x, const T* bias, A* y,
-                                          Coming<T> coming) {
+PYCSE_NOINLINE int64_t unstructured_chunk(const Plan& plan, const A* ws, int64_t q, int64_t k0, const A* x,
+                                          const T* bias, A* y, Coming<T> coming) {
   constexpr int64_t width = V * kLanes<A>, ahead = 4;
   const int32_t *length = plan.lengths + q * (kSparseChunk + 1), *o = plan.order + q * plan.results;
   const uint16_t* at = plan.ats + k0;
@@ -100,7 +105,8 @@ PYCSE_NOINLINE int64_t unstructured_chunk(const Plan& plan, const A* ws, int64_t
         __builtin_prefetch(next + v * kLanes<A>, 1);
       }
       const auto add = [&](int64_t k) __attribute__((always_inline)) {
-        const A* xk = reinterpret_cast<const A*>(reinterpret_cast<const char*>(x) + at[k] * int(width * sizeof(A)) / kAtStep);
+        const A* xk =
+            reinterpret_cast<const A*>(reinterpret_cast<const char*>(x) + at[k] * int(width * sizeof(A)) / kAtStep);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[v] += w[k] * load_lanes(xk + v * kLanes<A>);
       };
@@ -117,8 +123,8 @@ PYCSE_NOINLINE int64_t unstructured_chunk(const Plan& plan, const A* ws, int64_t
 
 // n tokens of y; `next` holds those that likely come after them in this thread.
 template <int V, class T, class A>
-PYCSE_INLINE void unstructured_panel(const Plan& plan, const A* ws, const T* x, int64_t ldx, int64_t n, const T* next, int64_t n_next,
-                               const T* bias, T* y, int64_t ldy, A* xs, A* ys) {
+PYCSE_INLINE void unstructured_panel(const Plan& plan, const A* ws, const T* x, int64_t ldx, int64_t n, const T* next,
+                                     int64_t n_next, const T* bias, T* y, int64_t ldy, A* xs, A* ys) {
   constexpr int64_t tokens = V * kLanes<A>;
   for (int64_t q = 0, k = 0; q < plan.chunks; ++q) {
     to_lanes(x + q * kSparseChunk, ldx, n, tokens, plan.chunk(q), xs);
@@ -130,9 +136,11 @@ PYCSE_INLINE void unstructured_panel(const Plan& plan, const A* ws, const T* x, 
   from_lanes(ys, tokens, n, plan.results, y, ldy);
 }
 
-// y = start + sum_j w_j x[index_j] over a result's kept weights, read where they are, `step` apart; x is [feature][V vectors].
+// y = start + sum_j w_j x[index_j] over a result's kept weights, read where they are, `step` apart; x is [feature][V
+// vectors].
 template <int V, class T, class A>
-PYCSE_INLINE void unstructured_result(const A* x, const int32_t* index, int64_t n, const T* w, int64_t step, A start, A* y) {
+PYCSE_INLINE void unstructured_result(const A* x, const int32_t* index, int64_t n, const T* w, int64_t step, A start,
+                                      A* y) {
   constexpr int64_t width = V * kLanes<A>;
   constexpr int U = kSparseVecs / V;  // chains of additions, to hide their latency
   vec_t<A> acc[U][V] = {};
@@ -154,10 +162,11 @@ PYCSE_INLINE void unstructured_result(const A* x, const int32_t* index, int64_t 
   }
 }
 
-// At most one panel of tokens, for which copying the weights would cost more than the product: threads share out the results.
+// At most one panel of tokens, for which copying the weights would cost more than the product: threads share out the
+// results.
 template <int V, class T>
-void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
-                      bool transposed, int threads) {
+void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y,
+                      int64_t n, bool transposed, int threads) {
   using A = acc_t<T>;
   constexpr int64_t tokens = V * kLanes<A>, group = 64 / sizeof(T);  // of results: a cache line of y
   const int32_t *ptr = transposed ? p.t_ptr : p.ptr, *index = transposed ? p.t_rows : p.cols;
@@ -173,8 +182,8 @@ void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* 
     for (int64_t o0 = 0; o0 < results; o0 += group) {
       const int64_t o1 = std::min(o0 + group, results);
       for (int64_t o = o0; o < o1; ++o)
-        unstructured_result<V>(xs.get(), index + ptr[o], ptr[o + 1] - ptr[o], transposed ? w + o : w + o * ldw, transposed ? ldw : 1,
-                               bias ? A(load(bias[o])) : A(0), ys + (o - o0) * tokens);
+        unstructured_result<V>(xs.get(), index + ptr[o], ptr[o + 1] - ptr[o], transposed ? w + o : w + o * ldw,
+                               transposed ? ldw : 1, bias ? A(load(bias[o])) : A(0), ys + (o - o0) * tokens);
       from_lanes(ys, tokens, n, o1 - o0, y + o0, results);
     }
   }
@@ -182,8 +191,8 @@ void unstructured_few(const SparsePattern& p, const T* x, int64_t ldx, const T* 
 
 // y = x W^T + bias, or with `transposed` dx = dy W.
 template <class T>
-void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y, int64_t n,
-                    bool transposed, int threads) {
+void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, T* y,
+                          int64_t n, bool transposed, int threads) {
   using A = acc_t<T>;
   constexpr int64_t tokens = kTokens<A>;
   if (n <= tokens / 4) return unstructured_few<kSparseVecs / 4>(p, x, ldx, w, ldw, bias, y, n, transposed, threads);
@@ -200,10 +209,11 @@ void unstructured_product(const SparsePattern& p, const T* x, int64_t ldx, const
     // The last panel as narrow as its tokens allow.
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < n; t += tokens) {
-      const int64_t nt = std::min(tokens, n - t), t_next = std::min(n, t + threads * tokens);  // most likely this thread's
+      const int64_t nt = std::min(tokens, n - t),
+                    t_next = std::min(n, t + threads * tokens);  // most likely this thread's
       auto run = [&](auto panel) {
-        panel(plan, packed ? packed : own.get(), x + t * ldx, ldx, nt, x + t_next * ldx, std::min(tokens, n - t_next), bias,
-              y + t * results, results, xs, ys);
+        panel(plan, packed ? packed : own.get(), x + t * ldx, ldx, nt, x + t_next * ldx, std::min(tokens, n - t_next),
+              bias, y + t * results, results, xs, ys);
       };
       if (nt > tokens / 2) run([](auto&&... a) { unstructured_panel<kSparseVecs>(a...); });
       else if (nt > tokens / 4) run([](auto&&... a) { unstructured_panel<kSparseVecs / 2>(a...); });
@@ -234,7 +244,8 @@ PYCSE_INLINE void unstructured_dots(const A* dy, const A* x, const int32_t* cols
 
 // dW = dy^T x at the kept weights, 0 elsewhere; dW is (out, in) contiguous.
 template <int V, class T>
-void unstructured_outer_of(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n, int threads) {
+void unstructured_outer_of(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n,
+                           int threads) {
   using A = acc_t<T>;
   constexpr int64_t tokens = V * kLanes<A>, group = 64 / sizeof(T);
   Scratch<A> xs(p.in * tokens), scratch(threads * group * tokens), sums(p.ptr[p.out]);
@@ -254,7 +265,7 @@ void unstructured_outer_of(const SparsePattern& p, const T* dy, int64_t ldy, con
         to_lanes(dy + t * ldy + o0, ldy, nt, tokens, o1 - o0, d);
         for (int64_t o = o0; o < o1; ++o)
           unstructured_dots<V>(d + (o - o0) * tokens, xs.get(), p.cols + p.ptr[o], p.ptr[o + 1] - p.ptr[o], t == 0,
-                         sums.get() + p.ptr[o]);
+                               sums.get() + p.ptr[o]);
       }
     }
 #pragma omp for schedule(static)
@@ -266,10 +277,12 @@ void unstructured_outer_of(const SparsePattern& p, const T* dy, int64_t ldy, con
   }
 }
 template <class T>
-void unstructured_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n, int threads) {
+void unstructured_outer(const SparsePattern& p, const T* dy, int64_t ldy, const T* x, int64_t ldx, T* dw, int64_t n,
+                        int threads) {
   using A = acc_t<T>;
   // Panels of x that stay in L2.
-  if (p.in * kDotVecs * kLanes<A> * int64_t(sizeof(A)) <= kPanelBytes) return unstructured_outer_of<kDotVecs>(p, dy, ldy, x, ldx, dw, n, threads);
+  if (p.in * kDotVecs * kLanes<A> * int64_t(sizeof(A)) <= kPanelBytes)
+    return unstructured_outer_of<kDotVecs>(p, dy, ldy, x, ldx, dw, n, threads);
   return unstructured_outer_of<kDotVecs / 2>(p, dy, ldy, x, ldx, dw, n, threads);
 }
 

@@ -52,7 +52,9 @@ inline int thread_count() { return Fibers::now().size(); }
 inline void sync_block() { Fibers::now().sync(); }
 inline void sync_warp() { Fibers::now().sync_warp(); }
 inline int count_bits(unsigned x) { return __builtin_popcount(x); }
-template <class A> A from_lane(A x, int lane) { return Fibers::now().meet(x, [=](const A* all) { return all[lane & 31]; }); }
+template <class A> A from_lane(A x, int lane) {
+  return Fibers::now().meet(x, [=](const A* all) { return all[lane & 31]; });
+}
 template <class A> A from_opposite(A x, int distance) { return from_lane(x, thread_index() ^ distance); }
 template <class A> A from_below(A x, int distance) {
   const int lane = thread_index() % 32;
@@ -108,7 +110,8 @@ struct ThreadBlock {
     return own == 0 ? x : op(before, x);
   }
 
-  // put(k, place) for k < n in stable order of digit(k), which is below 32; start (or null): where each digit begins, and n.
+  // put(k, place) for k < n in stable order of digit(k), which is below 32; start (or null): where each digit begins,
+  // and n.
   // counts: 1024. A warp has a stretch of k, and its lanes a digit each: the mask of a step's lanes that have it.
   template <class Digit, class Put>
   PYCSE_BODY void partition(int n, int* counts, Digit digit, Put put, uint32_t* start) const {
@@ -226,7 +229,8 @@ PYCSE_BODY A add(A* at, A x) {
 
 template <int N> struct Count { static constexpr int value = N; };
 
-// Shares out elements [0, n) of a row: f(j, Count<V>) for whole vectors from `head` on, f(j, Count<1>) before and after.
+// Shares out elements [0, n) of a row: f(j, Count<V>) for whole vectors from `head` on, f(j, Count<1>) before and
+// after.
 template <int V, class Block, class F>
 PYCSE_BODY void each(Block block, int n, int head, F f) {
   head = head < n ? head : n;

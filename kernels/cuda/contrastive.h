@@ -125,8 +125,10 @@ struct Kernels {
   // Rows [i0, i0 + c) of S against the n keys from i0 on.
   void (*uniformity)(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
   void (*small)(Contrastive, DType, Small, Queue);
-  // The panel's GEMM and rows in one (fused.h): G over S, s_pos, losses, f. partial: (columns / 256, c) floats; cluster: 1 or 2.
-  void (*fused)(const Contrastive&, Vectors z1hat, Vectors z2, const Panel&, void* partial, bool grad, int cluster, Queue);
+  // The panel's GEMM and rows in one (fused.h): G over S, s_pos, losses, f. partial: (columns / 256, c) floats;
+  // cluster: 1 or 2.
+  void (*fused)(const Contrastive&, Vectors z1hat, Vectors z2, const Panel&, void* partial, bool grad, int cluster,
+                Queue);
   bool (*fused_runs)(Queue);
   // Whether the device can hold a grid that waits for itself.
   bool (*small_runs)(Queue);

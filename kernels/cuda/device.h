@@ -11,7 +11,6 @@ std::pair<int, int64_t> scratch(const Distill&, DType, int c, Queue);
 void uniformity(const Uniformity&, DType, const Panel&, int n, bool grad, Queue);
 void small(Contrastive, DType, Small, Queue);
 bool small_runs(Queue);
-void fused(const Contrastive&, Vectors z1hat, Vectors z2, const Panel&, void* partial, bool grad, int cluster,
-           Queue);
+void fused(const Contrastive&, Vectors z1hat, Vectors z2, const Panel&, void* partial, bool grad, int cluster, Queue);
 bool fused_runs(Queue);
 }  // namespace pycse::cuda

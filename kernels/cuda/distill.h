@@ -1,5 +1,5 @@
-// Distillation, one row: the student's similarities s and the teachers' t, softmaxes, Group-P shuffle, divergence, gradient.
-// The threads of a block share a row.
+// Distillation, one row: the student's similarities s and the teachers' t, softmaxes, Group-P shuffle, divergence,
+// gradient. The threads of a block share a row.
 //
 //   p_j = 2^(x_j - top) / z          x_j = s_j / (tau_s log 2), in bits; j over the row's columns but the diagonal
 //   q_j = e_j / z_t                  e_j = 2^((t_j - max t) / (tau_t log 2)); shuffled inside its groups, or averaged
@@ -17,8 +17,8 @@
 //             at place n receives q of the one whose key ranks n-th, ties by column
 //   expected  every member receives the group's mean q
 // All that is added by many threads at once is an integer of 32 bits (a 64-bit sum in shared memory is a loop around a
-// compare-and-swap): no result depends on an order. Stored: G over S; t and q of a row and three indices a column, in shared
-// memory while they fit. Traffic: T is read from memory once where there are groups, S and G as in rows.h.
+// compare-and-swap): no result depends on an order. Stored: G over S; t and q of a row and three indices a column, in
+// shared memory while they fit. Traffic: T is read from memory once where there are groups, S and G as in rows.h.
 #pragma once
 #include "row_groups.h"
 
@@ -35,14 +35,16 @@ PYCSE_BODY void spread(Block block, RowGroups<A, Index>& groups, bool sample, ui
     const Index* from = groups.draw(block, seed);
     for (int k = block.index(); k < groups.n; k += block.size()) q[column[k]] = e(t[column[from[k]]]);
   } else {
-    const bool together = groups.groups <= kDigit;  // the block takes one group after the other; else each thread its own
+    const bool together =
+        groups.groups <= kDigit;  // the block takes one group after the other; else each thread its own
     for (int g = together ? 0 : block.index(); g < groups.groups; g += together ? 1 : block.size()) {
       const int begin = int(groups.start[g]), end = int(groups.start[g + 1]);
       const int first = begin + (together ? block.index() : 0), step = together ? block.size() : 1;
       A sum = 0;
       for (int k = first; k < end; k += step) sum += e(t[column[k]]);
       if (together) sum = block.sum(sum);
-      for (int k = first; k < end; k += step) q[column[k]] = int(groups.id[g]) < 0 ? e(t[column[k]]) : sum / A(end - begin);
+      for (int k = first; k < end; k += step)
+        q[column[k]] = int(groups.id[g]) < 0 ? e(t[column[k]]) : sum / A(end - begin);
     }
   }
   block.sync();
@@ -100,7 +102,8 @@ PYCSE_BODY void distill_row(Block block, const Distill& d, const Panel& panel, c
   Source source = Source::own;
   A* q = nullptr;
   if (grouped && z_t > 0 && z_t < infinity<A>()) {  // a row with NaN stays as it is
-    RowGroups<A, Index> groups(d.cut, B, i, top, low, A(d.inv_group * kLog2e), t, memory + layout.q, memory, layout, few);
+    RowGroups<A, Index> groups(d.cut, B, i, top, low, A(d.inv_group * kLog2e), t, memory + layout.q, memory, layout,
+                               few);
     groups.find(block);
     q = shifted(reinterpret_cast<A*>(memory + layout.q), head);
     spread(block, groups, d.sample, d.seed_at ? *d.seed_at : d.seed, q, e_of);
@@ -118,7 +121,8 @@ PYCSE_BODY void distill_row(Block block, const Distill& d, const Panel& panel, c
       if (j + n != i) s_top = larger(s_top, s[n]);
   });
   s_top = block.max(s_top);
-  // f(x, z_t q) for every column but the diagonal, x its logit in bits below the row's maximum; what f returns goes to S.
+  // f(x, z_t q) for every column but the diagonal, x its logit in bits below the row's maximum; what f returns goes to
+  // S.
   const auto visit = [&](auto writes, auto f) {
     each<V>(block, B, head, [&](int j, auto width) {
       constexpr int W = decltype(width)::value;

@@ -1,5 +1,5 @@
-// The CUDA kernels' bodies on the host: what the tests run where there is no GPU. By one thread, or (emulate_with) by a thread
-// block of fibers that takes all rows in turn. Pointers are the host's, the queue is ignored.
+// The CUDA kernels' bodies on the host: what the tests run where there is no GPU. By one thread, or (emulate_with) by a
+// thread block of fibers that takes all rows in turn. Pointers are the host's, the queue is ignored.
 #include <algorithm>
 #include <functional>
 #include <type_traits>
@@ -19,7 +19,8 @@ static int block_threads = 0;  // 0: one thread
 static bool ascending = true;
 
 void emulate_with(int threads, bool in_ascending_order) {
-  if (threads % 32 || threads < 0 || threads > 1024) throw std::invalid_argument("threads of a block: whole warps, at most 1024");
+  if (threads % 32 || threads < 0 || threads > 1024)
+    throw std::invalid_argument("threads of a block: whole warps, at most 1024");
   block_threads = threads, ascending = in_ascending_order;
 }
 
@@ -91,9 +92,8 @@ static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out
 static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
                     void* out, Queue) {
   project_variant(z_type, g_type, [&](auto type, auto gradient) {
-    warps(z.n, [&](auto warp, int i) {
-      project_row<decltype(type), decltype(gradient)>(warp, z, i, g, r, f, scaled, out);
-    });
+    warps(z.n,
+          [&](auto warp, int i) { project_row<decltype(type), decltype(gradient)>(warp, z, i, g, r, f, scaled, out); });
   });
 }
 
@@ -114,9 +114,8 @@ static std::pair<int, int64_t> scratch(const Distill& d, DType dtype, int, Queue
 
 static void uniformity(const Uniformity& p, DType dtype, const Panel& panel, int n, bool grad, Queue) {
   uniformity_variant(dtype, grad, [&](auto type, auto grad) {
-    blocks(panel.c, [&](auto block, int k) {
-      uniformity_row<decltype(type), decltype(grad)::value>(block, p, panel, n, k);
-    });
+    blocks(panel.c,
+           [&](auto block, int k) { uniformity_row<decltype(type), decltype(grad)::value>(block, p, panel, n, k); });
   });
 }
 
@@ -146,8 +145,8 @@ static void small(Contrastive p, DType dtype, Small q, Queue) {
   });
 }
 
-// The copy engine: the box of `rows` x 64 elements at (column, row) to 128-byte rows, swizzled; zeros outside. `at` stands for the
-// address in shared memory.
+// The copy engine: the box of `rows` x 64 elements at (column, row) to 128-byte rows, swizzled; zeros outside. `at`
+// stands for the address in shared memory.
 static void load_box(std::vector<bf16>& memory, uint32_t at, const Vectors& matrix, int rows, int row, int column) {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < kTileK; ++c) {
@@ -157,15 +156,16 @@ static void load_box(std::vector<bf16>& memory, uint32_t at, const Vectors& matr
     }
 }
 
-// wgmma m64n256k16: element (row, k) of an operand where its descriptor says. The address advances within a row before the
-// swizzle, which is of the address itself.
+// wgmma m64n256k16: element (row, k) of an operand where its descriptor says. The address advances within a row before
+// the swizzle, which is of the address itself.
 static float operand(const std::vector<bf16>& memory, uint64_t descriptor, int row, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) throw std::logic_error("not the 128-byte swizzle");
   return load(memory[swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2) / 2]);
 }
 
-// Hopper as fused_block sees it. What is asynchronous happens as early as it may (fibers in ascending order: copies; in descending
+// Hopper as fused_block sees it. What is asynchronous happens as early as it may (fibers in ascending order: copies; in
+// descending
 // order: products and stores) or as late as it may: what is not waited for comes out wrong.
 struct MemoryBarrier {
   int expected = 0, arrived = 0, bytes = 0, phase = 0;
@@ -202,7 +202,7 @@ class HostMachine {
     uint64_t a, b;
     int add;
   };
-  std::vector<std::vector<Product>> products_{1};           // groups that are not yet waited for; the last is open
+  std::vector<std::vector<Product>> products_{1};  // groups that are not yet waited for; the last is open
   std::vector<std::vector<std::function<void()>>> stores_{1};
 
   // A thread's part of D, by the PTX ISA's figure of the fragment.
@@ -210,7 +210,8 @@ class HostMachine {
     const int t = thread() % 128;
     float left[2][16];
     for (int half = 0; half < 2; ++half)
-      for (int k = 0; k < 16; ++k) left[half][k] = operand(block_.memory, now.a, 16 * (t / 32) + t % 32 / 4 + 8 * half, k);
+      for (int k = 0; k < 16; ++k)
+        left[half][k] = operand(block_.memory, now.a, 16 * (t / 32) + t % 32 / 4 + 8 * half, k);
     for (int n = 0; n < 128; n += n % 2 ? 3 : 1) {  // registers n and n + 2 are of one column
       const int column = n / 4 * 8 + 2 * (t % 4) + (n & 1);
       float sum[2] = {now.add ? acc[n] : 0, now.add ? acc[n + 2] : 0};
@@ -254,7 +255,8 @@ class HostMachine {
     for (int turns = 0; uint32_t(barrier->phase & 1) == parity; ++turns) {
       if (turns > 10000) throw std::logic_error("a barrier's phase never ends");
       auto& copies = cluster_.copies;
-      const auto mine = std::find_if(copies.begin(), copies.end(), [&](const auto& copy) { return copy.barrier == barrier; });
+      const auto mine =
+          std::find_if(copies.begin(), copies.end(), [&](const auto& copy) { return copy.barrier == barrier; });
       if (mine != copies.end()) {
         const auto run = mine->run;
         copies.erase(mine);
@@ -279,7 +281,8 @@ class HostMachine {
   }
   void load_b(int at, int column, int row, MemoryBarrier* barrier) {
     for (SharedBlock& block : cluster_.blocks)
-      copy(block, block.full + (barrier - block_.full), at, cluster_.b, kTileN / int(cluster_.blocks.size()), row, column);
+      copy(block, block.full + (barrier - block_.full), at, cluster_.b, kTileN / int(cluster_.blocks.size()), row,
+           column);
   }
   void fence_stores() const {}
   void store_G(int at, int column, int row) {
@@ -313,7 +316,8 @@ class HostMachine {
   }
 };
 
-static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad, int size, Queue) {
+static void fused(const Contrastive& p, Vectors z1hat, Vectors z2, const Panel& panel, void* partial, bool grad,
+                  int size, Queue) {
   const Fused q = {panel.c, panel.i0, z1hat.D, static_cast<float*>(partial)};
   const auto run = [&](auto size, auto grad, auto masked) {
     constexpr int kSize = decltype(size)::value;
@@ -343,13 +347,14 @@ int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool s
   Small q;
   char any;  // of the gradients only whether they are wanted
   p.B = B, p.N = N, p.exclude = true;
-  q.z1.D = D, q.normalize = normalize, q.symmetric = symmetric, q.dz1 = dz1 ? &any : nullptr, q.dz2 = dz2 ? &any : nullptr;
+  q.z1.D = D, q.normalize = normalize, q.symmetric = symmetric, q.dz1 = dz1 ? &any : nullptr,
+  q.dz2 = dz2 ? &any : nullptr;
   return small_work(p, q, dtype == DType::bf16);
 }
 
 const Kernels& emulated_kernels() {
-  static constexpr Kernels table = {rows, columns, symmetric, positives, normalize, project,
-                                    distill, scratch, uniformity, small, fused, fused_runs, small_runs};
+  static constexpr Kernels table = {rows,    columns,    symmetric, positives, normalize,  project,   distill,
+                                    scratch, uniformity, small,     fused,     fused_runs, small_runs};
   return table;
 }
 

@@ -1,6 +1,6 @@
-// A thread block on the host, for tests: its threads are fibers of one host thread, which change over where threads of a block
-// meet (barriers, ballots, shuffles). Between two meetings a thread runs alone, in ascending order of threads or in descending:
-// what one reads that another writes without a barrier between them comes out differently.
+// A thread block on the host, for tests: its threads are fibers of one host thread, which change over where threads of
+// a block meet (barriers, ballots, shuffles). Between two meetings a thread runs alone, in ascending order of threads
+// or in descending: what one reads that another writes without a barrier between them comes out differently.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -17,9 +17,7 @@ namespace pycse::cuda {
 
 class Fibers {
  public:
-  struct Barrier {
-    int arrived = 0, round = 0;
-  };
+  struct Barrier { int arrived = 0, round = 0; };
 
  private:
   static constexpr size_t kStack = 128 << 10;
@@ -53,9 +51,7 @@ class Fibers {
     Fibers& later = now();
     try {
       later.body_();
-    } catch (...) {
-      later.error_ = std::current_exception();
-    }
+    } catch (...) { later.error_ = std::current_exception(); }
     later.fibers_[later.current_].done = true;
     _longjmp(later.main_, 1);
   }

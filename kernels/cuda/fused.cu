@@ -29,15 +29,23 @@ struct Hopper {
     else __syncthreads();
   }
   __device__ __forceinline__ void sync_group(int group) const { hopper::sync_group(1 + group); }
-  template <int Registers> __device__ __forceinline__ void give_registers() const { hopper::give_registers<Registers>(); }
-  template <int Registers> __device__ __forceinline__ void take_registers() const { hopper::take_registers<Registers>(); }
+  template <int Registers> __device__ __forceinline__ void give_registers() const {
+    hopper::give_registers<Registers>();
+  }
+  template <int Registers> __device__ __forceinline__ void take_registers() const {
+    hopper::take_registers<Registers>();
+  }
 
-  __device__ __forceinline__ uint64_t* full(int slot) const { return reinterpret_cast<uint64_t*>(shared + kSharedBytes) + slot; }
+  __device__ __forceinline__ uint64_t* full(int slot) const {
+    return reinterpret_cast<uint64_t*>(shared + kSharedBytes) + slot;
+  }
   __device__ __forceinline__ uint64_t* empty(int slot) const { return full(kSteps + slot); }
   __device__ __forceinline__ void init(uint64_t* barrier, int arrivals) const { hopper::init(barrier, arrivals); }
   __device__ __forceinline__ void fence_init() const { hopper::fence_init(); }
   __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) const { hopper::wait(barrier, parity); }
-  __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) const { hopper::arrive_expecting(barrier, bytes); }
+  __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) const {
+    hopper::arrive_expecting(barrier, bytes);
+  }
   __device__ __forceinline__ void arrive_at(uint64_t* barrier, int block) const {
     if constexpr (Cluster > 1) hopper::arrive_at(barrier, block);
     else arrive(barrier);
@@ -51,13 +59,17 @@ struct Hopper {
     else load_box(shared + at, &map_b, column, row, barrier);
   }
   __device__ __forceinline__ void fence_stores() const { hopper::fence_stores(); }
-  __device__ __forceinline__ void store_G(int at, int column, int row) const { store_box(&map_G, shared + at, column, row); }
+  __device__ __forceinline__ void store_G(int at, int column, int row) const {
+    store_box(&map_G, shared + at, column, row);
+  }
   __device__ __forceinline__ void commit_stores() const { hopper::commit_stores(); }
   template <int Left> __device__ __forceinline__ void wait_read() const { hopper::wait_read<Left>(); }
   __device__ __forceinline__ void wait_stored() const { hopper::wait_stored(); }
 
   __device__ __forceinline__ void multiply_fence() const { wgmma_fence(); }
-  __device__ __forceinline__ void multiply(float (&acc)[128], uint64_t a, uint64_t b, int add) const { wgmma(acc, a, b, add); }
+  __device__ __forceinline__ void multiply(float (&acc)[128], uint64_t a, uint64_t b, int add) const {
+    wgmma(acc, a, b, add);
+  }
   __device__ __forceinline__ void multiply_commit() const { wgmma_commit(); }
   template <int Left> __device__ __forceinline__ void multiply_wait(float (&acc)[128]) const {
     wgmma_wait<Left>();
@@ -67,8 +79,9 @@ struct Hopper {
 
 template <int Cluster, bool Grad, bool Masked>
 __global__ void __cluster_dims__(Cluster, 1, 1) __launch_bounds__(kThreads, 1)
-fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-             const __grid_constant__ CUtensorMap map_G, const __grid_constant__ Contrastive p, const __grid_constant__ Fused q) {
+    fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                 const __grid_constant__ CUtensorMap map_G, const __grid_constant__ Contrastive p,
+                 const __grid_constant__ Fused q) {
   extern __shared__ char anywhere[];
   Hopper<Cluster> machine = {map_a, map_b, map_G, anywhere + (1024 - shared_address(anywhere) % 1024) % 1024};
   fused_block<Cluster, Grad, Masked>(machine, p, q);
@@ -77,8 +90,9 @@ fused_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ 
 constexpr int kRows = 32, kSlices = 8;
 
 template <bool Grad>
-__global__ void __launch_bounds__(kRows * kSlices)
-finish_rows_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel, const float* partial) {
+__global__ void __launch_bounds__(kRows* kSlices)
+    finish_rows_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel,
+                       const float* partial) {
   finish_row<Grad>(Slice<kRows, kSlices>(), p, panel, partial, int(blockIdx.x * kRows + threadIdx.x % kRows));
 }
 
@@ -93,7 +107,8 @@ static Encode encoder() {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &result),
           "cuTensorMapEncodeTiled");
 #else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &result),
+          "cuTensorMapEncodeTiled");
 #endif
     if (result != cudaDriverEntryPointSuccess || !address)
       throw std::runtime_error("pycse: this driver has no cuTensorMapEncodeTiled (CUDA 12 has)");
@@ -107,11 +122,11 @@ static CUtensorMap tensor_map(const void* at, int64_t ld, int rows, int columns,
   CUtensorMap map;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(ld) * 2};
   const cuuint32_t box[2] = {kTileK, cuuint32_t(box_rows)}, steps[2] = {1, 1};
-  const CUresult status =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(at), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) throw std::runtime_error("pycse: fused: no tensor map, driver error " + std::to_string(int(status)));
+  const CUresult status = encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(at), sizes, strides,
+                                    box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error("pycse: fused: no tensor map, driver error " + std::to_string(int(status)));
   return map;
 }
 

@@ -1,29 +1,31 @@
-// The panel's GEMM with the row kernel as its epilogue, for sm_90a: S = z1hat z2^T stays in registers, fixed shift only.
+// The panel's GEMM with the row kernel as its epilogue, for sm_90a: S = z1hat z2^T stays in registers, fixed shift
+// only.
 //
 // Symbols and formulas as in rows.h. Of a tile of kTileM rows x kTileN keys:
 //   G_ij       = e_ij tau l'_ij r_j over the negatives, 0 at the positive          written once, bf16
 //   partial_tk = sum of e over row k's negatives in column tile t                  s_pos,i by the tile that holds it
 //   finish_row z_neg = sum_t partial_tk in order; loss, f, and G at the positive
-// A thread block of three warpgroups takes tiles in turn. One thread of the first has the copy engine (TMA) fetch operands,
-// kSteps ahead, through mbarriers; the others multiply 64 rows each (wgmma m64n256k16, fp32 sums in 128 registers), apply the
-// epilogue to 64 columns at a time and have the copy engine store them from shared memory. In clusters of two, blocks with
-// neighbouring row tiles each fetch half of the keys' tile for both: 131 operations a byte from L2 instead of 87.
-// Stored: G (not in forward only), partial (column tiles, c), s_pos, loss, f. S is never written. Traffic: operands from L2,
-// G to memory. No atomics.
+// A thread block of three warpgroups takes tiles in turn. One thread of the first has the copy engine (TMA) fetch
+// operands, kSteps ahead, through mbarriers; the others multiply 64 rows each (wgmma m64n256k16, fp32 sums in 128
+// registers), apply the epilogue to 64 columns at a time and have the copy engine store them from shared memory. In
+// clusters of two, blocks with neighbouring row tiles each fetch half of the keys' tile for both: 131 operations a byte
+// from L2 instead of 87.
+// Stored: G (not in forward only), partial (column tiles, c), s_pos, loss, f. S is never written. Traffic: operands
+// from L2, G to memory. No atomics.
 //
-// A block's program is a template over its machine: Hopper's instructions (fused.cu), or models of them by the PTX manual, on which
-// the host runs whole clusters thread by thread (emulated.cpp).
+// A block's program is a template over its machine: Hopper's instructions (fused.cu), or models of them by the PTX
+// manual, on which the host runs whole clusters thread by thread (emulated.cpp).
 #pragma once
 #include "rows.h"
 
 namespace pycse::cuda {
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64;  // K: rows of 128 bytes, one swizzle
-constexpr int kSteps = 4;                               // in flight: 192 KB
-constexpr int kGroupRows = 64, kChunk = 64;             // rows of a warpgroup; columns of a store
+constexpr int kSteps = 4;  // in flight: 192 KB
+constexpr int kGroupRows = 64, kChunk = 64;  // rows of a warpgroup; columns of a store
 constexpr int kBytesA = kTileM * kTileK * 2, kBytesB = kTileN * kTileK * 2, kStepBytes = kBytesA + kBytesB;
 constexpr int kChunkBytes = kGroupRows * kChunk * 2, kChunks = kTileN / kChunk;
-constexpr int kBuffers = 2;                             // of chunks for a warpgroup: one is stored, one written
+constexpr int kBuffers = 2;  // of chunks for a warpgroup: one is stored, one written
 constexpr int kThreads = 3 * 128;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 168 each at entry: 40 + 2 x 232 <= 3 x 168
 constexpr int kTileGroup = 16;  // row tiles that share their column tiles in L2: 2048 rows
@@ -33,13 +35,13 @@ struct Fused {
   float* partial = nullptr;  // (column tiles, c)
 };
 
-// Where a byte of a tile of 128-byte rows stands: 16-byte chunks of a row are permuted by the row's last three bits (PTX ISA,
-// "128-byte swizzle": address bits 4-6 are XORed with bits 7-9). The tile begins at a multiple of 1024.
+// Where a byte of a tile of 128-byte rows stands: 16-byte chunks of a row are permuted by the row's last three bits
+// (PTX ISA, "128-byte swizzle": address bits 4-6 are XORed with bits 7-9). The tile begins at a multiple of 1024.
 PYCSE_HD uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 7 & 7) << 4; }
 
-// A wgmma matrix descriptor for K-major operands in such rows (PTX ISA, "matrix descriptor"): bits 0-13 the address / 16;
-// 16-29 the leading offset, unused with a swizzle; 32-45 bytes / 16 from 8 rows to the next 8; 62-63 1: 128-byte swizzle.
-// K advances by 16 elements with 32 bytes of address.
+// A wgmma matrix descriptor for K-major operands in such rows (PTX ISA, "matrix descriptor"): bits 0-13 the address /
+// 16; 16-29 the leading offset, unused with a swizzle; 32-45 bytes / 16 from 8 rows to the next 8; 62-63 1: 128-byte
+// swizzle. K advances by 16 elements with 32 bytes of address.
 PYCSE_HD uint64_t descriptor(uint32_t address) {
   return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -67,8 +69,14 @@ struct FusedRows {
     for (int half = 0; half < 2; ++half) {
       const int k = k0 + sums_row(thread, 2 * half), i = q.i0 + k;
       const bool here = k < q.c;
-      of[half] = {here ? positive_of(p, i) : -1, p.key_ids, here && Masked ? p.query_ids[i] : 0, false, 0.0f,
-                  float(p.hard_weight * kLog2e), i, p.B};
+      of[half] = {here ? positive_of(p, i) : -1,
+                  p.key_ids,
+                  here && Masked ? p.query_ids[i] : 0,
+                  false,
+                  0.0f,
+                  float(p.hard_weight * kLog2e),
+                  i,
+                  p.B};
     }
   }
 };
@@ -81,8 +89,9 @@ PYCSE_BODY int settled(int n) {
   return n;
 }
 
-// Columns whose sum is not a plain negative's, by row: the positive, the keys that are no negatives (with it, and behind the last),
-// the row's own hard negatives. A thread has 16 columns of a chunk: bit b is column 8 (b / 2) + 2 (thread % 4) + b % 2.
+// Columns whose sum is not a plain negative's, by row: the positive, the keys that are no negatives (with it, and
+// behind the last), the row's own hard negatives. A thread has 16 columns of a chunk: bit b is column 8 (b / 2) + 2
+// (thread % 4) + b % 2.
 struct Exceptions {
   uint32_t positive[2] = {0, 0}, gone[2] = {0, 0}, own[2] = {0, 0};
 
@@ -94,7 +103,8 @@ struct Exceptions {
     for (const auto& row : rows.of) some |= row.hard != 0 || unsigned(row.positive - j0) < unsigned(kChunk);
     if (!some) return;  // most chunks
     const auto bit = [&](int column) {
-      return unsigned(column) < unsigned(kChunk) && column / 2 % 4 == thread % 4 ? 1u << (column / 8 * 2 + column % 2) : 0u;
+      return unsigned(column) < unsigned(kChunk) && column / 2 % 4 == thread % 4 ? 1u << (column / 8 * 2 + column % 2)
+                                                                                 : 0u;
     };
     PYCSE_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -115,11 +125,12 @@ struct Exceptions {
   PYCSE_BODY bool any() const { return gone[0] | gone[1] | own[0] | own[1]; }
 };
 
-// The epilogue for one thread's 32 sums of the chunk from column j0, of keys with norms r2: adds e to sums[half], and with
-// Grad puts G at `staging`, 64 rows of 128 swizzled bytes. Plain: no Exceptions.
+// The epilogue for one thread's 32 sums of the chunk from column j0, of keys with norms r2: adds e to sums[half], and
+// with Grad puts G at `staging`, 64 rows of 128 swizzled bytes. Plain: no Exceptions.
 template <bool Grad, bool Plain, bool Masked, class Machine>
-PYCSE_BODY void fused_chunk(Machine& on, const Logit<float>& logit, float top, const FusedRows<Masked>& rows, const Exceptions& but,
-                            int thread, const float* acc, int j0, int N, const float* r2, int staging, float* sums, float* s_pos) {
+PYCSE_BODY void fused_chunk(Machine& on, const Logit<float>& logit, float top, const FusedRows<Masked>& rows,
+                            const Exceptions& but, int thread, const float* acc, int j0, int N, const float* r2,
+                            int staging, float* sums, float* s_pos) {
   const Bits<float> bits(logit);
   const int column = sums_column(thread, 0), j = settled(j0 + column);
   const uint32_t first = swizzled(uint32_t(sums_row(thread, 0) * 2 * kChunk + 2 * column));
@@ -154,7 +165,9 @@ PYCSE_BODY void fused_chunk(Machine& on, const Logit<float>& logit, float top, c
 // Where things stand in a block's shared memory, which begins at a multiple of 1024.
 PYCSE_HD int a_at(int slot) { return slot * kStepBytes; }
 PYCSE_HD int b_at(int slot) { return a_at(slot) + kBytesA; }
-PYCSE_HD int staging_at(int group, int buffer) { return kSteps * kStepBytes + (group * kBuffers + buffer) * kChunkBytes; }
+PYCSE_HD int staging_at(int group, int buffer) {
+  return kSteps * kStepBytes + (group * kBuffers + buffer) * kChunkBytes;
+}
 constexpr int kSharedBytes = kSteps * kStepBytes + 2 * kBuffers * kChunkBytes;
 
 // A block's tiles. The pipeline's barriers, of each slot:
@@ -242,8 +255,8 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
         const Exceptions but(rows, thread, j0, p.N);
         float s_pos[2];
         const auto chunk_of = [&](auto plain) {
-          fused_chunk<Grad, decltype(plain)::value>(on, logit, top, rows, but, thread, acc + 32 * chunk, j0, p.N, r2, staging,
-                                                    sums, s_pos);
+          fused_chunk<Grad, decltype(plain)::value>(on, logit, top, rows, but, thread, acc + 32 * chunk, j0, p.N, r2,
+                                                    staging, sums, s_pos);
         };
         if (but.any()) {
           chunk_of(Flag<false>());
@@ -281,11 +294,13 @@ PYCSE_BODY void finish_row(Block block, const Contrastive& p, const Panel& panel
   const bool inside = k < panel.c;
   float z_neg = 0;
   if (inside)
-    for (int t = block.index(); t < ceil_div(p.N, kTileN); t += block.size()) z_neg += partial[int64_t(t) * panel.c + k];
+    for (int t = block.index(); t < ceil_div(p.N, kTileN); t += block.size())
+      z_neg += partial[int64_t(t) * panel.c + k];
   z_neg = block.sum(z_neg);
   if (!inside || block.index() != 0) return;
   const int i = panel.i0 + k, positive = positive_of(p, i);
-  const float inv_tau = inverse(float(p.tau.value)), r_pos = positive >= 0 ? static_cast<const float*>(p.r2)[positive] : 0;
+  const float inv_tau = inverse(float(p.tau.value)),
+              r_pos = positive >= 0 ? static_cast<const float*>(p.r2)[positive] : 0;
   const float s_pos = positive >= 0 ? static_cast<const float*>(p.s_pos)[i] : nan<float>();
   const RowLoss<float> result(z_neg, float(p.shift * kLog2e), s_pos, r_pos, positive_logit<float>(p.focal, inv_tau),
                               coef_of<float>(p, i));

@@ -22,8 +22,8 @@ template <> constexpr double kLargeSquare<double> = 1e300;
 template <class A> constexpr A kShrink = A(0x1p-100);
 template <> constexpr double kShrink<double> = 0x1p-600;
 
-// 1/|z|, 0 where |z| <= 1e-12; also where the square, or the norm itself, leaves the accumulation type's range. (A norm whose
-// square underflows is below kTinyNorm.)
+// 1/|z|, 0 where |z| <= 1e-12; also where the square, or the norm itself, leaves the accumulation type's range. (A norm
+// whose square underflows is below kTinyNorm.)
 template <class T, class Block>
 PYCSE_BODY acc_t<T> inverse_norm(Block block, const T* z, int D, int head) {
   using A = acc_t<T>;
@@ -97,7 +97,8 @@ PYCSE_BODY void project_row(Block block, const Vectors& vectors, int i, const vo
 
 // s_pos of row i0 + k, whose embedding is row k of z1hat; NaN where positives[i] is no key.
 template <class T, class Block>
-PYCSE_BODY void positive_row(Block block, const Contrastive& p, const Vectors& z1hat, const Vectors& z2, int i0, int k) {
+PYCSE_BODY void positive_row(Block block, const Contrastive& p, const Vectors& z1hat, const Vectors& z2, int i0,
+                             int k) {
   using A = acc_t<T>;
   const int i = i0 + k, positive = positive_of(p, i);
   A s = nan<A>();

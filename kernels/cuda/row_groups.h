@@ -1,12 +1,12 @@
-// Group-P in one row, for the distillation kernel: groups of the columns, and the column that each column's q comes from.
-// The algorithm stands in distill.h, the definition in pycse/grouping.py and common/groups.h.
+// Group-P in one row, for the distillation kernel: groups of the columns, and the column that each column's q comes
+// from. The algorithm stands in distill.h, the definition in pycse/grouping.py and common/groups.h.
 #pragma once
 #include "../common/philox.h"
 #include "block.h"
 
 namespace pycse::cuda {
 
-constexpr int kDigit = 32;         // values of a digit
+constexpr int kDigit = 32;  // values of a digit
 constexpr int kPartitionWarps = 32;
 constexpr int kMostNarrow = 65535;  // columns up to which indices of 16 bits do
 constexpr int kFewestBins = 32, kMostBins = 8192;
@@ -124,23 +124,37 @@ PYCSE_BODY uint64_t descending(double t) {
 template <class A, class Index>
 struct RowGroups {
   const Grouping& cut;
-  int B, i, n;             // columns, the row's own, those without it
+  int B, i, n;  // columns, the row's own, those without it
   A top, by_group, per_range;  // 1 / (group temperature log 2); bins per unit of t
-  const A* t;              // by column
-  uint32_t* group;         // by column: boundaries before it. Then the keys, by place
+  const A* t;  // by column
+  uint32_t* group;  // by column: boundaries before it. Then the keys, by place
   Index *column, *sorted, *ends;
   char* memory;
   RowTables& few;
-  // By group: first rank, what the definition calls it (-1 stays in place), first block of four keys; and how many there are.
+  // By group: first rank, what the definition calls it (-1 stays in place), first block of four keys; and how many
+  // there are.
   uint32_t *start, *id, *block_at;
   int groups;
 
   PYCSE_BODY RowGroups(const Grouping& cut, int B, int i, A top, A low, A by_group, const A* t, void* q, char* memory,
                        const RowLayout& layout, RowTables& few)
-      : cut(cut), B(B), i(i), n(B - 1), top(top), by_group(by_group), t(t), group(static_cast<uint32_t*>(q)),
-        column(reinterpret_cast<Index*>(memory + layout.column)), sorted(reinterpret_cast<Index*>(memory + layout.sorted)),
-        ends(reinterpret_cast<Index*>(memory + layout.ends)), memory(memory), few(few), start(few.start), id(few.id),
-        block_at(few.block), groups(0) {
+      : cut(cut),
+        B(B),
+        i(i),
+        n(B - 1),
+        top(top),
+        by_group(by_group),
+        t(t),
+        group(static_cast<uint32_t*>(q)),
+        column(reinterpret_cast<Index*>(memory + layout.column)),
+        sorted(reinterpret_cast<Index*>(memory + layout.sorted)),
+        ends(reinterpret_cast<Index*>(memory + layout.ends)),
+        memory(memory),
+        few(few),
+        start(few.start),
+        id(few.id),
+        block_at(few.block),
+        groups(0) {
     const A range = top - low;
     const int bins = bins_for(B);
     per_range = range > 0 && range < infinity<A>() ? A(bins) / range : range > 0 ? A(bins) / 4 : A(0);
@@ -165,24 +179,28 @@ struct RowGroups {
     int* counts = reinterpret_cast<int*>(ends);
     const auto own = [&](int k) { return k + (k >= i); };  // the k-th column but i
     if (few_of_them) {
-      block.partition(n, counts, [&](int k) { return int(group[own(k)]); }, [&](int k, int to) { column[to] = Index(own(k)); },
-                      start);
+      block.partition(
+          n, counts, [&](int k) { return int(group[own(k)]); }, [&](int k, int to) { column[to] = Index(own(k)); },
+          start);
       groups = kDigit;
       block.sync();
       for (int g = block.index(); g < kDigit; g += block.size()) id[g] = uint32_t(int(cut.group(g)));
     } else {
       order_by(block, counts, own, 32, [&](int j) { return group[j]; });
       const auto first = [&](int k) { return k == 0 || group[column[k]] != group[column[k - 1]]; };
-      groups = int(sums_before<int>(block, n, [&](int k) { return int(first(k)); }, [&](int k, int g) {
-        if (!first(k)) return;
-        start[g] = uint32_t(k);
-        id[g] = uint32_t(int(cut.group(int64_t(group[column[k]]))));
-      }));
+      groups = int(sums_before<int>(
+          block, n, [&](int k) { return int(first(k)); },
+          [&](int k, int g) {
+            if (!first(k)) return;
+            start[g] = uint32_t(k);
+            id[g] = uint32_t(int(cut.group(int64_t(group[column[k]]))));
+          }));
       if (block.index() == 0) start[groups] = uint32_t(n);
     }
     block.sync();
     const uint32_t blocks = sums_before<uint32_t>(
-        block, groups, [&](int g) { return (start[g + 1] - start[g] + 3) / 4; }, [&](int g, uint32_t at) { block_at[g] = at; });
+        block, groups, [&](int g) { return (start[g + 1] - start[g] + 3) / 4; },
+        [&](int g, uint32_t at) { block_at[g] = at; });
     if (block.index() == 0) block_at[groups] = blocks;
     block.sync();
   }
@@ -213,7 +231,8 @@ struct RowGroups {
     block.sync();
     members([&](int, int bucket, uint32_t) { counters.advance(bucket); });
     block.sync();
-    sums_before<uint32_t>(block, n, [&](int k) { return uint32_t(ends[k]); }, [&](int k, uint32_t at) { ends[k] = Index(at); });
+    sums_before<uint32_t>(
+        block, n, [&](int k) { return uint32_t(ends[k]); }, [&](int k, uint32_t at) { ends[k] = Index(at); });
     members([&](int rank, int bucket, uint32_t own) {
       const uint32_t to = counters.advance(bucket);
       key[to] = own;
@@ -353,8 +372,9 @@ struct RowGroups {
     block.sync();
     PYCSE_ROLL
     for (int pass = 0; pass < passes; ++pass) {
-      block.partition(n, counts, [&](int k) { return int(value(in[k]) >> 5 * pass & 31u); },
-                      [&](int k, int to) { out[to] = in[k]; }, static_cast<uint32_t*>(nullptr));
+      block.partition(
+          n, counts, [&](int k) { return int(value(in[k]) >> 5 * pass & 31u); },
+          [&](int k, int to) { out[to] = in[k]; }, static_cast<uint32_t*>(nullptr));
       block.sync();
       Index* other = in;
       in = out, out = other;

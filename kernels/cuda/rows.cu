@@ -1,4 +1,5 @@
-// Device side of rows.h: a thread block for a row. Bound by the panel's traffic, half of it stores: 2.2 TB/s of reads at
+// Device side of rows.h: a thread block for a row. Bound by the panel's traffic, half of it stores: 2.2 TB/s of reads
+// at
 // 0.7 us take 12 KB in flight on each of 132 multiprocessors, 768 threads with 16 bytes each.
 #include "device.h"
 #include "launch.cuh"
@@ -12,7 +13,7 @@ template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 
 template <class T, bool Grad, bool Params, bool Masked>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-rows_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
+    rows_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
   row<T, Grad, Params, Masked>(ThreadBlock(), p, panel, blockIdx.x);
 }
 

@@ -1,11 +1,13 @@
-// The row kernel: one visit turns a panel of raw products into losses and gradients. The threads of a block share a row.
+// The row kernel: one visit turns a panel of raw products into losses and gradients. The threads of a block share a
+// row.
 //
 // Symbols (kernels/README.md). A panel holds c rows of S_ij = z1hat_i . z2_j; the keys' norms fold in here:
 //   s_ij = S_ij r_j                  r_j = 1/|z2_j|
 //   x_ij = (q s + b) s / (tau log 2) logits in bits; + hard_weight for row i's own hard negatives
 //   e_ij = 2^(x_ij - top)            top: a bound on the logits where the shift is fixed, else the row's maximum
 //   L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
-// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and g1:
+// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and
+// g1:
 //   G_ij = e_ij tau l'_ij r_j        negatives
 //   G_ip = -z_neg tau l'_pos r_p     the positive, last
 //   dL/dtau = -f (sum_neg e l - z_neg l_pos),   dL/dm = f sum_neg e s,   l without its hard weight
@@ -24,8 +26,14 @@ PYCSE_BODY int positive_of(const Contrastive& p, int i) {
 
 template <bool Masked, class A>
 PYCSE_BODY Negatives<A, Masked> negatives_of(const Contrastive& p, int i, int positive, A s_pos) {
-  return {positive, p.key_ids, p.query_ids ? p.query_ids[i] : 0, p.exclude, s_pos + A(p.exclude_above),
-          A(p.hard_weight * kLog2e), i, p.B};
+  return {positive,
+          p.key_ids,
+          p.query_ids ? p.query_ids[i] : 0,
+          p.exclude,
+          s_pos + A(p.exclude_above),
+          A(p.hard_weight * kLog2e),
+          i,
+          p.B};
 }
 
 template <class A>

@@ -38,7 +38,7 @@ struct Grid {
 
 template <class T, bool Masked>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-small_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Small q) {
+    small_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Small q) {
   Grid grid;
   small<T, Masked>(grid, p, q);
 }
@@ -58,8 +58,10 @@ void small(Contrastive p, DType dtype, Small q, Queue queue) {
       resident *= attribute(cudaDevAttrMultiProcessorCount, queue.device);
       if (resident == 0) throw std::runtime_error("pycse: small: the device has no room for a block");
       void* arguments[] = {&p, &q};
-      check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(std::min(resident, small_items(p, q))),
-                                        dim3(kThreads), arguments, bytes, stream), "small");
+      check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                        dim3(std::min(resident, small_items(p, q))), dim3(kThreads), arguments, bytes,
+                                        stream),
+            "small");
     });
   });
 }

@@ -1,5 +1,5 @@
-// A whole forward and backward in one launch, for batches bound by launches (B, N up to about a thousand). Phases with a
-// barrier of the whole grid between them; each is the body that the panel driver launches by itself:
+// A whole forward and backward in one launch, for batches bound by launches (B, N up to about a thousand). Phases with
+// a barrier of the whole grid between them; each is the body that the panel driver launches by itself:
 //
 //   normalize      r1, r2 = 1/|z|, z1hat = r1 z1                                   norms.h, a warp for a row
 //   similarities   S = z1hat z2^T, fp32                                            tile.h, a block for 64 x 64
@@ -8,8 +8,9 @@
 //   gradients      g1 = G z2, g2 = G^T z1hat, fp32; total = sum coef_i L_i         tile.h
 //   project        dz = project(g)                                                 norms.h
 //
-// Stored (small_work): z1hat, S, G in z's type (fp32: S itself), g in fp32: (8 N + 6 D) B + 4 N D bytes for bf16. They stay in L2.
-// Any number of blocks does: each takes items of a phase in turn, and sums have an order that does not depend on how many.
+// Stored (small_work): z1hat, S, G in z's type (fp32: S itself), g in fp32: (8 N + 6 D) B + 4 N D bytes for bf16. They
+// stay in L2. Any number of blocks does: each takes items of a phase in turn, and sums have an order that does not
+// depend on how many.
 #pragma once
 #include "norms.h"
 #include "symmetric.h"
@@ -49,9 +50,7 @@ template <class T> using RowGradient = Product<T, kSmallTile, kSmallTile, true, 
 template <class T> using KeyGradient = Product<T, kSmallTile, kSmallTile, false, false>;
 template <class T> constexpr int kSmallBytes = kTileBytes<Similarities<T>, T, false, float, kSmallTile, kSmallTile>;
 
-PYCSE_HD int small_tiles(int rows, int columns) {
-  return ceil_div(rows, kSmallTile) * ceil_div(columns, kSmallTile);
-}
+PYCSE_HD int small_tiles(int rows, int columns) { return ceil_div(rows, kSmallTile) * ceil_div(columns, kSmallTile); }
 PYCSE_HD int small_gradient_tiles(const Contrastive& p, const Small& q) {
   return (q.dz1 ? small_tiles(p.B, q.z1.D) : 0) + (q.dz2 ? small_tiles(p.N, q.z1.D) : 0);
 }
@@ -91,18 +90,21 @@ template <class P, class Block>
 PYCSE_BODY void finish_small(Block& block, P& sums, void* to, int64_t ld, int rows, int columns, int i0, int j0) {
   float* out = static_cast<float*>(to);
   const bool wide = aligned(out) && ld % kWidth<float> == 0;
-  finish<float, kSmallTile, kSmallTile, false>(block, sums, wide, [](int) { return 0.0f; }, [&](int n) {
-    return [=](int m) {
-      const bool here = i0 + m < rows && j0 + n < columns;
-      return To<float>{out + (here ? (i0 + m) * ld + j0 + n : 0), here ? columns - j0 - n : 0, 0};
-    };
-  });
+  finish<float, kSmallTile, kSmallTile, false>(
+      block, sums, wide, [](int) { return 0.0f; },
+      [&](int n) {
+        return [=](int m) {
+          const bool here = i0 + m < rows && j0 + n < columns;
+          return To<float>{out + (here ? (i0 + m) * ld + j0 + n : 0), here ? columns - j0 - n : 0, 0};
+        };
+      });
   block.sync();  // the next tile takes the same memory
 }
 
 template <class T, class Block>
 PYCSE_BODY void similarity_tile(Block& block, const Contrastive& p, const Small& q, int tile) {
-  const int D = q.z1.D, across = ceil_div(p.N, kSmallTile), i0 = tile / across * kSmallTile, j0 = tile % across * kSmallTile;
+  const int D = q.z1.D, across = ceil_div(p.N, kSmallTile), i0 = tile / across * kSmallTile,
+            j0 = tile % across * kSmallTile;
   const Operand<T> a = {static_cast<const T*>(q.z1hat), q.ld_hat, p.B, D};
   const Operand<T> b = {static_cast<const T*>(q.z2.z), q.z2.ld, p.N, D};
   Similarities<T> sums;
@@ -138,7 +140,8 @@ template <class T, class Warp>
 PYCSE_BODY void small_normalize(Warp warp, const Contrastive& p, const Small& q, int i) {
   const bool row = i < p.B;
   const int k = row ? i : i - p.B;
-  if (q.normalize) normalize_row<T>(warp, row ? q.z1 : q.z2, k, row ? q.r1 : q.r2, row ? q.z1hat : nullptr, q.ld_hat, 1);
+  if (q.normalize)
+    normalize_row<T>(warp, row ? q.z1 : q.z2, k, row ? q.r1 : q.r2, row ? q.z1hat : nullptr, q.ld_hat, 1);
   if (warp.index() != 0) return;
   if (!q.normalize) static_cast<float*>(row ? q.r1 : q.r2)[k] = 1;
   if (q.symmetric && row) {
@@ -212,8 +215,7 @@ PYCSE_BODY void small_project(Warp warp, const Contrastive& p, const Small& q, i
   const void* g = row ? q.g1 : q.g2;
   void* out = row ? q.dz1 : q.dz2;
   if (!out) return;
-  if (q.normalize)
-    return project_row<T, float>(warp, row ? q.z1 : q.z2, k, g, row ? q.r1 : q.r2, nullptr, !row, out);
+  if (q.normalize) return project_row<T, float>(warp, row ? q.z1 : q.z2, k, g, row ? q.r1 : q.r2, nullptr, !row, out);
   for (int d = warp.index(); d < D; d += warp.size())
     store(static_cast<T*>(out)[int64_t(k) * D + d], static_cast<const float*>(g)[int64_t(k) * D + d]);
 }
@@ -226,9 +228,7 @@ PYCSE_BODY void small(Grid& grid, const Contrastive& p, const Small& q) {
   grid.sync();
   grid.tiles(small_tiles(p.B, p.N), [&](auto& tile, int k) { similarity_tile<T>(tile, p, q, k); });
   if (p.s_pos)
-    grid.warps(p.B, [&](auto warp, int i) {
-      positive_row<T>(warp, p, {q.z1hat, q.ld_hat, p.B, q.z1.D}, q.z2, 0, i);
-    });
+    grid.warps(p.B, [&](auto warp, int i) { positive_row<T>(warp, p, {q.z1hat, q.ld_hat, p.B, q.z1.D}, q.z2, 0, i); });
   grid.sync();
   grid.blocks(p.B, [&](auto block, int i) { small_row<T, Masked>(block, p, q, i); });
   if (q.symmetric) {

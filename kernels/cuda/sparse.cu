@@ -1,5 +1,5 @@
-// Device side of sparse.h: a block of 128 threads for a tile. Operands come from L2 (x and W of an encoder fit there), which
-// feeds a tile of 128 tokens x 64 for 43 operations a byte; tiles of the same tokens run side by side.
+// Device side of sparse.h: a block of 128 threads for a tile. Operands come from L2 (x and W of an encoder fit there),
+// which feeds a tile of 128 tokens x 64 for 43 operations a byte; tiles of the same tokens run side by side.
 #include <climits>
 
 #include "launch.cuh"
@@ -13,22 +13,19 @@ constexpr int kBlocks = 3;
 extern __shared__ __align__(128) char tile_memory[];
 
 template <class T, int B>
-__global__ void __launch_bounds__(kTileThreads, kBlocks)
-linear_kernel(const __grid_constant__ Sparse p) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks) linear_kernel(const __grid_constant__ Sparse p) {
   DeviceTile block{tile_memory};
   linear_tile<T, B>(block, p, blockIdx.x);
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kTileThreads, kBlocks)
-dx_kernel(const __grid_constant__ Sparse p) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks) dx_kernel(const __grid_constant__ Sparse p) {
   DeviceTile block{tile_memory};
   dx_tile<T, B>(block, p, blockIdx.x);
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kTileThreads, kBlocks)
-dw_kernel(const __grid_constant__ Sparse p) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks) dw_kernel(const __grid_constant__ Sparse p) {
   DeviceTile block{tile_memory};
   dw_tile<T, B>(block, p, blockIdx.x);
 }
@@ -62,8 +59,8 @@ static void run(Which which, Sparse p, Storage storage, int pieces, Queue queue)
                       kTileBytes<LinearProduct<T, B>, T, B == 0, T, M, N>, queue);
       case Which::dx:
         set_wide<T>(p, p.in);
-        return launch(p, "dx", dx_kernel<T, B>, dx_tiles<T, B>(p),
-                      kTileBytes<DxProduct<T, B>, T, B == 0, T, M, N>, queue);
+        return launch(p, "dx", dx_kernel<T, B>, dx_tiles<T, B>(p), kTileBytes<DxProduct<T, B>, T, B == 0, T, M, N>,
+                      queue);
       case Which::dw:
         set_wide<T>(p, p.in);
         launch(p, "dw", dw_kernel<T, B>, dw_tiles<T, B>(p),
@@ -77,8 +74,7 @@ static void run(Which which, Sparse p, Storage storage, int pieces, Queue queue)
 
 static void mark(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue queue) {
   if (rows == 0 || words == 0) return;
-  launch_on(queue, "mark",
-            [&](cudaStream_t stream) { mark_kernel<<<rows, 64, 0, stream>>>(ptr, index, bits, words); });
+  launch_on(queue, "mark", [&](cudaStream_t stream) { mark_kernel<<<rows, 64, 0, stream>>>(ptr, index, bits, words); });
 }
 
 const SparseKernels& device_sparse() {

@@ -1,4 +1,5 @@
-// Linear layers whose weights W (out, in) are kept in square blocks, or under a mask of bits. Symbols: x (T, in), dy (T, out).
+// Linear layers whose weights W (out, in) are kept in square blocks, or under a mask of bits. Symbols: x (T, in), dy
+// (T, out).
 //
 //   linear   y  = x Wᵀ + b          a tile is kTokens tokens x a block row; K runs over the columns of its blocks
 //   dx       dX = dY W              kTokens tokens x a block column; K over the rows of its blocks
@@ -6,7 +7,8 @@
 //
 // The blocks of W are read where they stand. Under bits K runs over everything: W's elements are masked between their
 // arrival in shared memory and the product, dW's before they are stored. Sums are fp32 (fp64 for fp64), rounded once.
-// dw splits the tokens where tiles are few: each split stores its sums, add_splits adds them in order. No atomics on floats.
+// dw splits the tokens where tiles are few: each split stores its sums, add_splits adds them in order. No atomics on
+// floats.
 // Memory: dw's partial sums, splits x kept weights; nothing else.
 #pragma once
 #include "tile.h"
@@ -21,8 +23,8 @@ struct Matrix {
   int64_t ld = 0;
 };
 
-// Which weights are kept. By blocks: ptr (blocks along one side + 1) and index (nnz) name, ascending, those of each block
-// row (linear, dw) or block column (dx). block 0: by bits (out, words), bit j of word k is column 32 k + j.
+// Which weights are kept. By blocks: ptr (blocks along one side + 1) and index (nnz) name, ascending, those of each
+// block row (linear, dw) or block column (dx). block 0: by bits (out, words), bit j of word k is column 32 k + j.
 struct Kept {
   int block = 0;
   const int* ptr = nullptr;
@@ -34,11 +36,11 @@ struct Kept {
 struct Sparse {
   int T = 0, out = 0, in = 0;
   Kept kept;
-  Matrix a, b;                // x and W; dy and W; dy and x
-  const void* bias = nullptr; // (out) or null
-  void* c = nullptr;          // y, dX or dW, contiguous; dW comes zeroed
-  int splits = 1;             // of the tokens, for dw
-  void* partial = nullptr;    // (splits, kept weights) acc where splits > 1; under bits (splits, out, in)
+  Matrix a, b;  // x and W; dy and W; dy and x
+  const void* bias = nullptr;  // (out) or null
+  void* c = nullptr;  // y, dX or dW, contiguous; dW comes zeroed
+  int splits = 1;  // of the tokens, for dw
+  void* partial = nullptr;  // (splits, kept weights) acc where splits > 1; under bits (splits, out, in)
   bool wide_a = false, wide_b = false, wide_c = false;  // rows begin at 16-byte boundaries
 };
 
@@ -51,16 +53,22 @@ PYCSE_HD int at_most(int n, int most) { return n < most ? n : most; }
 PYCSE_HD int at_least_0(int n) { return n > 0 ? n : 0; }
 
 template <class T>
-PYCSE_HD bool wide(const void* at, int64_t ld) { return aligned(at) && ld * int64_t(sizeof(T)) % kAccess == 0; }
+PYCSE_HD bool wide(const void* at, int64_t ld) {
+  return aligned(at) && ld * int64_t(sizeof(T)) % kAccess == 0;
+}
 
 template <class T, int B> using LinearProduct = Product<T, kTokens<T>, kSide<B>, true, true>;
 template <class T, int B> using DxProduct = Product<T, kTokens<T>, kSide<B>, true, false>;
 template <class T, int B> using DwProduct = Product<T, kSide<B>, kWide<T>, false, false>;
 
 template <class T, int B>
-PYCSE_HD int64_t linear_tiles(const Sparse& p) { return int64_t(tiles_of(p.T, kTokens<T>)) * tiles_of(p.out, kSide<B>); }
+PYCSE_HD int64_t linear_tiles(const Sparse& p) {
+  return int64_t(tiles_of(p.T, kTokens<T>)) * tiles_of(p.out, kSide<B>);
+}
 template <class T, int B>
-PYCSE_HD int64_t dx_tiles(const Sparse& p) { return int64_t(tiles_of(p.T, kTokens<T>)) * tiles_of(p.in, kSide<B>); }
+PYCSE_HD int64_t dx_tiles(const Sparse& p) {
+  return int64_t(tiles_of(p.T, kTokens<T>)) * tiles_of(p.in, kSide<B>);
+}
 template <class T, int B>
 PYCSE_HD int64_t dw_tiles(const Sparse& p) {
   return int64_t(p.splits) * tiles_of(p.out, kSide<B>) * tiles_of(p.in, kWide<T>);
@@ -122,9 +130,8 @@ PYCSE_BODY void linear_tile(Block& block, const Sparse& p, int tile) {
   else product<T, B == 0>(block, sums, steps, p.wide_a, p.wide_b, from_x, from_w, NoBits());
 
   const T* bias = static_cast<const T*>(p.bias);
-  finish_tokens<T, M, N>(block, p, sums, t0, o0, p.out, [&](int n) {
-    return bias && o0 + n < p.out ? load(bias[o0 + n]) : acc_t<T>(0);
-  });
+  finish_tokens<T, M, N>(block, p, sums, t0, o0, p.out,
+                         [&](int n) { return bias && o0 + n < p.out ? load(bias[o0 + n]) : acc_t<T>(0); });
 }
 
 template <class T, int B, class Block>

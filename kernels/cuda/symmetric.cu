@@ -1,5 +1,5 @@
-// Device side of symmetric.h: a thread block for a row; for the columns 32 of them side by side (whole sectors of a row)
-// times kSlices of the panel's rows.
+// Device side of symmetric.h: a thread block for a row; for the columns 32 of them side by side (whole sectors of a
+// row) times kSlices of the panel's rows.
 #include "device.h"
 #include "launch.cuh"
 #include "symmetric.h"
@@ -10,14 +10,14 @@ constexpr int kThreads = 256, kColumns = 32, kSlices = 16;
 template <class T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;  // as in rows.cu: 128 or 80 registers a thread
 
 template <class T, bool Masked>
-__global__ void __launch_bounds__(kColumns * kSlices, 1)
-columns_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
+__global__ void __launch_bounds__(kColumns* kSlices, 1)
+    columns_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
   column<T, Masked>(Slice<kColumns, kSlices>(), p, panel, int(blockIdx.x * kColumns + threadIdx.x % kColumns));
 }
 
 template <class T, bool Params, bool Masked>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-symmetric_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
+    symmetric_kernel(const __grid_constant__ Contrastive p, const __grid_constant__ Panel panel) {
   symmetric_row<T, Params, Masked>(ThreadBlock(), p, panel, blockIdx.x);
 }
 

@@ -24,9 +24,14 @@ PYCSE_BODY void column(Block block, const Contrastive& p, const Panel& panel, in
   const A r = static_cast<const A*>(p.r2)[j];
   const Bits<A> bits(negative_logit<A>(p.focal, number<A>(p.m), inverse(number<A>(p.tau))));
   // The column's positive is row j, its threshold starts from s_jj, its candidates are rows.
-  const Negatives<A, Masked> negatives = {
-      j, p.query_ids, p.key_ids ? p.key_ids[j] : 0, p.exclude,
-      p.exclude ? static_cast<const A*>(p.s_pos)[j] + A(p.exclude_above) : A(0), A(0), j, p.B};
+  const Negatives<A, Masked> negatives = {j,
+                                          p.query_ids,
+                                          p.key_ids ? p.key_ids[j] : 0,
+                                          p.exclude,
+                                          p.exclude ? static_cast<const A*>(p.s_pos)[j] + A(p.exclude_above) : A(0),
+                                          A(0),
+                                          j,
+                                          p.B};
   const A none = -infinity<A>();
 
   A top = p.fixed_shift ? A(p.shift * kLog2e) : none, sum = 0;
@@ -124,9 +129,7 @@ PYCSE_BODY void symmetric_row(Block block, const Contrastive& p, const Panel& pa
 
 template <class Run>
 void columns_variant(const Contrastive& p, DType dtype, Run run) {
-  with_type(dtype, [&](auto type) {
-    with_flag(p.query_ids || p.exclude, [&](auto masked) { run(type, masked); });
-  });
+  with_type(dtype, [&](auto type) { with_flag(p.query_ids || p.exclude, [&](auto masked) { run(type, masked); }); });
 }
 
 template <class Run>

@@ -4,8 +4,8 @@
 //   16-bit       tensor cores, mma.m16n8k16 with fp32 sums; operands by ldmatrix, transposed where K is not contiguous
 //   fp32, fp64   fused multiply-adds, a patch of C for each thread
 //
-// The host runs the same code: phases thread by thread, matrix instructions for the 32 lanes at once by the layouts of the
-// PTX manual, and copies only once they have been waited for.
+// The host runs the same code: phases thread by thread, matrix instructions for the 32 lanes at once by the layouts of
+// the PTX manual, and copies only once they have been waited for.
 #pragma once
 #include "../common/storage.h"
 #include "block.h"
@@ -24,8 +24,8 @@ constexpr int kStages = 3;
 template <class T> constexpr int kDepth = 128 / int(sizeof(T));  // K of a step: rows of 128 bytes
 template <class T> constexpr bool kMatrixUnits = sizeof(T) == 2;
 
-// R x C elements in shared memory. The 16-byte chunks of a row are permuted so that 8 rows of one column of chunks, which
-// ldmatrix and the fp32 loop read together, lie in different banks.
+// R x C elements in shared memory. The 16-byte chunks of a row are permuted so that 8 rows of one column of chunks,
+// which ldmatrix and the fp32 loop read together, lie in different banks.
 template <class T, int R, int C>
 struct Layout {
   static constexpr int kChunks = C / kWidth<T>, kBytes = R * C * int(sizeof(T)), kCopies = R * kChunks / kTileThreads;
@@ -88,18 +88,21 @@ struct DeviceTile {
   template <class F> __device__ __forceinline__ void warps(F f) const { f(int(threadIdx.x / 32)); }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // All groups but the last `Left` are there, this thread's part of them. A chunk that is not Partial is whole or empty.
+  // All groups but the last `Left` are there, this thread's part of them. A chunk that is not Partial is whole or
+  // empty.
   template <int Left> __device__ __forceinline__ void wait() const {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
   }
   template <bool Partial, class T> __device__ __forceinline__ void copy(T* to, From<T> from) const {
     const int bytes = Partial ? from.n * int(sizeof(T)) : from.n ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-                 "l"(from.at), "r"(bytes) : "memory");
+                 "l"(from.at), "r"(bytes)
+                 : "memory");
   }
   __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from, bool valid) const {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(valid ? 4 : 0) : "memory");
+                 "l"(from), "r"(valid ? 4 : 0)
+                 : "memory");
   }
 };
 
@@ -113,10 +116,14 @@ __device__ __forceinline__ void load_fragment(Fragment& f, const T* tile, At at)
   const unsigned from = unsigned(__cvta_generic_to_shared(tile + at(int(threadIdx.x % 32))));
   if constexpr (Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3]) : "r"(from) : "memory");
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(from)
+                 : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3]) : "r"(from) : "memory");
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 // c += a b, b in matrices 2 half and 2 half + 1 of a fragment.
@@ -236,14 +243,15 @@ void each_pair(const Sums& s, F f) {
 
 #endif
 
-// The sums C of a block. A stands in shared memory as M x K where AK, else as K x M; B as N x K where BK, else as K x N.
+// The sums C of a block. A stands in shared memory as M x K where AK, else as K x M; B as N x K where BK, else as K x
+// N.
 template <class T, int M, int N, bool AK, bool BK, bool = kMatrixUnits<T>>
 class Product;
 
 template <class T, int M, int N, bool AK, bool BK>
 class Product<T, M, N, AK, BK, true> {
   static constexpr int kAcross = M < 64 ? 4 : N < 128 ? 1 : 2, kDown = 4 / kAcross;  // warps
-  static constexpr int kRows = M / kDown / 16, kPairs = N / kAcross / 16;            // of 16 x 16 in a warp's part
+  static constexpr int kRows = M / kDown / 16, kPairs = N / kAcross / 16;  // of 16 x 16 in a warp's part
   struct Part { Sums s[kRows][2 * kPairs]; };
 #ifdef __CUDACC__
   Own<Part> part_;
@@ -298,9 +306,8 @@ class Product<T, M, N, AK, BK, true> {
       for (int i = 0; i < kRows; ++i) {
         PYCSE_UNROLL
         for (int j = 0; j < 2 * kPairs; ++j)
-          each_pair(part_[warp].s[i][j], [&](int m, int n, const float* c) {
-            f(m0 + 16 * i + m, n0 + 8 * j + n, c, Count<2>());
-          });
+          each_pair(part_[warp].s[i][j],
+                    [&](int m, int n, const float* c) { f(m0 + 16 * i + m, n0 + 8 * j + n, c, Count<2>()); });
       }
     });
   }
@@ -415,7 +422,8 @@ struct ChunkBits {
 };
 
 template <class P, class T, bool Masked>
-constexpr int kStageBytes = P::LayoutA::kBytes + P::LayoutB::kBytes + (Masked ? P::LayoutB::kCopies * kTileThreads * 4 : 0);
+constexpr int kStageBytes =
+    P::LayoutA::kBytes + P::LayoutB::kBytes + (Masked ? P::LayoutB::kCopies * kTileThreads * 4 : 0);
 
 // C = sum over the steps. a(step), b(step): sources as above. bits(step)(column)(row): the mask of B's chunk there.
 template <class T, bool Partial, class P, class Block, class A, class B, class Mask>
@@ -430,7 +438,9 @@ PYCSE_BODY void product(Block& block, P& sums, int steps, bool wide_a, bool wide
   const auto words = [&](int step) {  // one for each chunk of B that a thread copies
     return reinterpret_cast<uint32_t*>(block.memory + step % kStages * kStage + P::LayoutA::kBytes + LayoutB::kBytes);
   };
-  const auto row_of = [](int thread, int k) { return thread / LayoutB::kChunks + k * (kTileThreads / LayoutB::kChunks); };
+  const auto row_of = [](int thread, int k) {
+    return thread / LayoutB::kChunks + k * (kTileThreads / LayoutB::kChunks);
+  };
 
   const auto request = [&](int step) {
     if (step < steps)
@@ -472,8 +482,8 @@ PYCSE_BODY void product(Block& block, P& sums, int steps, bool wide_a, bool wide
   block.sync();
 }
 
-// Rounds C to O in shared memory, then stores whole chunks: plus(n) is added to column n, and target(n)(m) says where the
-// chunk at (m, n) goes, how many elements of it, and (with Masked) which of them by bits.
+// Rounds C to O in shared memory, then stores whole chunks: plus(n) is added to column n, and target(n)(m) says where
+// the chunk at (m, n) goes, how many elements of it, and (with Masked) which of them by bits.
 template <class O> struct To {
   O* at;
   int n;

@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 
 template <class T, bool Grad>
 __global__ void __launch_bounds__(kThreads)
-uniformity_kernel(const Uniformity p, const __grid_constant__ Panel panel, int n) {
+    uniformity_kernel(const Uniformity p, const __grid_constant__ Panel panel, int n) {
   uniformity_row<T, Grad>(ThreadBlock(), p, panel, n, blockIdx.x);
 }
 

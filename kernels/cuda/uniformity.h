@@ -2,7 +2,8 @@
 //
 //   E_kj = 2^(u S_kj + bias_k + bias_j), 0 at j = k     exp(-t |zhat_k - zhat_j|^2) times a constant; u = 2 t / log 2
 //   sums_k = sum_{j < c} E_kj + 2 sum_{j >= c} E_kj     keys behind the panel's c rows stand for their mirror images
-// Panel: rows [i0, i0 + c), keys [i0, i0 + n). Stored: sums; E over S with Grad. Traffic: the panel, read and written once.
+// Panel: rows [i0, i0 + c), keys [i0, i0 + n). Stored: sums; E over S with Grad. Traffic: the panel, read and written
+// once.
 #pragma once
 #include "block.h"
 

@@ -1,4 +1,5 @@
-"""Distillation, the row kernel: the student's similarities and the teachers' to losses and gradients, one program a row.
+"""Distillation, the row kernel: the student's similarities and the teachers' to losses and gradients, one program a
+row.
 
 Symbols (kernels/README.md), panel of c rows from row i0; j over the row's columns but the diagonal:
     S (c, B)  s_ij, in z's type          T (c, B)  t_ij, in any float type, read only
@@ -7,8 +8,8 @@ Symbols (kernels/README.md), panel of c rows from row i0; j over the row's colum
     ce  L = log z - sum q (s / tau_s - top)         kl  L = ce - H(q), q unshuffled          dL/ds_j = (p_j - q_j) / tau_s
     js  L = (KL(q | a) + KL(p | a)) / 2, a = (p + q) / 2       dL/ds_j = p_j (log(p_j / a_j) - KL(p | a)) / (2 tau_s)
     G_j = coef_i dL/ds_j,  0 on the diagonal
-Logits are in bits (log 2) where they meet the exponential. Stored: loss (B,); G over S. Memory: O(1) beyond that. Visits
-of the row: for the maxima, the sums, KL(. | a) for js, and G.
+Logits are in bits (log 2) where they meet the exponential. Stored: loss (B,); G over S. Memory: O(1) beyond that.
+Visits of the row: for the maxima, the sums, KL(. | a) for js, and G.
 """
 
 import triton

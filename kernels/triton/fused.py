@@ -28,7 +28,8 @@ COLUMNS = tl.constexpr(32)
 
 @triton.jit
 def tile_of(tile, c, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of a tile: down GROUP row tiles, then to the next column, so that the rows' operand stays in L2."""
+    """Row and column of a tile: down GROUP row tiles, then to the next column, so that the rows' operand stays in
+    L2."""
     tiles_m = tl.cdiv(c, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first_m = tile // (GROUP * tiles_n) * GROUP
@@ -43,8 +44,8 @@ def product(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of z1hat z2^T, from pointers or from tensor descriptors, whose tiles the hardware copies. ``WHOLE``: BLOCK_K
-    divides D. Rows and columns past the end read real ones again, or zeros."""
+    """A tile of z1hat z2^T, from pointers or from tensor descriptors, whose tiles the hardware copies. ``WHOLE``:
+    BLOCK_K divides D. Rows and columns past the end read real ones again, or zeros."""
     S = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if isinstance(z1hat, tl.tensor):
         k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,8 +94,8 @@ def epilogue(
     S, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row. The tile's positives are between
-    ``lowest`` and ``highest``."""
+    """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row. The tile's positives are
+    between ``lowest`` and ``highest``."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         z = epilogue(

@@ -7,8 +7,8 @@ Symbols and formulas as in symmetric.py and fused.py, for a shift (in bits) that
     finish_sums      z_i = sum_t row_part -> l_ii, lneg_i and the row's half of the loss;   zcol_j += sum_t column_part
     fused_gradients  P_ij / tau = e (a_i + b_j),   a_i = coef_i exp2(shift - lse_i) / 2 tau,   b_j = coef_j exp2(shift - lse^c_j) / 2 tau
                      G = P slope r2 / tau, complete; at the diagonal P_ii as in symmetric.py
-Stored: both parts (tiles, c) and (tiles, N), O(N) beside them, G (c, N) in the second sweep. No atomics: tiles are summed
-in a fixed order, panels one after the other.
+Stored: both parts (tiles, c) and (tiles, N), O(N) beside them, G (c, N) in the second sweep. No atomics: tiles are
+summed in a fixed order, panels one after the other.
 """
 
 import triton
@@ -32,8 +32,8 @@ def exponentials(
     S, j0, k0, r2, query_ids, key_ids, m, bits, shift, i0, c, N,
     FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """s, e, the keys' r and whether a diagonal entry is among rows k0 and columns j0 on; e is 0 at it, at no negatives, and
-    outside."""
+    """s, e, the keys' r and whether a diagonal entry is among rows k0 and columns j0 on; e is 0 at it, at no negatives,
+    and outside."""
     k = k0 + tl.arange(0, BLOCK_M)
     inside = (k < c)[:, None]
     i = (i0 + k)[:, None]

@@ -1,8 +1,8 @@
 """Group-P on the device: cuts a teacher's ranking into groups and shuffles inside them. pycse/grouping.py defines both.
 
-Symbols: n = B - 1 columns, those but the diagonal; t (c, n) teacher similarities, ``ranked`` t in descending order (ties:
-lower column first), ``order`` the column of every rank. Everything (c, n) is contiguous. ``cut`` and ``tails`` sum along
-rows, a program each; the others take blocks of the flattened panel of c n < 2^31 entries.
+Symbols: n = B - 1 columns, those but the diagonal; t (c, n) teacher similarities, ``ranked`` t in descending order
+(ties: lower column first), ``order`` the column of every rank. Everything (c, n) is contiguous. ``cut`` and ``tails``
+sum along rows, a program each; the others take blocks of the flattened panel of c n < 2^31 entries.
     mass_k  = floor(2^28 exp((ranked_k - ranked_0) / temperature)),   so_far_k = sum of mass up to rank k     (int64)
     level_k = group of rank k: mass  number of boundaries g P total, g = 1 ... ceil(1/P) - 1, at most so_far_k
                                size  k div size            span  0 in [start, end), else -1

@@ -1,4 +1,5 @@
-"""What the Triton kernels of the contrastive losses share, on scalars or tensors of any shape (kernels/README.md names them).
+"""What the Triton kernels of the contrastive losses share, on scalars or tensors of any shape (kernels/README.md names
+them).
 
     l(s)  = s (s + m) / tau     slope = tau l' = 2 s + m     negatives of Focal-InfoNCE (arXiv 2310.06918, eq. 5)
     l_pos = s^2 / tau           slope = 2 s                  its positive: m = 0
@@ -8,8 +9,8 @@
     G_pos = -z_neg slope_pos r_pos        in units of f: from the negatives' sum, so that a confident row keeps its digits
 
 Exponentials are powers of 2, one instruction on a GPU: inside the kernels logits are in bits, l / log 2 (``bits`` is
-1 / (tau log 2)). Nothing is stored here. Numbers (tau, m, ...) are Python floats or 0-d tensors, which the kernel reads itself; optional
-arguments are None.
+1 / (tau log 2)). Nothing is stored here. Numbers (tau, m, ...) are Python floats or 0-d tensors, which the kernel reads
+itself; optional arguments are None.
 """
 
 import triton

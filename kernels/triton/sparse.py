@@ -1,14 +1,14 @@
 """Linear layers whose weights W (out, in) are kept in square blocks, or under a mask of bits.
 
-Symbols: x (T, in), dy (T, out), ``block`` the side of the blocks, ptr and index the kept blocks of each block row (of each
-block column for dx), ascending.
+Symbols: x (T, in), dy (T, out), ``block`` the side of the blocks, ptr and index the kept blocks of each block row (of
+each block column for dx), ascending.
     linear     y  = x W^T + b     a program: TOKENS tokens x a block row; K runs over the columns of its blocks
     dx         dX = dY W          a program: TOKENS tokens x a block column; K over the rows of its blocks
     dw         dW = dY^T X        a program: a block row x GROUP of its blocks side by side; K over tokens
     masked_*   the same with dense tiles; bits (out, words), bit j of word k is column 32 k + j, mask W's tiles as they
                are loaded, and dW's before they are stored
-Blocks are read where they stand in W. Sums are ACC (fp32, fp64 for fp64), rounded once. dw splits the tokens where programs
-are few: each split stores its sums, add_splits adds them in order. No float atomics.
+Blocks are read where they stand in W. Sums are ACC (fp32, fp64 for fp64), rounded once. dw splits the tokens where
+programs are few: each split stores its sums, add_splits adds them in order. No float atomics.
 Memory: dw's partial sums, splits x kept weights; nothing else.
 """
 
@@ -148,7 +148,8 @@ def add_splits(partial, result, ptr, index, splits, rows, steps, kept, in_, BLOC
 
 @triton.jit
 def mark(ptr, index, bits, words, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """The bits (words a row) of a row of a pattern of single weights. Each bit is set once: sums of them are their union."""
+    """The bits (words a row) of a row of a pattern of single weights. Each bit is set once: sums of them are their
+    union."""
     row = tl.program_id(0)
     bits += row.to(tl.int64) * words
     begin = tl.load(ptr + row)

@@ -1,8 +1,8 @@
 """Which backend computes a call.
 
 ``reference`` materialises N x N and is the oracle. The others share the row-panel algorithm of pycse/panels: ``torch``
-in plain PyTorch, ``cpu`` in C++, ``triton`` and ``cuda`` on NVIDIA GPUs. "auto" takes the best that runs for the tensors'
-device; a named backend that cannot run raises, it never falls back.
+in plain PyTorch, ``cpu`` in C++, ``triton`` and ``cuda`` on NVIDIA GPUs. "auto" takes the best that runs for the
+tensors' device; a named backend that cannot run raises, it never falls back.
 """
 
 from __future__ import annotations

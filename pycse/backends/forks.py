@@ -26,8 +26,8 @@ _thread = _Thread()
 
 
 def check(native: bool) -> None:
-    """Called before each use of a backend, ``native`` where it will run a parallel region (PyTorch's operators do not for
-    small tensors). Raises RuntimeError where the call would wait forever."""
+    """Called before each use of a backend, ``native`` where it will run a parallel region (PyTorch's operators do not
+    for small tensors). Raises RuntimeError where the call would wait forever."""
     if not _thread.ran and (native or _thread.lost) and pytorch.get_num_threads() > 1:
         if _thread.lost:
             raise RuntimeError(

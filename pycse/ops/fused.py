@@ -1,13 +1,14 @@
 """What the fused losses' operators share: gradients made in forward, autocast, and an eager route past the dispatcher.
 
 An operator of pycse takes, in this order: the arguments that may require grad (for one with losses a row: z1, z2,
-temperature, m, weight), other tensors, options, and ``needs``, one bool for each of the first. It returns its values, the
-loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until
-they are multiplied by the upstream gradient, so that loss scaling works.
+temperature, m, weight), other tensors, options, and ``needs``, one bool for each of the first. It returns its values,
+the loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay
+float32 until they are multiplied by the upstream gradient, so that loss scaling works.
 
-Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond the
-gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does not know,
-compute them again through the same operator; only then are the saved tensors looked at, so that a seed may count on.
+Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond
+the gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does
+not know, compute them again through the same operator; only then are the saved tensors looked at, so that a seed may
+count on.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tup
 
 
 class Fused:
-    """An operator with its autograd. ``forward`` takes the schema's arguments and may return None for tensors not made."""
+    """An operator with its autograd. ``forward`` takes the schema's arguments and may return None for tensors not
+    made."""
 
     def __init__(
         self,
@@ -275,14 +277,16 @@ def _wants_gradients(tensors: Any) -> bool:
 
 
 def transformed(fused: Fused, *args: Any) -> tuple[Tensor, ...]:
-    """The operator's values under torch.func's transforms (grad, vjp, jacrev, vmap), for its arguments up to ``needs``."""
+    """The operator's values under torch.func's transforms (grad, vjp, jacrev, vmap), for its arguments up to
+    ``needs``."""
     needs = [t is not None and transforms.tracked(t) for t in args[: fused.differentiable]]
     unknown = fused.rowwise(args)
     return Transformed.apply(fused, *args, [False] * len(needs) if unknown else needs)[: fused.values]
 
 
 class Transformed(torch.autograd.Function):
-    """The operator as torch.func wants it: gradients are outputs of forward, and a batch is a loop. First derivatives only."""
+    """The operator as torch.func wants it: gradients are outputs of forward, and a batch is a loop. First derivatives
+    only."""
 
     @staticmethod
     def forward(fused: Fused, *args: Any) -> tuple[Tensor, ...]:

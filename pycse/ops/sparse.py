@@ -4,8 +4,8 @@
 
 Backward keeps x and W, never W ⊙ M. The three products are each other's derivatives, so gradients of any order work.
 
-Kernels take plain tensors. Where something else looks through an operator (torch.func's transforms, vmap over a backward pass,
-forward-mode AD), the product is written in PyTorch's own operators, dense, with W ⊙ M in memory.
+Kernels take plain tensors. Where something else looks through an operator (torch.func's transforms, vmap over a
+backward pass, forward-mode AD), the product is written in PyTorch's own operators, dense, with W ⊙ M in memory.
 """
 
 from __future__ import annotations

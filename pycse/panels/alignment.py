@@ -1,4 +1,5 @@
-"""Alignment of pairs, a few rows at a time so that they stay in cache: |xhat - yhat|^2 and its gradients, O(c D) memory."""
+"""Alignment of pairs, a few rows at a time so that they stay in cache: |xhat - yhat|^2 and its gradients, O(c D)
+memory."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@
         g1     = G z2                 GEMM   2 c N D     dz1[I] = project(g1)
         g2    += G^T z1hat[I]         GEMM   2 c N D     dz2 = project(g2) at the end
 
-6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2 D.
-Products are PyTorch's GEMMs unless the backend has faster ones (panels/products.py); it brings the kernels between them
-(``Kernels``). G may lack the rows' factors
+6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2
+D. Products are PyTorch's GEMMs unless the backend has faster ones (panels/products.py); it brings the kernels between
+them (``Kernels``). G may lack the rows' factors
 f_i, which are known only when a row is complete: ``rows`` returns f then, and the small operands take it, z1hat and the
 projection, instead of a second visit of the panel.
 """
@@ -209,9 +209,9 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
 class KeyGradient:
     """The sum over panels of G^T z1hat, (N, D), in the accumulation type; the first panel writes instead of adding.
 
-    16-bit panels: their sum stays in fp32; on a GPU the product adds to it, elsewhere it is rounded once before. On a CPU they
-    are accumulated transposed, as z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a transposed G
-    (docs/performance.md).
+    16-bit panels: their sum stays in fp32; on a GPU the product adds to it, elsewhere it is rounded once before. On a
+    CPU they are accumulated transposed, as z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a
+    transposed G (docs/performance.md).
     """
 
     def __init__(self, keys: Tensor, kernels: Products, single: bool) -> None:

@@ -6,8 +6,8 @@
         rows   S, T -> losses, G = dL/ds over S
         g     += G^T zhat[I];  g[I] += G zhat       GEMM   4 c B D     dz = project(g) at the end
 
-O(c B) memory beside one normalised copy of z. A batch that fits one panel is symmetric: g = (G + G^T) zhat, one product,
-and only the upper blocks of T and S are computed.
+O(c B) memory beside one normalised copy of z. A batch that fits one panel is symmetric: g = (G + G^T) zhat, one
+product, and only the upper blocks of T and S are computed.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Teachers:
         return out
 
     def _side_by_side(self, widths: list[int], dtype: torch.dtype) -> Tensor:
-        """sqrt(w_k) ehat^k along features. Teachers that are alike are one matrix of B K rows: two launches for any K."""
+        """sqrt(w_k) ehat^k along features. Teachers that are alike are one matrix of B K rows: two launches for any
+        K."""
         weights = self.d.teacher_weights
         units = self.k.empty(self.B, sum(widths), dtype=dtype)
         if joins(self.d) and len(widths) > 2 and len(set(widths)) == len(set(weights)) == 1:

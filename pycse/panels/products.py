@@ -1,5 +1,5 @@
-"""Products of panels: PyTorch's, which a backend may replace; on a GPU also how many rows a panel has, how its rows are laid
-out, and how sums of products stay in float32."""
+"""Products of panels: PyTorch's, which a backend may replace; on a GPU also how many rows a panel has, how its rows are
+laid out, and how sums of products stay in float32."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROUND_BYTES = 128  # of a panel's row: what a transaction, and the hardware that
 
 
 def panel_rows(B: int, N: int, D: int, itemsize: int) -> int:
-    """c on a GPU, from its traffic. A panel of c x N numbers is written once and read twice, 3 N itemsize bytes a row; the sum
-    of key gradients is read and written once a panel, 8 N D bytes. c makes the second half of the first (2048 for D = 768 in
-    16 bits), and the panels of a call equal."""
+    """c on a GPU, from its traffic. A panel of c x N numbers is written once and read twice, 3 N itemsize bytes a row;
+    the sum of key gradients is read and written once a panel, 8 N D bytes. c makes the second half of the first (2048
+    for D = 768 in 16 bits), and the panels of a call equal."""
     c = max(LEAST_ROWS, math.ceil(8 * D / (0.5 * 3 * itemsize)))
     c = max(ROUND_ROWS, min(c, PANEL_BYTES // max(1, N * itemsize)))
     panels = max(1, round(B / c))
@@ -39,7 +39,8 @@ def row_stride(N: int, device: torch.device, itemsize: int) -> int:
 
 @functools.cache
 def sums_in_float32(device: torch.device) -> bool:
-    """Whether PyTorch adds a product of 16-bit matrices to a float32 sum there without rounding it: on CUDA, since about 2.9."""
+    """Whether PyTorch adds a product of 16-bit matrices to a float32 sum there without rounding it: on CUDA, since
+    about 2.9."""
     if device.type != "cuda":
         return False
     a, total = (torch.zeros(16, 16, dtype=t, device=device) for t in (torch.bfloat16, torch.float32))
@@ -64,8 +65,8 @@ class Products(Norms):
         return out
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a b. Of 16-bit factors in one pass where that is possible: otherwise the product is rounded, written and
-        read once more."""
+        """total += a b. Of 16-bit factors in one pass where that is possible: otherwise the product is rounded, written
+        and read once more."""
         if total.dtype == a.dtype:
             total.addmm_(a, b)
         elif sums_in_float32(total.device):

@@ -1,7 +1,7 @@
 """Which weights of a layer are kept: block patterns, single weights, packed bits, and the choice among them.
 
-A :class:`Pattern` lists the kept blocks twice, by rows for y = x W^T and by columns for dX = dY W; both lists name the same
-blocks, so no kernel needs a transposed copy of the weights.
+A :class:`Pattern` lists the kept blocks twice, by rows for y = x W^T and by columns for dX = dY W; both lists name the
+same blocks, so no kernel needs a transposed copy of the weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ BLOCKS = (16, 32, 64)
 SIDES = {"unstructured": 1, **{f"block{b}": b for b in BLOCKS}}
 PATTERNS = ("auto", *SIDES, "2:4", "dense")
 
-# Density below which a pattern's forward + backward beats F.linear: {device type: {dtype: {pattern: density}}}. Measured
-# 2026-11-21 on AVX-512 cores with AMX, 2048 tokens, 768 -> 3072 and back (docs/performance.md), the worse of both and
-# rounded down (not measured and taken from block32: block64 in bfloat16 without AMX, block16 and block64 in float64). PyTorch's
-# bfloat16 uses AMX in all rows. A device or dtype that is not listed stays dense; float16 on the CPU is float32.
+# Density below which a pattern's forward + backward beats F.linear: {device type: {dtype: {pattern: density}}}.
+# Measured 2026-11-21 on AVX-512 cores with AMX, 2048 tokens, 768 -> 3072 and back (docs/performance.md), the worse of
+# both and rounded down (not measured and taken from block32: block64 in bfloat16 without AMX, block16 and block64 in
+# float64). PyTorch's bfloat16 uses AMX in all rows. A device or dtype that is not listed stays dense; float16 on the
+# CPU is float32.
 BREAK_EVEN: dict[str, dict[torch.dtype, dict[str, float]]] = {
     "cpu": {
         torch.float32: {"block64": 0.75, "block32": 0.8, "block16": 0.75, "unstructured": 0.3},
@@ -54,10 +55,10 @@ class Pattern:
     """The kept blocks of a weight (out, in).
 
     ``ptr`` (out/block + 1) and ``cols`` (nnz) list the block columns of each block row, ascending; ``t_ptr``
-    (in/block + 1) and ``t_rows`` (nnz) the block rows of each block column, ascending. ``plan`` and ``t_plan`` say in which
-    order the CPU kernels use single weights for y and for dX (:func:`_plan`); they are empty for blocks and other devices.
-    All int32, on one device. ``block`` is 1 (single weights), 16, 32 or 64. ``packed`` may hold the weights themselves in the
-    order of ``plan``, for y.
+    (in/block + 1) and ``t_rows`` (nnz) the block rows of each block column, ascending. ``plan`` and ``t_plan`` say in
+    which order the CPU kernels use single weights for y and for dX (:func:`_plan`); they are empty for blocks and other
+    devices. All int32, on one device. ``block`` is 1 (single weights), 16, 32 or 64. ``packed`` may hold the weights
+    themselves in the order of ``plan``, for y.
     """
 
     shape: tuple[int, int]
@@ -130,11 +131,11 @@ class Pattern:
 
 
 def _plan(result: Tensor, feature: Tensor, source: Tensor, results: int, features: int) -> Tensor:
-    """The order in which a CPU kernel uses single weights: chunk of features by chunk, in each results with equally many kept
-    weights together, fewest first, then by result.
+    """The order in which a CPU kernel uses single weights: chunk of features by chunk, in each results with equally
+    many kept weights together, fewest first, then by result.
 
-    ``result`` and ``feature`` (nnz), sorted by result and then feature, are what each kept weight multiplies into and with;
-    ``source`` says where it stands in ``Pattern.cols``. One int32 tensor, its parts one after the other:
+    ``result`` and ``feature`` (nnz), sorted by result and then feature, are what each kept weight multiplies into and
+    with; ``source`` says where it stands in ``Pattern.cols``. One int32 tensor, its parts one after the other:
 
     - lengths (chunks, chunk + 1): how many results have so many kept weights in a chunk,
     - order (chunks, results): the results,

@@ -1,7 +1,7 @@
 """Which groups go: exactly a share of them, those of the lowest scores.
 
-A group is a weight, a block, a head or a neuron; every layer brings a 1-d tensor of its groups' scores. Of equal scores the
-earlier group goes first, so the choice is one and the same on every device.
+A group is a weight, a block, a head or a neuron; every layer brings a 1-d tensor of its groups' scores. Of equal scores
+the earlier group goes first, so the choice is one and the same on every device.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def score(
     seed: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    r"""Score of every entry of every parameter: what alignment and uniformity would change by without it, to first order.
+    r"""Score of every entry of every parameter: what alignment and uniformity would change by without it, to first
+    order.
 
     .. code-block:: text
 
@@ -47,8 +48,8 @@ def score(
 
     Args:
         encoder: a SentenceTransformer, a transformers model (mean pooling by default), or any module with ``pooling``.
-        batches: lists of sentences (SentenceTransformer only), tensors or mappings of tensors for the encoder, or pairs of
-            them; each of at least 2 rows. Read once, one after the other.
+        batches: lists of sentences (SentenceTransformer only), tensors or mappings of tensors for the encoder, or pairs
+            of them; each of at least 2 rows. Read once, one after the other.
         balance: share of alignment, in [0, 1].
         means: "global" divides by the mean over all parameters, "layer" by each parameter's own.
         pooling: function (output, batch) -> embeddings (B, D).
@@ -56,11 +57,12 @@ def score(
         progress: whether to draw a progress bar on stderr.
 
     Returns:
-        {parameter name: score}, shaped like the parameter, float32 (float64 for float64 parameters). Parameters that the
-        embedding does not depend on score 0.
+        {parameter name: score}, shaped like the parameter, float32 (float64 for float64 parameters). Parameters that
+        the embedding does not depend on score 0.
 
     Raises:
-        ValueError: balance or means out of range; no batch; a batch of one row; pairs of unlike lengths; equal views, for
+        ValueError: balance or means out of range; no batch; a batch of one row; pairs of unlike lengths; equal views,
+        for
             want of dropout; a loss that no parameter changes; an encoder without floating-point parameters.
         TypeError: encoder, pooling or batches of another kind.
 

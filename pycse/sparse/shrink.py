@@ -126,8 +126,8 @@ def group_scores(stack: Stack, scores: dict[str, Tensor], granularity: str) -> l
 def shrink(stack: Stack, kept: list[Tensor], granularity: str) -> None:
     """Cut every layer down to its kept groups (bool, one entry a group), in place.
 
-    Neurons that are equally many in every layer are what the configuration's own entry says; anything else makes the model
-    one of shrunk_encoders.py.
+    Neurons that are equally many in every layer are what the configuration's own entry says; anything else makes the
+    model one of shrunk_encoders.py.
     """
     from pycse.sparse.shrunk_encoders import SHRUNK, count_heads
 

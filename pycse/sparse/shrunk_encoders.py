@@ -1,9 +1,10 @@
 """Encoders whose layers have fewer heads or neurons than the configuration of their architecture can say.
 
-This file is copied into the folder of a saved model, where `trust_remote_code=True` finds it: it imports nothing of pycse.
+This file is copied into the folder of a saved model, where `trust_remote_code=True` finds it: it imports nothing of
+pycse.
 
-A shrunk encoder is a subclass of its architecture's model. Its configuration has two more entries and a model type of its
-own, so that a loader that does not know it stops with an error instead of making up weights:
+A shrunk encoder is a subclass of its architecture's model. Its configuration has two more entries and a model type of
+its own, so that a loader that does not know it stops with an error instead of making up weights:
 
     shrunk_heads     kept heads of every layer, by their number before; None: all
     shrunk_neurons   number of neurons of every layer's feed-forward part; None: as the configuration says
@@ -136,7 +137,8 @@ class ShrunkDistilBertModel(DistilBertModel):
 
 
 class ShrunkMPNetSelfAttention(MPNetSelfAttention):
-    """MPNet's position bias has a row for every head of the configuration; this attention takes those of its own heads."""
+    """MPNet's position bias has a row for every head of the configuration; this attention takes those of its own
+    heads."""
 
     kept_heads: list[int]
 

@@ -44,22 +44,23 @@ def sparsify(
 ) -> Report:
     """Remove the lowest-scoring share of an encoder's weights, blocks, heads or neurons, in place.
 
-    Only nn.Linear layers lose anything: embeddings, LayerNorm and biases stay (but for the biases of neurons and heads that
-    go). What ``sparsity`` is a share of is the units in the layers that are not skipped; the report names both. The count is
-    exact, to the nearest unit (with scope "layer" in each layer). A group's score is the mean over its members.
+    Only nn.Linear layers lose anything: embeddings, LayerNorm and biases stay (but for the biases of neurons and heads
+    that go). What ``sparsity`` is a share of is the units in the layers that are not skipped; the report names both.
+    The count is exact, to the nearest unit (with scope "layer" in each layer). A group's score is the mean over its
+    members.
 
-    weight, n:m and block put a SparseLinear in the place of each layer: zeros stay zero in fine-tuning, and the mask is saved
-    with the model. head and neuron cut the dense layers, and every layer keeps at least one. An optimizer made before must be
-    made anew.
+    weight, n:m and block put a SparseLinear in the place of each layer: zeros stay zero in fine-tuning, and the mask is
+    saved with the model. head and neuron cut the dense layers, and every layer keeps at least one. An optimizer made
+    before must be made anew.
 
     Args:
         encoder: a SentenceTransformer, a transformers model, or any module with nn.Linear inside.
-        scores: of `score`, or any {parameter name: tensor} for this encoder, of the parameters' shapes, any float dtype and
-            device, finite; lower goes first, of equal ones the earlier.
+        scores: of `score`, or any {parameter name: tensor} for this encoder, of the parameters' shapes, any float dtype
+            and device, finite; lower goes first, of equal ones the earlier.
         sparsity: share that goes, in [0, 1); n:m says it already.
         granularity: "weight", "n:m", "block", "head" or "neuron".
-        scope: "global" compares all layers, "layer" takes the same share of each. Default: layer for neurons, so that the
-            configuration can say how many there are; global otherwise.
+        scope: "global" compares all layers, "layer" takes the same share of each. Default: layer for neurons, so that
+            the configuration can say how many there are; global otherwise.
         n, m: n of every m weights stay.
         block: side of a block. Layers with a size that it does not divide are skipped.
         include, exclude: patterns (fnmatch) of the names of layers, weight, n:m and block only.
@@ -69,7 +70,8 @@ def sparsify(
         A Report: print it, or call its plot(path).
 
     Raises:
-        ValueError, TypeError: an argument out of its range or of the wrong kind, scores of another encoder, an encoder with
+        ValueError, TypeError: an argument out of its range or of the wrong kind, scores of another encoder, an encoder
+        with
             no layer that can lose anything. The encoder is then as it was.
 
     Source: An, Zhang & Song 2023 (SparseCSE, arXiv 2311.03881); blocks, heads and neurons are additions.
@@ -162,8 +164,8 @@ def patterns(name: str, given: Any) -> tuple[str, ...]:
 
 
 def searched(encoder: nn.Module) -> str:
-    """Prefix of the names of layers that may be replaced: of a SentenceTransformer those of its transformer, since the loaders
-    of its other modules know no masks."""
+    """Prefix of the names of layers that may be replaced: of a SentenceTransformer those of its transformer, since the
+    loaders of its other modules know no masks."""
     if is_sentence_transformer(encoder):
         model = getattr(encoder[0], "auto_model", None)  # type: ignore[index]
         for name, module in encoder.named_modules():

@@ -4,8 +4,8 @@
     its mask              NAME.mask_bits, a bit a weight (pack_mask)
     configuration         pycse_sparse: {"pattern": ...} for masks; shrunk_heads and shrunk_neurons (shrunk_encoders.py)
 
-save_pretrained of a transformers model or a SentenceTransformer writes all of that. A loader that knows no masks reads the
-weights alone: a dense encoder with the same embeddings.
+save_pretrained of a transformers model or a SentenceTransformer writes all of that. A loader that knows no masks reads
+the weights alone: a dense encoder with the same embeddings.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def restore_saved(encoder: nn.Module, folder: Path) -> int:
 
 
 def restore(module: nn.Module, state_dict: Mapping[str, Tensor], pattern: str = "auto") -> nn.Module:
-    """Put a SparseLinear in the place of every nn.Linear whose mask is in a state_dict, in place; other entries are not read.
+    """Put a SparseLinear in the place of every nn.Linear whose mask is in a state_dict, in place; other entries are not
+    read.
 
     For modules that are no transformers models: `restore(module, state)`, then `module.load_state_dict(state)`.
 
@@ -101,7 +102,8 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], pattern: str = 
         The module.
 
     Raises:
-        TypeError, ValueError: a mask has no layer in the module, or another shape or dtype; an unknown pattern. The module
+        TypeError, ValueError: a mask has no layer in the module, or another shape or dtype; an unknown pattern. The
+        module
             is then as it was.
     """
     validation.choice("pattern", pattern, PATTERNS)
@@ -143,7 +145,8 @@ def note(model: nn.Module, pattern: str) -> None:
 
 
 def register() -> None:
-    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder; in this process only."""
+    """Let the Auto classes of transformers find the shrunk encoders, without code from a folder; in this process
+    only."""
     from transformers import AutoConfig, AutoModel
 
     from pycse.sparse.shrunk_encoders import SHRUNK

@@ -5,10 +5,10 @@
     record   sha256 of the text (32 bytes) | embedding (D little-endian float32) | CRC-32 of both (4 bytes)
     key      sha256 of all that an embedding depends on (teachers.py makes it)
 
-What a killed run leaves is a last record that is too short: it is not read, and the next append cuts it off. A record whose
-CRC fails is not used either; its sentence is embedded again. Appends are made under a lock on KEY.lock, so several runs can
-share a folder; each takes in what the others appended. Reading maps the file into memory; the index (text -> record) costs
-about 150 bytes of memory a sentence and one pass over the file when it is opened.
+What a killed run leaves is a last record that is too short: it is not read, and the next append cuts it off. A record
+whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock on KEY.lock, so
+several runs can share a folder; each takes in what the others appended. Reading maps the file into memory; the index
+(text -> record) costs about 150 bytes of memory a sentence and one pass over the file when it is opened.
 """
 
 from __future__ import annotations

@@ -206,8 +206,8 @@ class Settings:
     def positives_of_sentences(self) -> str:
         """What single sentences are pulled to.
 
-        The default text is running prose: the next sentence has mostly the same subject, and as a positive it taught the
-        cut MiniLM more than dropout did, with every recipe. The lines of a user's file need not follow one another.
+        The default text is running prose: the next sentence has mostly the same subject, and as a positive it taught
+        the cut MiniLM more than dropout did, with every recipe. The lines of a user's file need not follow one another.
         """
         return self.positives or ("dropout" if self.train_file else "next")
 

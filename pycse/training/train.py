@@ -241,7 +241,8 @@ def step_count(settings: Settings, text: Text) -> int:
 
 
 def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list[Teacher]:
-    """The teachers of a recipe that teaches: those of the settings, or the encoder as it was loaded, under the name ``own``."""
+    """The teachers of a recipe that teaches: those of the settings, or the encoder as it was loaded, under the name
+    ``own``."""
     from transformers import set_seed
 
     if not RECIPES[settings.recipe].teaches:

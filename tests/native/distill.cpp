@@ -66,10 +66,8 @@ Values grouped(const Case& c, int64_t row, const Values& t, const Values& q) {
   for (int64_t place = 0; place < n; ++place) {
     so_far += mass(rank[place]);
     int64_t g = 0;
-    if (c.kind == pycse::GroupKind::size)
-      g = place / int64_t(c.value);
-    else if (c.kind == pycse::GroupKind::span)
-      g = place >= c.value && place < c.end ? 0 : -1;
+    if (c.kind == pycse::GroupKind::size) g = place / int64_t(c.value);
+    else if (c.kind == pycse::GroupKind::span) g = place >= c.value && place < c.end ? 0 : -1;
     else
       for (int64_t k = 1; k < std::ceil(1 / c.value); ++k) g += so_far >= double(k) * c.value * total;
     groups[g].push_back(rank[place]);

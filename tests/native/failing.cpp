@@ -12,9 +12,7 @@
 
 namespace {
 
-struct Range {
-  std::uintptr_t begin = 0, end = 0;
-};
+struct Range { std::uintptr_t begin = 0, end = 0; };
 Range module, c10;
 std::atomic<long> seen{0}, victim{0};  // allocations since start(); the one that fails, 0 for none
 
@@ -28,10 +26,8 @@ bool fails(const void* caller, const Range& of) {
 void* allocate(std::size_t size, std::size_t alignment, const void* caller) {
   void* memory = nullptr;
   if (!fails(caller, module)) {
-    if (alignment == 0)
-      memory = std::malloc(size ? size : 1);
-    else
-      memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+    if (alignment == 0) memory = std::malloc(size ? size : 1);
+    else memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
   }
   if (!memory) throw std::bad_alloc();
   return memory;

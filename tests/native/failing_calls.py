@@ -1,7 +1,7 @@
 """Every operator of the CPU backend, with each of its allocations failing once. Runs with failing.cpp preloaded.
 
-A call that fails raises MemoryError, or PyTorch's RuntimeError for its own tensors; it leaves its inputs as they were and
-no gradients, and the next call is right to the last bit.
+A call that fails raises MemoryError, or PyTorch's RuntimeError for its own tensors; it leaves its inputs as they were
+and no gradients, and the next call is right to the last bit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Garbage for the compiled module: arguments that no caller should pass, each of which must be refused before any work.
 
-A call is a function and its arguments on real buffers. Hypothesis replaces some of the arguments by what must be refused;
-the call has to raise ValueError or TypeError, and leave every buffer as it was. Sizes that are merely too large for a buffer
-cannot be seen from addresses and are not tried. Runs in a process of its own, ``garbage.py log examples``: the last call
-stands in the log.
+A call is a function and its arguments on real buffers. Hypothesis replaces some of the arguments by what must be
+refused; the call has to raise ValueError or TypeError, and leave every buffer as it was. Sizes that are merely too
+large for a buffer cannot be seen from addresses and are not tried. Runs in a process of its own, ``garbage.py log
+examples``: the last call stands in the log.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Plants faults in a copy of the kernels, one at a time, and runs the native checks: each has to be caught.
 
-By hand, `python tests/native/plant.py [name ...]`, after a change of the checks or of `make sanitize`; half a minute each.
+By hand, `python tests/native/plant.py [name ...]`, after a change of the checks or of `make sanitize`; half a minute
+each.
 """
 
 from __future__ import annotations

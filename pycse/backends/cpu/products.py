@@ -1,4 +1,5 @@
-"""Products of panels: float32 through kernels/cpu/tiles.h where the processor has AMX, PyTorch's GEMMs for what does not fit."""
+"""Products of panels: float32 through kernels/cpu/tiles.h where the processor has AMX, PyTorch's GEMMs for what does
+not fit."""
 
 from __future__ import annotations
 

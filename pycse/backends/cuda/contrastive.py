@@ -15,12 +15,13 @@ from pycse.backends.cuda.norms import Norms
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
-# Multiply-adds B N D of a product up to which one launch does everything (kernels/cuda/small.h): its tiles of 64 x 64 are no
-# match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates, not yet measured.
+# Multiply-adds B N D of a product up to which one launch does everything (kernels/cuda/small.h): its tiles of 64 x 64
+# are no match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates,
+# not yet measured.
 SMALL = {torch.float32: 1 << 28, torch.bfloat16: 1 << 30}
 SMALL_ROWS = 2048  # a row is one block's
-# Panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0: 1, or 2 in
-# clusters of two blocks that share the keys' tiles. 0, off, until it has run on a GPU: compiled, and emulated.
+# Panels of bf16 go through the GEMM with the loss as its epilogue (kernels/cuda/fused.h) on compute capability 9.0: 1,
+# or 2 in clusters of two blocks that share the keys' tiles. 0, off, until it has run on a GPU: compiled, and emulated.
 FUSED = 0
 FUSED_COLUMNS = 256  # of its tile
 
@@ -88,7 +89,8 @@ class Kernels(Norms, panel.Kernels):
         self.kernels.symmetric(self.problem, *self._panel(S, i0), self.queue)
 
     def _fuses(self, z1hat: Tensor) -> bool:
-        """The epilogue sees a tile at a time: no row maximum, no threshold. The copy engine takes rows at 16-byte addresses."""
+        """The epilogue sees a tile at a time: no row maximum, no threshold. The copy engine takes rows at 16-byte
+        addresses."""
         p, out = self.p, self.state
         if not FUSED or p.z1.dtype != torch.bfloat16 or p.shift is None or p.exclude_above is not None:
             return False

@@ -1,5 +1,5 @@
-"""Launches kernels/cuda/sparse.h. Nothing here waits for the device or reads an index, so calls can be captured in a CUDA
-graph. Single weights (block 1) become a mask of bits: gathers of them would leave the tensor cores idle."""
+"""Launches kernels/cuda/sparse.h. Nothing here waits for the device or reads an index, so calls can be captured in a
+CUDA graph. Single weights (block 1) become a mask of bits: gathers of them would leave the tensor cores idle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pycse.sparse.pattern import Pattern
 CODES = {**addresses.CODES, torch.float16: 3}  # Storage in kernels/cuda/sparse.h
 LINEAR, DX, DW = range(3)  # Which
 
-# dW has a tile for each group of kept blocks: where those are few, each multiprocessor gets this many by splitting tokens.
+# dW has a tile for each group of kept blocks: where those are few, each multiprocessor gets this many by splitting
+# tokens.
 TILES_A_PROCESSOR = 3
 LEAST_TOKENS = 512  # of a split: its sums are written and read once more
 

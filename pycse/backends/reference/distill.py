@@ -43,7 +43,8 @@ def grouping_slots(group: Tensor) -> Tensor:
 
 
 def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
-    """(B,) losses by autograd all the way. ``source`` (B, B) replays given permutations: column j receives q[source_ij]."""
+    """(B,) losses by autograd all the way. ``source`` (B, B) replays given permutations: column j receives
+    q[source_ij]."""
     B = d.z1.shape[0]
     z = normalized(d.z1) if d.normalize else d.z1
     if B == 1:

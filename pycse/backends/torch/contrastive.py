@@ -1,7 +1,7 @@
 """The row kernels of the panel driver in plain PyTorch: any device, no compiler.
 
-Formulas as in kernels/cpu/rows.h and symmetric.h; the panel is promoted to the accumulation type, so a visit takes a few
-temporaries of the panel's size.
+Formulas as in kernels/cpu/rows.h and symmetric.h; the panel is promoted to the accumulation type, so a visit takes a
+few temporaries of the panel's size.
 """
 
 from __future__ import annotations

@@ -104,14 +104,15 @@ class Kernels(Norms, panel.Kernels):
         self.s_ii = self.new(self.B) if state.sums is not None else None
 
     def _fuses(self) -> bool:
-        """Whether rows, columns and gradients are epilogues of the GEMM that makes S. An epilogue sees a tile at a time: not the
-        row's maximum (a shift must bound the logits), nor a threshold from its positive, and sums for the gradients of
+        """Whether rows, columns and gradients are epilogues of the GEMM that makes S. An epilogue sees a tile at a
+        time: not the row's maximum (a shift must bound the logits), nor a threshold from its positive, and sums for the
+            gradients of
         temperature and m would be two more."""
         p, out = self.p, self.state
         if self.shift is None or p.exclude_above is not None or p.acc == torch.float64:
             return False
-        # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match for
-        # cuBLAS.
+        # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match
+        # for cuBLAS.
         if dot_kind(p.z1.dtype) == ("bf16" if interpreted() else "ieee"):
             return False
         return out.dtau is None and out.dm is None

@@ -1,4 +1,5 @@
-"""Launches kernels/triton/{groups,distill}.py for the panel driver, with PyTorch's sorts between. Nothing waits for the device."""
+"""Launches kernels/triton/{groups,distill}.py for the panel driver, with PyTorch's sorts between. Nothing waits for the
+device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the Kernels of every operator share: numbers, launch sizes, normalisation and its gradient (kernels/triton/norms.py)."""
+"""What the Kernels of every operator share: numbers, launch sizes, normalisation and its gradient
+(kernels/triton/norms.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Launches kernels/triton/sparse.py. Nothing here waits for the device or reads an index, so calls can be captured in a CUDA
-graph. Single weights (block 1) become a mask of bits: gathers of them would leave the tensor cores idle."""
+"""Launches kernels/triton/sparse.py. Nothing here waits for the device or reads an index, so calls can be captured in a
+CUDA graph. Single weights (block 1) become a mask of bits: gathers of them would leave the tensor cores idle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pycse.backends.triton.norms import ACC, accumulation, on_device_of
 from pycse.kernels.triton import sparse as kernels
 from pycse.sparse.pattern import Pattern
 
-# dW has a program for each group of kept blocks: where those are few, each multiprocessor gets this many by splitting tokens.
+# dW has a program for each group of kept blocks: where those are few, each multiprocessor gets this many by splitting
+# tokens.
 PROGRAMS_A_PROCESSOR = 3
 LEAST_TOKENS = 512  # of a split: its sums are written and read once more
 
@@ -29,8 +30,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By operand type. At most 74 KB of shared memory (90 for tf32 under bits): three programs on a multiprocessor of sm_90, and one
-# fits sm_86 and sm_89. Full fp32 and fp64 have no tensor cores in Triton and hold their operands in registers.
+# By operand type. At most 74 KB of shared memory (90 for tf32 under bits): three programs on a multiprocessor of sm_90,
+# and one fits sm_86 and sm_89. Full fp32 and fp64 have no tensor cores in Triton and hold their operands in registers.
 TILES = {
     "16": Tile(128, 128, 64, 64, 4, 3),
     "tf32": Tile(128, 64, 64, 32, 4, 3),
