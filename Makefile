@@ -30,10 +30,10 @@ sanitize: $(VENV)/test  ## the kernels under AddressSanitizer, UndefinedBehavior
 	  -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 	$(VENV)/bin/cmake --build $(SANITIZE)/thread
 	$(VENV)/bin/cmake --build $(SANITIZE)/address
-	$(RUN) tests/native/sanitize.py $(SANITIZE)
+	$(RUN) tests/kernels/native/sanitize.py $(SANITIZE)
 
 fuzz: $(VENV)/test  ## random calls against the reference for MINUTES; a crash, a hang or a fault is kept in runs/fuzz
-	PYTHONPATH=tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)
+	PYTHONPATH=tests/helpers:tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: $(VENV)/test  ## ruff, mypy and clang-format (.pre-commit-config.yaml)
 	PATH=$(abspath $(VENV))/bin:$$PATH pre-commit run --all-files

@@ -1,7 +1,7 @@
 """The measured parts of README.md and docs/performance.md, made from a results file.
 
 A part stands between ``<!-- bench NAME -->`` and ``<!-- end -->``; ``PARTS`` says how it is made.
-tests/test_benchmarks.py holds the documents against the newest results.
+tests/benchmarks/test_benchmarks.py holds the documents against the newest results.
 """
 
 from __future__ import annotations

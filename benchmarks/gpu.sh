@@ -117,7 +117,7 @@ else
   find build -path '*ptxas/*.txt' -exec cat {} + >>"$out/build.log" 2>/dev/null
   "$python" -c 'import pycse; print(pycse.info())'
   if [ "$mode" != --bench-only ]; then
-    OMP_NUM_THREADS=2 lines=40 stage tests 170 "${pytest[@]}" tests/test_cuda*.py tests/test_triton*.py
+    OMP_NUM_THREADS=2 lines=40 stage tests 170 "${pytest[@]}" tests/backends/cuda tests/backends/triton
   fi
   if [ "$mode" != --check-only ]; then
     after=$([ "$mode" = all ] && echo 100 || echo 0)  # for the sanitizer

@@ -1,4 +1,4 @@
-"""Long runs: python -m fuzz --minutes 5, with tests/ on PYTHONPATH. `make fuzz MINUTES=5` does that.
+"""Long runs: python -m fuzz --minutes 5, with tests/helpers:tests on PYTHONPATH. `make fuzz MINUTES=5` does that.
 
 Each child process has a seed and counts units. Before a call it writes the unit's and the call's number to memory that
 the parent shares, so a crash or a hang leaves the case behind, which the seed makes again. The parent saves it, and a

@@ -1,5 +1,5 @@
 """Calls that are not made: faults that are known and not yet mended (none now; each has a test that must fail in
-tests/test_fuzz_regressions.py), and what is by design not as in eager PyTorch."""
+tests/fuzz/test_fuzz_regressions.py), and what is by design not as in eager PyTorch."""
 
 from __future__ import annotations
 

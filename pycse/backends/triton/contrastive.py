@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 # Tiles of the fused GEMM by operand type and compute capability (at least), largest first: the first that gives every
 # multiprocessor a tile is taken, or the last. Bounds: 163 KB of shared memory on sm_80, 99 on sm_86 and sm_89, 227 on
-# sm_90; m n / (32 warps) registers for the accumulator beside the operands, without spilling (tests/triton_compile.py).
+# sm_90; m n / (32 warps) registers for the accumulator beside the operands, without spilling (tests/helpers/triton_compile.py).
 TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("bf16", 90): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
     ("bf16", 86): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
