@@ -8,7 +8,6 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from hypothesis import strategies as st
 from fuzz import __main__ as long_run
 from fuzz import calls, invalid, known, layouts, problems, readers, units
 from fuzz.choices import Drawn, Seeded
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +156,7 @@ def test_layouts_hold_the_values(kind):
 # A child whose third unit ends it.
 BROKEN = """
 import os, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from fuzz import __main__, units
 real, count = units.run, []
 def run(unit, begins):
@@ -175,7 +172,7 @@ sys.exit(__main__.main())
 
 @pytest.mark.parametrize("kind, what", [("crash", "os.abort()"), ("hang", "time.sleep(600)")])
 def test_what_ends_a_long_run_is_kept_and_the_run_goes_on(kind, what, tmp_path, monkeypatch):
-    monkeypatch.setattr(long_run, "CHILD", [sys.executable, "-c", BROKEN.format(tests=str(TESTS), what=what)])
+    monkeypatch.setattr(long_run, "CHILD", [sys.executable, "-c", BROKEN.format(path=sys.path, what=what)])
     worker = long_run.Worker(7, tmp_path)
     first = worker.process
     try:
