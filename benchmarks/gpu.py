@@ -34,7 +34,7 @@ from benchmarks.gpu_exercise import exercise
 from benchmarks.gpu_parts import TAU, Plan, Step, embeddings, ours, parity, replaced, routes, step_of
 from pycse import fused_distillcse
 from pycse.panels import contrastive as panel
-from pycse.sparse.pattern import Pattern
+from pycse.pattern import Pattern
 
 # --- rows ---
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu_parts import Plan, replaced, routes
 from pycse import fused_distillcse, fused_focal_infonce, uniformity
 from pycse.panels import contrastive as panel
-from pycse.sparse.pattern import Pattern
+from pycse.pattern import Pattern
 
 
 def exercise(plan: Plan) -> int:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pycse import backends, transforms
+from pycse.backends.cpu import sparse as cpu
 from pycse.ops.fused import library
-from pycse.sparse.pattern import Pattern, unpack_mask
+from pycse.pattern import Pattern, unpack_mask
 
 _INDEX = "Tensor ptr, Tensor cols, Tensor t_ptr, Tensor t_rows, Tensor plan, Tensor t_plan, int block, str backend"
 _BITS = "Tensor bits, str backend"
@@ -45,6 +46,14 @@ def _rows(z: Tensor) -> Tensor:
 
 def _run(backend: str, like: Tensor, name: str) -> Callable[..., Tensor]:
     return getattr(backends.module(backend, like.device.type, "sparse"), name)
+
+
+def pattern_of(mask: Tensor, block: int = 1) -> Pattern:
+    """The pattern of a bool mask (out, in), with all that kernels of its device read. Errors as Pattern.from_mask."""
+    pattern = Pattern.from_mask(mask, block)
+    if mask.device.type == "cpu" and backends.unusable("cpu") is None:
+        cpu.plan(pattern)
+    return pattern
 
 
 def _pattern(out: int, in_: int, index: tuple[Any, ...]) -> tuple[Pattern, str]:

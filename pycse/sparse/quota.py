@@ -58,8 +58,8 @@ def keep_above(scores: Sequence[Tensor], share: float, scope: str, least: int = 
         if (gone & k).any():
             total = sum(int(one.isneginf().sum()) for one in scores)
             raise ValueError(
-                f"sparsity {share:g} removes {remove} of {sum(sizes)} groups, but {total} are gone already; ask for more, "
-                f"or densify() first"
+                f"sparsity {share:g} removes {remove} of {sum(sizes)} groups, but {total} are gone already; "
+                f"ask for more, or densify() first"
             )
     return kept
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.hypersphere import alignment, uniformity
 from pycse.sparse.views import Pooling, embedder, halves
 
 MEANS = ("global", "layer")
@@ -125,8 +126,6 @@ def combine(a: dict[str, Tensor], u: dict[str, Tensor], balance: float, means: s
 
 def taylor(encoder: nn.Module, embed: Any, batch: Any, parameters: list[nn.Parameter]) -> Iterator[tuple[Any, ...]]:
     """The gradients of alignment, then those of uniformity, on one batch; None where a loss does not depend."""
-    from pycse import alignment, uniformity
-
     first, second = halves(batch)
     encoder.train(second is None)
     x = embed(first)
@@ -139,7 +138,8 @@ def taylor(encoder: nn.Module, embed: Any, batch: Any, parameters: list[nn.Param
         )
     if second is None and torch.equal(x, y):
         raise ValueError(
-            "both views of a batch are equal, so alignment is 0: the encoder has no dropout; give pairs of batches (x, x+)"
+            "both views of a batch are equal, so alignment is 0: the encoder has no dropout; "
+            "give pairs of batches (x, x+)"
         )
     yield torch.autograd.grad(alignment(x, y), parameters, retain_graph=True, allow_unused=True)
     del y

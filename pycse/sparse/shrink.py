@@ -40,7 +40,8 @@ class Stack:
 
     def group_size(self, layer: nn.Module, granularity: str) -> int:
         """Rows of a group."""
-        return int(layer.get_submodule(self.parts.attention).attention_head_size) if granularity == "head" else 1  # type: ignore[arg-type]
+        attention: Any = layer.get_submodule(self.parts.attention)
+        return int(attention.attention_head_size) if granularity == "head" else 1
 
 
 def find_stack(encoder: nn.Module, granularity: str) -> Stack:
@@ -65,26 +66,25 @@ def find_stack(encoder: nn.Module, granularity: str) -> Stack:
     owners = count_owners(encoder)
     for below, layer in layers:
         for linear in result.linears(granularity):
-            module = layer.get_submodule(linear)
+            name, module = f"{result.prefix}{below}.{linear}", layer.get_submodule(linear)
             if isinstance(module, SparseLinear):
                 raise ValueError(
-                    f"granularity {granularity!r} cuts dense layers, and {result.prefix}{below}.{linear} is sparse: cut "
-                    f"heads and neurons first, or densify() it"
+                    f"granularity {granularity!r} cuts dense layers, and {name} is sparse: cut heads and neurons "
+                    f"first, or densify() it"
                 )
             if type(module) is not nn.Linear:
                 raise ValueError(
-                    f"granularity {granularity!r} cuts plain nn.Linear, and {result.prefix}{below}.{linear} is a "
-                    f"{type(module).__name__}"
+                    f"granularity {granularity!r} cuts plain nn.Linear, and {name} is a {type(module).__name__}"
                 )
             if any(owners[id(p)] > 1 for p in module.parameters()):
                 raise ValueError(
-                    f"granularity {granularity!r} cuts each layer by itself, and parameters of {result.prefix}{below}.{linear} "
-                    f"are used in more than one place"
+                    f"granularity {granularity!r} cuts each layer by itself, and parameters of {name} are used in more "
+                    f"than one place"
                 )
             if has_hooks(module):
                 raise ValueError(
-                    f"granularity {granularity!r} replaces layers, and {result.prefix}{below}.{linear} has hooks, which would "
-                    f"be lost: remove them first"
+                    f"granularity {granularity!r} replaces layers, and {name} has hooks, which would be lost: remove "
+                    f"them first"
                 )
     return result
 

@@ -171,7 +171,8 @@ def resize(model: nn.Module, parts: Architecture) -> None:
         given = getattr(config, name)
         if given is not None and not (isinstance(given, (list, tuple)) and len(given) == len(layers) and all(given)):
             raise ValueError(
-                f"{name} in the configuration must be a list of what is left of each of {len(layers)} layers, got {given!r}"
+                f"{name} in the configuration must be a list of what is left of each of {len(layers)} layers, "
+                f"got {given!r}"
             )
     for i, layer in enumerate(layers):
         attention = layer.get_submodule(parts.attention)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.sparse.choice import PATTERNS
 from pycse.sparse.linear import SparseLinear
-from pycse.sparse.pattern import PATTERNS
 from pycse.sparse.quota import SCOPES, keep_above
 from pycse.sparse.report import UNITS, LayerReport, Report
 from pycse.sparse.shrink import count_owners, find_stack, group_scores, has_hooks, shrink

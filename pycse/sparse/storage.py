@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
-from pycse.sparse.linear import BITS, SparseLinear
-from pycse.sparse.pattern import PATTERNS, unpack_mask
+from pycse.pattern import unpack_mask
+from pycse.sparse.choice import PATTERNS
+from pycse.sparse.derived import BITS
+from pycse.sparse.linear import SparseLinear
 from pycse.sparse.views import is_sentence_transformer
 
 KEY = "pycse_sparse"
@@ -114,8 +116,8 @@ def restore(module: nn.Module, state_dict: Mapping[str, Tensor], pattern: str = 
             continue
         if not name:
             raise ValueError(
-                f"module must hold the layers of state_dict, whose {key} is that of a layer alone: make a SparseLinear and "
-                f"load it"
+                f"module must hold the layers of state_dict, whose {key} is that of a layer alone: "
+                f"make a SparseLinear and load it"
             )
         try:
             linear = module.get_submodule(name)
@@ -175,7 +177,8 @@ def saved_masks(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                masks.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(f".{BITS}")})  # noqa: SIM118
+                names = [key for key in tensors.keys() if key.endswith(f".{BITS}")]  # noqa: SIM118
+                masks.update({name: tensors.get_tensor(name) for name in names})
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error})") from error
     return masks

@@ -90,8 +90,8 @@ def embedder(encoder: nn.Module, pooling: Pooling | None) -> Callable[[Any], Ten
             )
         if is_pretrained(encoder) and not isinstance(batch, (Mapping, Tensor)):
             raise TypeError(
-                f"batches must hold tensors, mappings of tensors, or pairs of them for a {type(encoder).__name__}, got a "
-                f"{type(batch).__name__}"
+                f"batches must hold tensors, mappings of tensors, or pairs of them for a {type(encoder).__name__}, "
+                f"got a {type(batch).__name__}"
             )
         if whole:
             output = encoder(dict(batch))  # the encoder adds its outputs to the mapping that it is given

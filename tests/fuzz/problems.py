@@ -15,8 +15,8 @@ from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonc
 from pycse.backends.reference.contrastive import normalized
 from pycse.distillation import _grouping
 from pycse.losses import DistillCSELoss, DistillLoss, FocalInfoNCELoss, InfoNCELoss
+from pycse.pattern import pack_mask
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import pack_mask
 
 from oracle import Case
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from fuzz.calls import Fault
-from pycse.sparse.pattern import pack_mask
+from pycse.pattern import pack_mask
 from pycse.sparse.storage import restore, saved_masks, transformer_folder
 from pycse.training.cache import HEADER, EmbeddingCache
 from pycse.training.data import read_train_file

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from pycse import alignment, fused_distill, fused_focal_infonce, fused_infonce, uniformity
+from pycse.pattern import pack_mask
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import pack_mask
 from pycse.sparse.storage import saved_masks
 
 BACKENDS = ["cpu", "torch"]

@@ -11,8 +11,8 @@ from cuda_graphs import capture, never_waits
 from torch import Tensor
 
 from pycse.backends.reference import sparse as reference
+from pycse.pattern import Pattern, pack_mask
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import Pattern, pack_mask
 
 from oracle import BAND
 

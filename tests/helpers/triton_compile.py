@@ -27,8 +27,8 @@ from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
 from pycse.backends.triton import sparse
 from pycse.backends.triton import uniformity as hypersphere
+from pycse.pattern import Pattern, pack_mask
 from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
-from pycse.sparse.pattern import Pattern, pack_mask
 
 PLAIN_TILE = backend.tile
 FUSED = ("fused_rows", "fused_sums", "fused_gradients")

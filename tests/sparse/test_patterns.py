@@ -7,7 +7,9 @@ import torch
 from pycse.kernels import native
 from sparse_layers import BLOCKS, NAMES, random_mask
 
-from pycse.sparse.pattern import Pattern, break_even, choose, pack_mask, unpack_mask
+from pycse.ops.sparse import pattern_of
+from pycse.pattern import pack_mask, unpack_mask
+from pycse.sparse.choice import break_even, choose
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -30,9 +32,9 @@ def test_choice(block):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_patterns_are_lists_by_rows_and_by_columns(block):
     mask = random_mask(192, 128, block, 0.4)
-    p = Pattern.from_mask(mask, block)
+    p = pattern_of(mask, block)
     assert torch.equal(p.mask(), mask) and p.density == pytest.approx(mask.float().mean().item())
-    t = Pattern.from_mask(mask.t(), block)
+    t = pattern_of(mask.t(), block)
     assert torch.equal(p.t_ptr, t.ptr) and torch.equal(p.t_rows, t.cols)
     assert all(i.dtype == torch.int32 for i in p.tensors)
     assert torch.equal(p.t_plan, t.plan) or block == 1  # which differ in where a weight stands in the list by rows
@@ -44,7 +46,7 @@ def test_patterns_are_lists_by_rows_and_by_columns(block):
 )
 def test_plans_use_every_kept_weight_once(out, in_, density):
     mask = random_mask(out, in_, 1, density)
-    p = Pattern.from_mask(mask)
+    p = pattern_of(mask)
     rows = torch.arange(out).repeat_interleave(p.ptr.long().diff())
     for plan, results, features, transposed in ((p.plan, out, in_, False), (p.t_plan, in_, out, True)):
         chunk, step = native().SPARSE_CHUNK, native().SPARSE_AT_STEP

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 from pycse.ops import sparse as ops
+from pycse.pattern import pack_mask
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import Pattern, pack_mask
 
 PATTERNS = ["unstructured", "block16", "block32", "dense"]
 BACKENDS = ["cpu", "torch", "reference"]
@@ -79,8 +79,8 @@ def test_tensors_that_are_resolved_later(pattern, backend):
 def test_products_of_what_is_resolved_later(backend, dtype):
     mask = random_mask(32, 64, 16, 0.5)
     for op, which in (
-        (ops.sparse_linear, (*Pattern.from_mask(mask, 16).tensors, 16)),
-        (ops.sparse_linear, (*Pattern.from_mask(mask).tensors, 1)),
+        (ops.sparse_linear, (*ops.pattern_of(mask, 16).tensors, 16)),
+        (ops.sparse_linear, (*ops.pattern_of(mask).tensors, 1)),
         (ops.masked_linear, (pack_mask(mask),)),
     ):
         for product, left, right in ((op.y, (5, 64), (32, 64)), (op.dx, (5, 32), (32, 64)), (op.dw, (5, 32), (5, 64))):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sparse_layers import BACKENDS, BLOCKS, expected, layer, random_mask
 
 from pycse.ops import sparse as ops
+from pycse.pattern import pack_mask
 from pycse.sparse import masked_linear
-from pycse.sparse.pattern import Pattern, pack_mask
 
 # Rounding of the stored result (and for 16 bits of what the same product in plain PyTorch is off by chance).
 BAND = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -38,7 +38,7 @@ def check(T, out, in_, block, density, dtype, backend, bias=True, masked=False):
     mask = random_mask(out, in_, block, density)
     given = tensors(T, out, in_, dtype, bias=bias)
     exact = [None if t is None else t.double() for t in given]
-    which = (pack_mask(mask),) if masked else (*Pattern.from_mask(mask, block).tensors, block)
+    which = (pack_mask(mask),) if masked else (*ops.pattern_of(mask, block).tensors, block)
     op = ops.masked_linear if masked else ops.sparse_linear
     truth = products(*exact, lambda x, w, b: op(x, w, b, *which, "reference"))
     wide = torch.float32 if dtype == torch.float16 else dtype
@@ -127,7 +127,7 @@ def one_block(T, dtype=torch.float32, scale=1.0):
     """x (T, 64), a weight (64, 64) of whole blocks, and their product in float64."""
     x, weight, _, _ = tensors(T, 64, 64, torch.float32)
     x = (x * scale).to(dtype)
-    which = (*Pattern.from_mask(torch.ones(64, 64, dtype=torch.bool), 32).tensors, 32)
+    which = (*ops.pattern_of(torch.ones(64, 64, dtype=torch.bool), 32).tensors, 32)
     return x, weight.to(dtype), which
 
 
@@ -169,7 +169,7 @@ def test_blocks_of_one_owner_and_parts_of_columns():
             mask[r * 32 : r * 32 + 32, c * 32 : c * 32 + 32] = True
         x, weight, bias, dy = tensors(T, out, in_, torch.float32)
         leaf = weight.clone().requires_grad_()
-        ops.sparse_linear(x, leaf, bias, *Pattern.from_mask(mask, 32).tensors, 32, "cpu").backward(dy)
+        ops.sparse_linear(x, leaf, bias, *ops.pattern_of(mask, 32).tensors, 32, "cpu").backward(dy)
         truth = (dy.double().t() @ x.double()) * mask
         assert (leaf.grad - truth).norm() < 1e-5 * truth.norm()
     mask = torch.zeros(96, 8192, dtype=torch.bool)
@@ -177,7 +177,7 @@ def test_blocks_of_one_owner_and_parts_of_columns():
     for m in (mask, mask.t().contiguous()):
         for T in (530, 1100):
             x, weight, bias, dy = (t.requires_grad_() for t in tensors(T, *m.shape, torch.float32))
-            y = ops.sparse_linear(x, weight, bias, *Pattern.from_mask(m, 32).tensors, 32, "cpu")
+            y = ops.sparse_linear(x, weight, bias, *ops.pattern_of(m, 32).tensors, 32, "cpu")
             y.backward(dy)
             w = weight.detach().double() * m
             for ours, truth in ((y, x.detach().double() @ w.t() + bias.detach()), (x.grad, dy.detach().double() @ w)):
@@ -224,7 +224,7 @@ def test_no_tokens(block, backend):
 def test_which_gradients_are_needed(block, needs, backend):
     mask = random_mask(32, 48, block, 0.4)
     given = [t.requires_grad_(n) for t, n in zip(tensors(7, 32, 48, torch.float32)[:3], needs)]
-    index = (*Pattern.from_mask(mask, block).tensors, block)
+    index = (*ops.pattern_of(mask, block).tensors, block)
     for y in (
         ops.sparse_linear(*given, *index, backend),
         masked_linear(given[0], given[1], mask, given[2], backend=backend),
@@ -244,7 +244,7 @@ def test_which_gradients_are_needed(block, needs, backend):
 @pytest.mark.parametrize("block", [1, 16])
 def test_gradients_of_first_and_second_order(block, backend):
     mask = random_mask(32, 32, block, 0.5)
-    index = (*Pattern.from_mask(mask, block).tensors, block)
+    index = (*ops.pattern_of(mask, block).tensors, block)
     given = [t.requires_grad_() for t in tensors(3, 32, 32, torch.float64)[:3]]
     for f in (
         lambda x, w, b: ops.sparse_linear(x, w, b, *index, backend),
@@ -263,7 +263,7 @@ def test_values_do_not_depend_on_threads():
             for block in BLOCKS:
                 mask = random_mask(128, 192, block, 0.3)
                 given = tensors(301, 128, 192, torch.float32)
-                index = (*Pattern.from_mask(mask, block).tensors, block)
+                index = (*ops.pattern_of(mask, block).tensors, block)
                 results.append(products(*given, lambda x, w, b: ops.sparse_linear(x, w, b, *index, "cpu"))[:3])  # noqa: B023
     finally:
         torch.set_num_threads(threads)
@@ -301,7 +301,7 @@ def test_what_is_not_finite(block, backend):
 def test_opcheck(bias, block, backend):
     x, weight, b, dy = tensors(5, 32, 48, torch.float32, bias=bias)
     mask = random_mask(32, 48, block, 0.4)
-    index = (*Pattern.from_mask(mask, block).tensors, block, backend)
+    index = (*ops.pattern_of(mask, block).tensors, block, backend)
     for which, op in ((index, ops.sparse_linear), ((pack_mask(mask), backend), ops.masked_linear)):
         grad = lambda t: None if t is None else t.detach().clone().requires_grad_()  # noqa: E731
         torch.library.opcheck(op.y.op, (grad(x), grad(weight), grad(b), *which))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sparse_layers import expected, layer, random_mask
 from torch import nn
 
+from pycse.pattern import Pattern, pack_mask, unpack_mask
 from pycse.sparse import SparseLinear, masked_linear
-from pycse.sparse.pattern import Pattern, pack_mask, unpack_mask
 
 
 @pytest.mark.clean_memory

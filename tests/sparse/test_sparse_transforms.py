@@ -12,8 +12,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
+from pycse.ops import sparse as ops
+from pycse.pattern import pack_mask
 from pycse.sparse import masked_linear
-from pycse.sparse.pattern import Pattern, pack_mask
 
 PATTERNS = ["unstructured", "block16", "block32", "dense"]
 SIDES = {name: side for side, name in NAMES.items()}
@@ -99,7 +100,7 @@ def operators(name, backend):
     """(what to call, the same in PyTorch's operators, arguments) of an operator and its two gradients."""
     side = SIDES.get(name, 1)
     mask = random_mask(16, 32, side, 0.4)
-    which = (pack_mask(mask),) if name == "bits" else (*Pattern.from_mask(mask, side).tensors, side)
+    which = (pack_mask(mask),) if name == "bits" else (*ops.pattern_of(mask, side).tensors, side)
     stem = "masked_linear" if name == "bits" else "sparse_linear"
     new = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     for suffix, dense, args in (

@@ -11,7 +11,7 @@ from torch import Tensor
 from pycse.backends import addresses
 from pycse.backends.addresses import pointer
 from pycse.backends.cuda.norms import LARGEST, Norms
-from pycse.sparse.pattern import Pattern
+from pycse.pattern import Pattern
 
 CODES = {**addresses.CODES, torch.float16: 3}  # Storage in kernels/cuda/sparse.h
 LINEAR, DX, DW = range(3)  # Which

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycse.sparse.pattern import Pattern, unpack_mask
+from pycse.pattern import Pattern, unpack_mask
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:

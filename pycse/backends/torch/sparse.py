@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycse.sparse.pattern import Pattern, unpack_mask
+from pycse.pattern import Pattern, unpack_mask
 
 PANEL = 1 << 20  # weights of a dense panel
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pycse.backends.triton.contrastive import dot_kind
 from pycse.backends.triton.norms import ACC, accumulation, on_device_of
 from pycse.kernels.triton import sparse as kernels
-from pycse.sparse.pattern import Pattern
+from pycse.pattern import Pattern
 
 # dW has a program for each group of kept blocks: where those are few, each multiprocessor gets this many by splitting
 # tokens.

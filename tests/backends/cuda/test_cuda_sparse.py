@@ -12,7 +12,7 @@ from pycse.kernels import native
 
 from pycse.backends.cpu import sparse as cpu
 from pycse.backends.cuda import sparse as cuda
-from pycse.sparse.pattern import Pattern, pack_mask
+from pycse.pattern import Pattern, pack_mask
 
 import sparse_products
 from sparse_products import ALL, LARGE, SPLIT

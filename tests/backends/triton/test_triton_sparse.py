@@ -15,7 +15,7 @@ pytest.importorskip("triton.language", reason="triton is not installed: pip inst
 
 from interpreter import CUDA, INTERPRETED, run_interpreted
 
-from pycse.sparse.pattern import Pattern, pack_mask
+from pycse.pattern import Pattern, pack_mask
 
 import sparse_products
 from sparse_products import ALL, LARGE, SPLIT, Case

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pycse.kernels import native
 from torch import Tensor
 
-from pycse.sparse.pattern import Pattern, pack_mask
+from pycse.ops.sparse import pattern_of
+from pycse.pattern import Pattern, pack_mask
 
 B, N, D = 4, 6, 5
 WORDS = st.sampled_from(["3", None, 1.5, [], object])
@@ -410,7 +411,7 @@ class Table:
             self.add("mark", arguments, marked, kept=pattern)
             return
         for block in (1, 16):
-            pattern = Pattern.from_mask(mask, block)
+            pattern = pattern_of(mask, block)
             tensors = dict(zip(("ptr", "cols", "t_ptr", "t_rows", "plan", "t_plan"), pattern.tensors))
             shape = {
                 "out": Argument(out, st.one_of(st.integers(max_value=-1), st.just(2**62)), ""),
