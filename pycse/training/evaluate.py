@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from pycse.hypersphere import alignment, uniformity
 from pycse.training.data import read_lines
 from pycse.training.errors import UserError
 
@@ -99,8 +100,6 @@ def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | 
     import numpy as np
     import torch
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    from pycse import alignment, uniformity
 
     class PairEvaluator(EmbeddingSimilarityEvaluator):
         """Adds alignment and uniformity, and embeds each distinct text once (Lee: 50 documents, not 2450)."""

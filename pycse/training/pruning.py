@@ -6,43 +6,30 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from pycse.sparse import Report, score, sparsify
+from pycse.sparse.sparsify import count_parameters
 from pycse.training.data import Text
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, evaluate
+from pycse.training.fit import fit
+from pycse.training.loss import build_loss, column_loss
+from pycse.training.prepare import load_all_teachers, model_name, prepare
+from pycse.training.report import text_table
+from pycse.training.run import Pruned, Run
 from pycse.training.settings import Settings, n_of_m
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from pycse.sparse import Report
-
 TIMED = 128  # sentences of the text that the speed is measured on
 ROUNDS = 5
-
-
-@dataclass
-class Pruned:
-    """What removing parameters did.
-
-    Fields:
-        report: of pycse.sparse.sparsify.
-        dense, sparse, tuned: scores before, after the removal, and after training what is left (None: it was not).
-        size: "before" and "after" -> parameters, nonzero, megabytes, sentences_a_second.
-    """
-
-    report: Report
-    dense: Scores
-    sparse: Scores
-    tuned: Scores | None = None
-    size: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def final(self) -> Scores:
-        return self.tuned or self.sparse
 
 
 def arguments(settings: Settings) -> dict[str, Any]:
@@ -64,10 +51,6 @@ def by_dropout(settings: Settings, text: Text) -> bool:
 
 def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text) -> None:
     """Raise UserError where scoring or removing would fail, before any work: the removal is tried on a copy."""
-    from torch import nn
-
-    from pycse.sparse import sparsify
-
     if by_dropout(settings, text) and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in encoder.modules()):
         raise UserError("this model has no dropout, so alignment cannot be scored; give pairs in --train-file")
     trial = copy.deepcopy(encoder)
@@ -79,8 +62,6 @@ def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text)
 
 def batches(settings: Settings, text: Text) -> list[Any]:
     """Batches to score on, drawn from the text: sentences, or pairs of them."""
-    import torch
-
     rows, size = text.rows, settings.batch_size
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
@@ -93,8 +74,6 @@ def batches(settings: Settings, text: Text) -> list[Any]:
 
 def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
     """Score the encoder's parameters on the text and remove those that the settings say."""
-    from pycse.sparse import score, sparsify
-
     chosen = settings.pruning()
     own_length = encoder.max_seq_length
     encoder.max_seq_length = settings.max_length
@@ -114,7 +93,7 @@ def tuning_steps(settings: Settings, trained: int) -> int:
 
 
 def tune(
-    later: Any,
+    later: Run,
     encoder: SentenceTransformer,
     dense: SentenceTransformer,
     report: Report,
@@ -129,8 +108,6 @@ def tune(
     Args:
         dense, scores: the encoder before the removal, and its scores.
     """
-    from pycse.training.train import fit
-
     own_length = encoder.max_seq_length
     console.print(report.table())
     if later.steps:
@@ -145,8 +122,6 @@ def tune(
 
 def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: str) -> dict[str, dict[str, float]]:
     """Parameters, weights on disk and speed; the encoders take turns at the sentences, and the fastest round counts."""
-    from pycse.sparse.sparsify import count_parameters
-
     result: dict[str, dict[str, float]] = {}
     for name, encoder in encoders.items():
         parameters, nonzero = count_parameters(encoder)
@@ -179,17 +154,13 @@ def speeds(calls: dict[str, Callable[[], object]], count: int) -> dict[str, floa
     return {name: count / taken for name, taken in best.items()}
 
 
-def sparsify_run(settings: Settings, console: Any) -> tuple[Any, Path]:
+def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     """What `pycse sparsify` does: (Run with its `pruned` filled in, the folder that it wrote to).
 
     Raises:
         UserError: for input that cannot be used; nothing has been written then.
     """
     from transformers import set_seed
-
-    from pycse.training.encoder import check_for_training, keep_layers, load_encoder
-    from pycse.training.report import text_table
-    from pycse.training.train import Run, build_loss, column_loss, load_all_teachers, model_name, prepare
 
     started = time.perf_counter()
     out, sets, text, model, _ = prepare(settings, "sparsify")

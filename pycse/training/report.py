@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.sparse.report import new_figure
+from pycse.training.data import Text
 from pycse.training.evaluate import MEASURES, Scores
+from pycse.training.run import Pruned, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from pycse.training.data import Text
-    from pycse.training.pruning import Pruned
-    from pycse.training.train import Run
 
 PACKAGES = ("pycse-kernels", "torch", "sentence-transformers", "transformers")
 BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}

@@ -125,8 +125,8 @@ class Settings:
         # What is left of a pruned encoder learns from the whole one.
         elif not self.prunes and not self.teachers and self.model is not None and self.uncut:
             raise UserError(
-                f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, or --layers "
-                f"to cut it, or --recipe focal"
+                f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, "
+                f"or --layers to cut it, or --recipe focal"
             )
         for name in self.teachers:
             if self.teachers.count(name) > 1:
@@ -139,7 +139,8 @@ class Settings:
             for name in PRUNING:
                 if getattr(self, name) is not None:
                     raise UserError(
-                        f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {recipe}"
+                        f"--{flag(name)} does not belong to --recipe {self.recipe}; "
+                        f"leave it out or use --recipe {recipe}"
                     )
             return
         for name, allowed in (("scope", SCOPES), ("means", MEANS)):
@@ -149,7 +150,8 @@ class Settings:
         kind = self.granularity or PRUNING["granularity"]
         if kind not in GRANULARITIES and n_of_m(kind) is None:
             raise UserError(
-                f"--granularity {kind}: unknown; use one of {', '.join(GRANULARITIES)}, or n:m with 1 <= n <= m as in 2:4"
+                f"--granularity {kind}: unknown; use one of {', '.join(GRANULARITIES)}, "
+                f"or n:m with 1 <= n <= m as in 2:4"
             )
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise UserError(f"--sparsity is {self.sparsity:g}; it must be a share: at least 0, below 1")
@@ -157,7 +159,8 @@ class Settings:
             n, m = numbers
             if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-6:
                 raise UserError(
-                    f"--sparsity {self.sparsity:g} contradicts --granularity {kind}, which removes {1 - n / m:g}; leave it out"
+                    f"--sparsity {self.sparsity:g} contradicts --granularity {kind}, which removes {1 - n / m:g}; "
+                    f"leave it out"
                 )
             if self.scope == "global":
                 raise UserError(f"--scope global contradicts --granularity {kind}, which has the same share everywhere")

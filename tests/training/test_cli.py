@@ -110,8 +110,8 @@ def test_a_run_and_all_that_it_writes(place, tiny_model):
 
 @needs_extras
 def test_default_text_is_paired_with_the_next_sentence(place, tiny_model):
+    from pycse.training.prepare import prepare
     from pycse.training.settings import Settings
-    from pycse.training.train import prepare
 
     default = {"model": tiny_model, "recipe": "focal"}
     own = default | {"train_file": str(place / "text.txt"), "batch_size": 4}

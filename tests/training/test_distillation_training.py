@@ -240,7 +240,7 @@ def test_teachers_read_the_anchors_of_the_batch():
     from collections import Counter, namedtuple
 
     from pycse.training.data import Text
-    from pycse.training.train import column_loss
+    from pycse.training.loss import column_loss
 
     text = Text("t", [(f"anchor {i}", f"positive {i}") for i in range(5)], Counter())
     assert text.dataset()[3] == {"sentence": "anchor 3", "positive": "positive 3", "label": 3}

@@ -369,7 +369,7 @@ def logits(settings, z1, z2):
     ),
 )
 def test_recipes_compute_their_loss(settings):
-    from pycse.training.train import build_loss
+    from pycse.training.loss import build_loss
 
     generator = torch.Generator().manual_seed(3)
     b, keys = 4, 8 if settings.hard_negative_weight else 4
@@ -391,7 +391,7 @@ def test_every_recipe_has_a_loss():
 
 
 def test_a_backend_that_does_not_exist_is_the_users_error():
-    from pycse.training.train import build_loss
+    from pycse.training.loss import build_loss
 
     with pytest.raises(UserError, match="backend"):
         build_loss(Settings(backend="abacus"), "cpu")
@@ -399,7 +399,7 @@ def test_a_backend_that_does_not_exist_is_the_users_error():
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_column_loss_stacks_the_columns(columns):
-    from pycse.training.train import column_loss
+    from pycse.training.loss import column_loss
 
     calls = []
 

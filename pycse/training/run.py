@@ -1,0 +1,60 @@
+"""What a run found out; report.py shows it and writes metrics.json from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pycse.sparse.report import Report
+from pycse.training.data import Text
+from pycse.training.evaluate import Scores
+from pycse.training.settings import Settings
+
+
+@dataclass
+class Pruned:
+    """What removing parameters did.
+
+    Fields:
+        report: of pycse.sparse.sparsify.
+        dense, sparse, tuned: scores before, after the removal, and after training what is left (None: it was not).
+        size: "before" and "after" -> parameters, nonzero, megabytes, sentences_a_second.
+    """
+
+    report: Report
+    dense: Scores
+    sparse: Scores
+    tuned: Scores | None = None
+    size: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def final(self) -> Scores:
+        return self.tuned or self.sparse
+
+
+@dataclass
+class Run:
+    """A training run, or a removal of parameters with what followed it."""
+
+    settings: Settings
+    text: Text
+    model: str
+    layers: list[int]
+    layers_before: int
+    parameters: int
+    device: str
+    steps: int
+    before: Scores = field(default_factory=dict)
+    after: Scores = field(default_factory=dict)
+    loss: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores), step 0 first
+    teachers: list[dict] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # part of the loss -> a value a step
+    seconds: dict[str, float] = field(default_factory=dict)
+    pruned: Pruned | None = None
+
+    def follow(self, later: Run) -> None:
+        """Take in a run that went on with the same encoder."""
+        self.loss += [(self.steps + step, loss) for step, loss in later.loss]
+        self.scores += [(self.steps + step, scores) for step, scores in later.scores]
+        self.seconds["train"] += later.seconds.get("train", 0.0)
+        self.steps += later.steps
