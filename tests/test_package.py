@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import os
 import re
 import shutil
@@ -176,3 +178,94 @@ def test_no_backend_imports_another():
         own = path.relative_to(folder).parts[0]
         for name in re.findall(r"^\s*(?:from|import) pycse\.backends\.(\w+)", path.read_text(encoding="utf-8"), re.M):
             assert name in (own, "addresses", "forks") or not (folder / name).is_dir(), f"{path} imports {name}"
+
+
+# From low to high: what imports stand in an earlier line, or in the importer's own. Modules that are not named are plain:
+# they know no kernels. pycse/__init__.py imports what is public, and nothing imports it.
+LAYERS = (
+    "problem transforms grouping validation pattern",
+    "kernels",
+    "backends panels",
+    "ops",
+    "functional distillation hypersphere losses report sparse",
+    "training",
+    "cli",
+    "__init__",
+)
+# Imports that are to go: the line goes with them.
+KNOWN = {
+    ("pycse.backends.triton.contrastive", "pycse.backends"),
+    ("pycse.cli", "pycse"),
+    ("pycse.validation", "pycse.backends"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Name -> source of every module of the package; a package's name is its __init__'s."""
+    found = {}
+    for package, folder in (("pycse", ROOT / "pycse"), ("pycse.kernels", ROOT / "kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def imported(tree: ast.AST) -> list[tuple[str, str | None]]:
+    """(module, name taken from it or None) of every import of pycse's, inside functions too, but not for types alone."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import by the whole name"
+            found += [(str(node.module), alias.name) for alias in node.names]
+        else:
+            found += imported(node)
+    return [one for one in found if one[0].split(".")[0] == "pycse"]
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    graph = {}
+    for module, path in known.items():
+        taken = imported(ast.parse(path.read_text(encoding="utf-8")))
+        graph[module] = {f"{of}.{name}" if f"{of}.{name}" in known else of for of, name in taken} - {module}
+    return graph
+
+
+def packages(module: str) -> set[str]:
+    """The packages that a module is in, whose __init__ runs before it."""
+    parts = module.split(".")
+    return {".".join(parts[:k]) for k in range(1, len(parts))}
+
+
+def layer(module: str) -> int:
+    part = [*module.split("."), "__init__"][1]
+    return next((k for k, line in enumerate(LAYERS) if part in line.split()), 0)
+
+
+def test_imports_are_not_circular():
+    """Whichever module is imported first, the others are complete when it reads them."""
+    graph = {}
+    for module, targets in import_graph().items():
+        targets = {target for target in targets if (module, target) not in KNOWN}
+        # Importing a module runs the __init__ of its packages; those of one's own have begun before.
+        runs = targets | set().union(*map(packages, targets))
+        graph[module] = runs - packages(module) - {module} | targets
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_imports_go_down_the_layers():
+    wrong = {
+        (module, target)
+        for module, targets in import_graph().items()
+        for target in targets
+        if layer(target) > layer(module) or target in packages(module)
+    }
+    assert sorted(wrong - KNOWN) == [], "these imports go up, or to the importer's own package"
+    assert sorted(KNOWN - wrong) == [], "these imports are gone: take them out of KNOWN"
