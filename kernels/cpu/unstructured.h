@@ -6,7 +6,7 @@
 // vectors. The features are taken in chunks that stay in L1, the next on its way to L2. The kept weights are first
 // copied in the order of their use, chunk by chunk and in each result by result, results with equally many together:
 // the innermost loop then ends where the processor expects it (random lengths cost as much in mispredicted branches as
-// in arithmetic). That order is listed once for a mask (pycse/sparse/pattern.py). One panel alone reads the weights
+// in arithmetic). That order is listed once for a mask (pycse/backends/cpu/sparse.py). One panel alone reads weights
 // where they are. dx is the same product by the transposed list. dW sums dots over panels of tokens. Scratch: kept
 // weights, and a chunk of x and a panel of y for each thread. Everything is summed in a fixed order.
 #pragma once
@@ -23,7 +23,7 @@ constexpr int kSparseVecs = 4, kDotVecs = 8;
 constexpr int64_t kPanelBytes = 512 << 10;  // of L2: a panel of x, in dW
 template <class A> constexpr int64_t kTokens = kSparseVecs * kLanes<A>;
 
-// The order in which the kept weights are used: Pattern.plan of pycse/sparse/pattern.py.
+// The order in which the kept weights are used: Pattern.plan, which pycse/backends/cpu/sparse.py makes.
 struct Plan {
   int64_t results, features, nnz, chunks;
   const int32_t* lengths;  // (chunks, kSparseChunk + 1): how many results have so many kept weights in a chunk

@@ -8,7 +8,7 @@
 namespace checks {
 namespace {
 
-// What pycse/sparse/pattern.py makes of a mask.
+// What pycse/pattern.py and pycse/backends/cpu/sparse.py make of a mask.
 struct Pattern {
   int64_t out, in;
   int b;
