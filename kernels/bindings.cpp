@@ -1,21 +1,13 @@
 // The Python module pycse.kernels._native. Pointers and sizes in, nothing of torch; the GIL is released in every
 // kernel.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstring>
 
-#include "common/arguments.h"
+#include "common/bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace pycse;
-
-template <class T = void>
-static T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_cuda(py::module_& m);  // cuda/bindings.cpp
 
@@ -30,7 +22,7 @@ static Panel panel_of(int64_t B, int64_t n, int dtype, Address S, int64_t ld, in
   rows_among(i0, "c", c, B);
   matrix("S", S, c, n, ld, written);
   threads_of(threads);
-  return {type_of("dtype", dtype), at(S), ld, i0, c, at(f), threads};
+  return {{at(S), ld, i0, c, at(f)}, type_of("dtype", dtype), threads};
 }
 
 static void check_pattern(const SparsePattern& p) {
@@ -59,40 +51,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "pycse's compiled kernels. Use the functions of pycse; these take raw addresses, and see only sizes.";
   using nogil = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<Contrastive>(m, "ContrastiveProblem")
-      .def(
-          "symmetric_state",
-          [](Contrastive& p, Address lpos, Address lneg, Address column_max, Address column_sum, Address lneg_column,
-             Address lse_column) {
-            p.lpos = at<double>(lpos), p.lneg = at<double>(lneg);
-            p.column_max = at<double>(column_max), p.column_sum = at<double>(column_sum);
-            p.lneg_column = at<double>(lneg_column), p.lse_column = at(lse_column);
-          },
-          py::arg("lpos"), py::arg("lneg"), py::arg("column_max"), py::arg("column_sum"), py::arg("lneg_column"),
-          py::arg("lse_column"));
-  // Problems are made by functions and not by constructors: pybind11 registers what a constructor has made outside its
-  // try block, and a failed allocation would unwind through the interpreter.
-  m.def(
-      "Contrastive",
-      [](int64_t B, int64_t N, bool focal, double tau, double m, std::optional<double> shift, double hard_weight,
-         std::optional<double> exclude_above, Address r2, Address s_pos, Address positives, Address query_ids,
-         Address key_ids, Address coef, double coef_all, Address loss, Address dtau, Address dm) {
-        Contrastive p;
-        p.B = B, p.N = N, p.focal = focal, p.inv_tau = 1 / tau, p.m = m;
-        p.fixed_shift = shift.has_value(), p.shift = shift.value_or(0);
-        p.hard_weight = hard_weight;
-        p.exclude = exclude_above.has_value(), p.exclude_above = exclude_above.value_or(0);
-        p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
-        p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
-        p.coef = at(coef), p.coef_all = coef_all;
-        p.loss = at(loss), p.dtau = at(dtau), p.dm = at(dm);
-        check_contrastive(p);
-        return p;
-      },
-      py::arg("B"), py::arg("N"), py::arg("focal"), py::arg("tau"), py::arg("m"), py::arg("shift"),
-      py::arg("hard_weight"), py::arg("exclude_above"), py::arg("r2") = 0, py::arg("s_pos") = 0,
-      py::arg("positives") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0,
-      py::arg("coef_all") = 1, py::arg("loss") = 0, py::arg("dtau") = 0, py::arg("dm") = 0);
+  py::class_<Uniformity>(m, "UniformityProblem");  // of the submodules too
+  bind_problems<int64_t>(m);
 
   m.def(
       "rows",
@@ -169,20 +129,6 @@ PYBIND11_MODULE(_native, m) {
                                             symmetric, at<float>(work), at(dz1), at(dz2), at<float>(total), threads});
       },
       nogil());
-  py::class_<Distill>(m, "DistillProblem");
-  m.def(
-      "Distill",
-      [](int64_t B, double student, double teacher, double group, int divergence, int kind, double value, int64_t end,
-         bool sample, uint64_t seed, Address coef, double coef_all, Address loss) {
-        const Distill d{
-            B,    1 / student, 1 / teacher, 1 / group, Divergence(divergence), {GroupKind(kind), value, end}, sample,
-            seed, at(coef),    coef_all,    at(loss)};
-        check_distill(d);
-        return d;
-      },
-      py::arg("B"), py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("group_temperature"),
-      py::arg("divergence"), py::arg("grouping"), py::arg("group_value"), py::arg("group_end"), py::arg("sample"),
-      py::arg("seed"), py::arg("coef"), py::arg("coef_all"), py::arg("loss"));
   m.def(
       "distill",
       [](const Distill& d, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int teacher_dtype, Address teachers,
@@ -218,8 +164,6 @@ PYBIND11_MODULE(_native, m) {
                                                threads});
       },
       nogil());
-  py::class_<Uniformity>(m, "UniformityProblem");
-  m.def("Uniformity", [](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; });
   m.def(
       "uniformity",
       [](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
@@ -351,5 +295,8 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
-  bind_cuda(m);
+#ifdef PYCSE_WITH_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels.");
+  bind_cuda(cuda);
+#endif
 }

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pycse import ops, transforms, validation
-from pycse.backends.reference import contrastive as reference_contrastive
-from pycse.backends.reference import distill as reference_distill
-from pycse.functional import as_long, number_or_tensor
+from pycse import ops, validation
+from pycse.functional import problem_of
 from pycse.problem import Contrastive, Distillation, Grouping
 from pycse.transforms import recordable
 
@@ -46,10 +44,14 @@ def fused_distillcse(
     divergence: str = "ce",
     seed: int | Tensor | torch.Generator | None = None,
     positives: Tensor | None = None,
+    positive_margin: float = 0.0,
     hard_negative_weight: float = 0.0,
+    hardness: float = 0.0,
+    hardness_mode: str = "all_negatives",
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
-    exclude_above: float | None = None,
+    exclude_above: float | Tensor | None = None,
+    exclude_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -89,19 +91,22 @@ def fused_distillcse(
     Source: Xu et al., "DistillCSE: Distilled Contrastive Learning for Sentence Embeddings", Findings of EMNLP 2023
     (arXiv 2310.13499).
     """
-    validation.contrastive(
-        z1, z2, temperature, 0.0 if m is None else m, positives, hard_negative_weight, query_ids, key_ids, exclude_above,
-        symmetric, normalize, weight, reduction, backend, validate,
+    p = problem_of(
+        "infonce" if m is None else "focal", z1, z2, temperature, 0.0 if m is None else m,
+        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
+        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
+        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
+        reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    validation.distillation(
-        z1, "z1", teachers, teacher_logits, teacher_weights, distill_weight, student_temperature, teacher_temperature,
-        group_temperature, group_p, group_size, span, shuffle, divergence, seed,
+    d = _distillation(
+        z1, "z1", teachers,
+        teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=distill_weight,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature,
+        group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
+        divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
     )  # fmt: skip
-    return _distill(
-        z1, z2, temperature, m, weight, positives, query_ids, key_ids, teacher_logits, seed, hard_negative_weight,
-        exclude_above, symmetric, normalize, reduction, backend, validate, teachers, teacher_weights, distill_weight,
-        student_temperature, teacher_temperature, group_temperature, group_p, group_size, span, shuffle, divergence,
-    )  # fmt: skip
+    loss, contrastive, distillation = ops.distill(p, d, backend, validate)
+    return DistillCSEOutput(loss, contrastive.detach(), distillation.detach())
 
 
 @recordable
@@ -150,8 +155,7 @@ def fused_distill(
         group_size: instead, ranks in a group, >= 1.
         span: instead, ranks (start, end) of the only group, 0 <= start < end <= B - 1; other ranks stay in place.
         shuffle: "sample" draws one permutation inside each group; "expected" gives each member its group's mean
-            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js"
-                it
+            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js" it
             is another objective); "none" leaves q as it is.
         divergence: "ce" (published), "kl" or "js". The entropy in "kl" is that of the unshuffled q.
         seed: integer, 0-d int64 tensor (read by the kernel: a CUDA graph draws anew when it changes) or
@@ -173,15 +177,15 @@ def fused_distill(
     Source: as :func:`fused_distillcse`, sections 3 and 4.2; "expected" is pycse's own.
     """
     validation.rows_and_choices(z, "z", normalize, weight, reduction, backend)
-    validation.distillation(
-        z, "z", teachers, teacher_logits, teacher_weights, 1.0, student_temperature, teacher_temperature, group_temperature,
-        group_p, group_size, span, shuffle, divergence, seed,
+    d = _distillation(
+        z, "z", teachers,
+        teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=1.0,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature,
+        group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
+        divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
     )  # fmt: skip
-    return _distill(
-        z, None, 1.0, None, weight, None, None, None, teacher_logits, seed, 0.0, None, False, normalize, reduction, backend,
-        False, teachers, teacher_weights, 1.0, student_temperature, teacher_temperature, group_temperature, group_p,
-        group_size, span, shuffle, divergence,
-    ).loss  # fmt: skip
+    without_keys = Contrastive(z, None, 1.0, weight=weight, normalize=normalize, reduction=reduction)  # type: ignore[arg-type]
+    return ops.distill(without_keys, d, backend, False)[0]
 
 
 # Numbers of groups and ranks fit 32 bits: a smaller P counts as this one, a larger group as this many ranks.
@@ -196,97 +200,55 @@ def _grouping(group_p: float | None, group_size: int | None, span: tuple[int, in
     return Grouping("mass", 0.1 if group_p is None else max(float(group_p), SMALLEST_P))
 
 
-def _drawn(seed: int | Tensor | torch.Generator | None, device: torch.device) -> tuple[Tensor | None, int]:
+def _drawn(seed: int | Tensor | torch.Generator | None, device: torch.device) -> int | Tensor:
     """The seed as a tensor that kernels read, or as a number in int64's range."""
     if isinstance(seed, Tensor):
-        return seed, 0
+        return seed
     if seed is None or isinstance(seed, torch.Generator):
         where = device if seed is None else seed.device
         drawn = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=where, generator=seed)
-        return drawn.to(device), 0
+        return drawn.to(device)
     seed = seed if isinstance(seed, (int, torch.SymInt)) else int(seed)  # numpy's integers
-    return None, seed if seed < 2**63 else seed - 2**64
+    return seed if seed < 2**63 else seed - 2**64
 
 
-def _distill(
-    z1: Any,
-    z2: Any,
-    temperature: Any,
-    m: Any,
-    weight: Any,
-    positives: Any,
-    query_ids: Any,
-    key_ids: Any,
-    teacher_logits: Any,
-    seed: Any,
-    hard_negative_weight: Any,
-    exclude_above: Any,
-    symmetric: Any,
-    normalize: Any,
-    reduction: Any,
-    backend: Any,
-    validate: Any,
+def _distillation(
+    z: Tensor,
+    name: str,
     teachers: Any,
+    *,
+    teacher_logits: Tensor | None,
     teacher_weights: Any,
     distill_weight: Any,
-    student_temperature: Any,
-    teacher_temperature: Any,
-    group_temperature: Any,
     group_p: Any,
     group_size: Any,
     span: Any,
-    shuffle: Any,
-    divergence: Any,
-) -> DistillCSEOutput:
-    focal = m is not None
-    tau, tau_value = number_or_tensor(temperature)
-    margin, margin_value = number_or_tensor(m if focal else 0.0)
-    positives, query_ids, key_ids = as_long(positives), as_long(query_ids), as_long(key_ids)
-    excluded = None if exclude_above is None else float(exclude_above)
-    drawn, number = _drawn(seed, z1.device) if shuffle == "sample" else (None, 0)
+    seed: Any,
+    weight: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    **options: Any,
+) -> Distillation:
+    """The problem that a public function's arguments state, once they are checked; ``name`` is the caller's for z."""
+    validation.distillation(
+        z, name, teachers,
+        teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=distill_weight, group_p=group_p,
+        group_size=group_size, span=span, seed_value=seed, **options,
+    )  # fmt: skip
+    for temperature in ("student_temperature", "teacher_temperature", "group_temperature"):
+        options[temperature] = float(options[temperature])
     teachers = [] if teachers is None else list(teachers)
     weights = [1.0] * len(teachers) if teacher_weights is None else [float(w) for w in teacher_weights]
-    weights = [w / sum(weights) for w in weights]
-    grouping = _grouping(group_p, group_size, span)
-    if backend == "reference":  # plain PyTorch: its own autograd, to any order
-        if any(map(transforms.batched, (z1, z2, teacher_logits, *teachers))):
-            raise RuntimeError(
-                "backend='reference' of a distillation sorts rows, which vmap cannot batch: use another backend"
-            )
-        d = Distillation(
-            z1,
-            teachers,
-            weights,
-            teacher_logits,
-            float(student_temperature),
-            float(teacher_temperature),
-            float(group_temperature),
-            grouping,
-            shuffle,
-            divergence,
-            number if drawn is None else drawn,
-            float(distill_weight),
-            weight,
-            normalize,
-            reduction,
-        )
-        distillation = d.reduce(reference_distill.losses(d))
-        if z2 is None:
-            return DistillCSEOutput(distillation, torch.zeros_like(distillation), distillation.detach())
-        if validate or z1.device.type == "cpu":
-            validation.check_values(z1, z2, tau, margin, weight, positives, focal, normalize)
-        p = Contrastive(
-            z1, z2, temperature, m if focal else 0.0, focal, positives, query_ids, key_ids, weight,
-            float(hard_negative_weight), excluded, symmetric, normalize, reduction,
-        )  # fmt: skip
-        contrastive = reference_contrastive.contrastive(p)
-        loss = contrastive + float(distill_weight) * distillation
-        return DistillCSEOutput(loss, contrastive.detach(), distillation.detach())
-    return DistillCSEOutput(
-        *ops.distill_losses(
-            z1, z2, tau, margin, weight, positives, query_ids, key_ids, teacher_logits, drawn, tau_value, margin_value, focal,
-            float(hard_negative_weight), excluded, symmetric, normalize, reduction, backend, validate, teachers, weights,
-            float(distill_weight), float(student_temperature), float(teacher_temperature), float(group_temperature),
-            *grouping, shuffle, divergence, number,
-        )
-    )  # fmt: skip
+    return Distillation(
+        z,
+        teachers,
+        [w / sum(weights) for w in weights],
+        teacher_logits,
+        grouping=_grouping(group_p, group_size, span),
+        seed=_drawn(seed, z.device) if options["shuffle"] == "sample" else 0,
+        factor=float(distill_weight),
+        weight=weight,
+        normalize=normalize,
+        reduction=reduction,
+        **options,
+    )

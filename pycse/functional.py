@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycse import backends, ops, validation
+from pycse import ops, validation
 from pycse.problem import Contrastive
 from pycse.transforms import recordable
 
@@ -21,10 +21,14 @@ def fused_focal_infonce(
     m: float | Tensor = 0.3,
     *,
     positives: Tensor | None = None,
+    positive_margin: float = 0.0,
     hard_negative_weight: float = 0.0,
+    hardness: float = 0.0,
+    hardness_mode: str = "all_negatives",
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
-    exclude_above: float | None = None,
+    exclude_above: float | Tensor | None = None,
+    exclude_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -45,16 +49,24 @@ def fused_focal_infonce(
         z1: (B, D) embeddings of the queries; float32, float64, bfloat16 or float16, any scale. A row with norm
             <= 1e-12 counts as 0 and gets gradient 0; an infinite number or NaN makes the loss NaN.
         z2: (N, D) embeddings of the keys, same dtype and device. Keys beyond B are extra or hard negatives.
-        temperature: > 0, no unit. A number or a 0-d float tensor, which may require grad. (1 + |m|) / temperature +
-            hard_negative_weight may be 1e6 at most (1e12 for float64) where rows are normalised: cosines resolve no
-            larger logits. Beyond logits of 3e8 the native kernels give NaN.
+        temperature: > 0, no unit. A number or a 0-d float tensor, which may require grad. Where rows are normalised
+            (1 + |m| + |positive_margin|) / temperature + hard_negative_weight + hardness may be 1e6 at most (1e12 for
+            float64): cosines resolve no larger logits. Beyond logits of 3e8 the native kernels give NaN.
         m: hardness of the negatives. A number or a 0-d float tensor, which may require grad.
         positives: (B,) integers: row i's positive is key ``positives[i]``; by default key i, then N >= B.
+        positive_margin: taken from the positive's similarity, l_i,pos - positive_margin / temperature (additive
+            margin softmax, arXiv 1902.08564); > 0 makes the loss harder.
         hard_negative_weight: added (not divided by temperature) to the logits of row i's own hard negatives, keys
             k B + i for k >= 1; N = (K + 1) B. As in supervised SimCSE.
+        hardness: alpha >= 0: alpha * s_ij is added to the logits of negatives (not divided by temperature), its s_ij
+            not differentiated. Lan et al. 2025 (arXiv 2503.04812) use 9, EmbeddingGemma (arXiv 2509.20354) 5.
+        hardness_mode: which negatives ``hardness`` weighs: "all_negatives", "in_batch_negatives" (all but the row's own
+            hard negatives) or "hard_negatives" (these alone), as sentence-transformers names them.
         query_ids, key_ids: (B,) and (N,) integers. A key with the row's id that is not its positive is no negative.
-        exclude_above: a key with s_ij > s_i,pos + exclude_above is no negative (cosine units; compared in float32, not
-            differentiated).
+        exclude_above: a number or (B,) floats d_i. A key whose s_ij is above the bound that ``exclude_by`` makes of it
+            is no negative (cosine units; compared in float32, not differentiated).
+        exclude_by: "absolute" s_i,pos + d_i, "relative" s_i,pos + d_i |s_i,pos|, or "constant" d_i. In a symmetric loss
+            a column's bound is its own row's.
         symmetric: mean of the row and column losses; N = B and default positives only.
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
@@ -75,9 +87,12 @@ def fused_focal_infonce(
     Source: Hou & Li, "Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE", Findings of EMNLP 2023
     (arXiv 2310.06918), eq. 5. The modulation is differentiated through.
     """
-    return _contrastive(
-        z1, z2, temperature, m, True, positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric,
-        normalize, weight, reduction, backend, validate,
+    return _loss(
+        "focal", z1, z2, temperature, m,
+        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
+        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
+        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
+        reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -88,10 +103,14 @@ def fused_infonce(
     temperature: float | Tensor = 0.05,
     *,
     positives: Tensor | None = None,
+    positive_margin: float = 0.0,
     hard_negative_weight: float = 0.0,
+    hardness: float = 0.0,
+    hardness_mode: str = "all_negatives",
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
-    exclude_above: float | None = None,
+    exclude_above: float | Tensor | None = None,
+    exclude_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -111,68 +130,64 @@ def fused_infonce(
     Source: Gao, Yao & Chen, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", EMNLP 2021
     (arXiv 2104.08821), eq. 1.
     """
-    return _contrastive(
-        z1, z2, temperature, 0.0, False, positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric,
-        normalize, weight, reduction, backend, validate,
+    return _loss(
+        "infonce", z1, z2, temperature, 0.0,
+        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
+        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
+        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
+        reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
-def number_or_tensor(value: float | Tensor) -> tuple[Tensor | None, float]:
-    return (value, 1.0) if isinstance(value, Tensor) else (None, float(value))
+def problem_of(
+    form: str,
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    *,
+    positives: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_above: float | Tensor | None,
+    backend: str,
+    validate: bool,
+    **options: Any,
+) -> Contrastive:
+    """The problem that a public function's arguments state, once they are checked."""
+    validation.contrastive(
+        z1, z2, temperature, m,
+        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, backend=backend,
+        validate=validate, **options,
+    )  # fmt: skip
+    for name in ("positive_margin", "hard_negative_weight", "hardness"):
+        options[name] = float(options[name])
+    each = isinstance(exclude_above, Tensor)
+    return Contrastive(
+        z1,
+        z2,
+        number_or_tensor(temperature),
+        number_or_tensor(m),
+        positives=as_long(positives),
+        query_ids=as_long(query_ids),
+        key_ids=as_long(key_ids),
+        exclude_each=exclude_above.detach() if each else None,  # type: ignore[union-attr]
+        form=form,
+        exclude_above=None if each or exclude_above is None else float(exclude_above),
+        **options,
+    )
+
+
+def number_or_tensor(value: Any) -> float | Tensor:
+    return value if isinstance(value, Tensor) else float(value)
 
 
 def as_long(value: Tensor | None) -> Tensor | None:
     return value if value is None or value.dtype == torch.int64 else value.long()
 
 
-def _contrastive(
-    z1: Any,
-    z2: Any,
-    temperature: Any,
-    m: Any,
-    focal: bool,
-    positives: Any,
-    hard_negative_weight: Any,
-    query_ids: Any,
-    key_ids: Any,
-    exclude_above: Any,
-    symmetric: Any,
-    normalize: Any,
-    weight: Any,
-    reduction: Any,
-    backend: Any,
-    validate: Any,
+def _loss(
+    form: str, z1: Any, z2: Any, temperature: Any, m: Any, *, backend: str, validate: bool, **options: Any
 ) -> Tensor:
-    validation.contrastive(
-        z1, z2, temperature, m, positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric,
-        normalize, weight, reduction, backend, validate,
-    )  # fmt: skip
-    tau, tau_value = number_or_tensor(temperature)
-    margin, margin_value = number_or_tensor(m)
-    positives, query_ids, key_ids = as_long(positives), as_long(query_ids), as_long(key_ids)
-    excluded = None if exclude_above is None else float(exclude_above)
-    if backend == "reference":  # plain PyTorch: its own autograd, to any order
-        if validate or z1.device.type == "cpu":
-            validation.check_values(z1, z2, tau, margin, weight, positives, focal, normalize)
-        return backends.module("reference", z1.device.type, "contrastive").contrastive(
-            Contrastive(
-                z1,
-                z2,
-                temperature,
-                m,
-                focal,
-                positives,
-                query_ids,
-                key_ids,
-                weight,
-                float(hard_negative_weight),
-                excluded,
-                symmetric,
-                normalize,
-                reduction,
-            )  # fmt: skip
-        )
-    return ops.contrastive_loss(
-        z1, z2, tau, margin, weight, positives, query_ids, key_ids, tau_value, margin_value, focal,
-        float(hard_negative_weight), excluded, symmetric, normalize, reduction, backend, validate,
-    )  # fmt: skip
+    p = problem_of(form, z1, z2, temperature, m, backend=backend, validate=validate, **options)
+    return ops.contrastive(p, backend, validate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pycse import backends, ops, validation
+from pycse import ops, validation
 from pycse.problem import Alignment, Uniformity
 from pycse.transforms import recordable
 
@@ -35,9 +35,7 @@ def alignment(x: Tensor, y: Tensor, *, normalize: bool = True, backend: str = "a
     Hypersphere", ICML 2020 (arXiv 2005.10242), with exponent 2.
     """
     validation.alignment(x, y, normalize, backend)
-    if backend == "reference":
-        return backends.module(backend, x.device.type, "uniformity").alignment(Alignment(x, y, normalize))
-    return ops.alignment(x, y, normalize, backend)
+    return ops.alignment(Alignment(x, y, normalize), backend)
 
 
 @recordable
@@ -67,6 +65,4 @@ def uniformity(x: Tensor, t: float = 2.0, *, normalize: bool = True, backend: st
     Source: Wang & Isola 2020 (arXiv 2005.10242), with the pairs i = j left out.
     """
     validation.uniformity(x, t, normalize, backend)
-    if backend == "reference":
-        return backends.module(backend, x.device.type, "uniformity").uniformity(Uniformity(x, float(t), normalize))
-    return ops.uniformity(x, float(t), normalize, backend)
+    return ops.uniformity(Uniformity(x, float(t), normalize), backend)

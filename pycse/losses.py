@@ -1,55 +1,62 @@
-"""The losses as modules. They hold configuration only; pycse.functional does the work."""
+"""The losses as modules. They hold configuration only; pycse.functional and pycse.distillation do the work."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pycse import validation
-from pycse.backends import CHOICES
 from pycse.distillation import DistillCSEOutput, fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
-from pycse.problem import REDUCTIONS
 
 
-class InfoNCELoss(nn.Module):
+class Loss(nn.Module):
+    """A public function whose options are fixed here, by name; what belongs to a batch is given to ``forward``."""
+
+    function: ClassVar[Callable[..., Any]]
+    batch: ClassVar[tuple[str, ...]]  # what belongs to a batch
+    numbers: ClassVar[tuple[str, ...]] = ()  # what may be an nn.Parameter, which is registered and trained
+    check: ClassVar[Callable[..., None]]  # of options
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        names = [n for n in inspect.signature(type(self).function).parameters if n not in self.batch]
+        for name in options:
+            if name not in names:
+                why = (
+                    "belongs to a batch: give it to forward" if name in self.batch else f"is none of {', '.join(names)}"
+                )
+                raise TypeError(f"option {name!r} {why}")
+        type(self).check(**options)
+        for name in self.numbers:
+            setattr(self, name, options.pop(name))
+        self.options = options
+
+    def fixed(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self.numbers}, **self.options}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.fixed().items() if not isinstance(value, Tensor))
+
+
+class InfoNCELoss(Loss):
     """Module form of :func:`pycse.fused_infonce`; see there for formula, arguments and errors.
 
-    What belongs to a batch (positives, query_ids, key_ids, weight) is given to ``forward``; the rest is fixed here. A
-    temperature that is an ``nn.Parameter`` is registered and trained.
+    What belongs to a batch (positives, query_ids, key_ids, weight, and exclude_above where it is a tensor) is given to
+    ``forward``; the rest is fixed here. A temperature that is an ``nn.Parameter`` is registered and trained.
     """
 
-    def __init__(
-        self,
-        temperature: float | Tensor = 0.05,
-        *,
-        hard_negative_weight: float = 0.0,
-        exclude_above: float | None = None,
-        symmetric: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-        validate: bool = False,
-    ) -> None:
-        super().__init__()
-        validation.real("temperature", temperature, positive=True)
-        validation.real("hard_negative_weight", hard_negative_weight)
-        validation.choice("reduction", reduction, REDUCTIONS)
-        validation.choice("backend", backend, CHOICES)
-        self.temperature = temperature
-        self.options: dict[str, Any] = dict(
-            hard_negative_weight=hard_negative_weight,
-            exclude_above=exclude_above,
-            symmetric=symmetric,
-            normalize=normalize,
-            reduction=reduction,
-            backend=backend,
-            validate=validate,
-        )
+    function = staticmethod(fused_infonce)
+    batch = ("z1", "z2", "positives", "query_ids", "key_ids", "weight")
+    numbers = ("temperature",)
+    check = staticmethod(validation.contrastive_options)
+
+    def __init__(self, temperature: float | Tensor = 0.05, **options: Any) -> None:
+        super().__init__(temperature=temperature, **options)
 
     def forward(
         self,
@@ -60,21 +67,11 @@ class InfoNCELoss(nn.Module):
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
         weight: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
-        return fused_infonce(
-            z1,
-            z2,
-            self.temperature,
-            positives=positives,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            weight=weight,
-            **self.options,
+        return type(self).function(
+            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **{**self.fixed(), **more}
         )
-
-    def extra_repr(self) -> str:
-        shown = {"temperature": self.temperature, **self.options}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
 
 
 class FocalInfoNCELoss(InfoNCELoss):
@@ -83,48 +80,23 @@ class FocalInfoNCELoss(InfoNCELoss):
     As :class:`InfoNCELoss`, with the hardness ``m``, which may be an ``nn.Parameter`` as well.
     """
 
+    function = staticmethod(fused_focal_infonce)
+    numbers = ("temperature", "m")
+
     def __init__(self, temperature: float | Tensor = 0.05, m: float | Tensor = 0.3, **options: Any) -> None:
-        super().__init__(temperature, **options)
-        validation.real("m", m)
-        self.m = m
-
-    def forward(
-        self,
-        z1: Tensor,
-        z2: Tensor,
-        *,
-        positives: Tensor | None = None,
-        query_ids: Tensor | None = None,
-        key_ids: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return fused_focal_infonce(
-            z1,
-            z2,
-            self.temperature,
-            self.m,
-            positives=positives,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            weight=weight,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if isinstance(self.m, Tensor) else f", m={self.m!r}")
+        super().__init__(temperature, m=m, **options)
 
 
-class DistillLoss(nn.Module):
+class DistillLoss(Loss):
     """Module form of :func:`pycse.fused_distill`; see there for formula, arguments and errors.
 
     Options of the loss are fixed here; what belongs to a batch (teachers, teacher_logits, seed, weight) is given to
     ``forward``.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        _known_options(fused_distill, options, belongs_to_batch=("z", *_BATCH))
-        self.options = options
+    function = staticmethod(fused_distill)
+    batch = ("z", "teachers", "teacher_logits", "seed", "weight")
+    check = staticmethod(validation.distillation_options)
 
     def forward(
         self,
@@ -137,23 +109,20 @@ class DistillLoss(nn.Module):
     ) -> Tensor:
         return fused_distill(z, teachers, teacher_logits=teacher_logits, seed=seed, weight=weight, **self.options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class DistillCSELoss(nn.Module):
+class DistillCSELoss(Loss):
     """Module form of :func:`pycse.fused_distillcse`; see there for formula, arguments and errors.
 
     As :class:`DistillLoss`; ``temperature`` and ``m`` may be ``nn.Parameter``s, which are registered and trained.
     """
 
+    function = staticmethod(fused_distillcse)
+    batch = (*InfoNCELoss.batch, "teachers", "teacher_logits", "seed")
+    numbers = ("temperature", "m")
+    check = staticmethod(validation.distillcse_options)
+
     def __init__(self, temperature: float | Tensor = 0.05, m: float | Tensor | None = None, **options: Any) -> None:
-        super().__init__()
-        validation.real("temperature", temperature, positive=True)
-        if m is not None:
-            validation.real("m", m)
-        _known_options(fused_distillcse, options, belongs_to_batch=("z1", "z2", *_BATCH))
-        self.temperature, self.m, self.options = temperature, m, options
+        super().__init__(temperature=temperature, m=m, **options)
 
     def forward(
         self,
@@ -172,38 +141,11 @@ class DistillCSELoss(nn.Module):
             z1,
             z2,
             teachers,
-            self.temperature,
-            self.m,
             teacher_logits=teacher_logits,
             seed=seed,
             positives=positives,
             query_ids=query_ids,
             key_ids=key_ids,
             weight=weight,
-            **self.options,
+            **self.fixed(),
         )
-
-    def extra_repr(self) -> str:
-        shown = {"temperature": self.temperature, "m": self.m, **self.options}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
-
-
-_BATCH = ("teachers", "teacher_logits", "seed", "positives", "query_ids", "key_ids", "weight")
-
-
-def _known_options(function: Any, options: dict[str, Any], belongs_to_batch: tuple[str, ...]) -> None:
-    """Unknown or contradictory options fail when the module is made, not in the first step."""
-    parameters = inspect.signature(function).parameters
-    names = [n for n in parameters if n not in (*belongs_to_batch, "temperature", "m")]
-    for name in options:
-        if name not in names:
-            why = (
-                "belongs to a batch: give it to forward"
-                if name in belongs_to_batch and name in parameters
-                else f"is none of {', '.join(names)}"
-            )
-            raise TypeError(f"option {name!r} {why}")
-    validation.distillation_options(**{n: v for n, v in options.items() if n in validation.DISTILLATION_OPTIONS})
-    for name, allowed in (("reduction", REDUCTIONS), ("backend", CHOICES)):
-        if name in options:
-            validation.choice(name, options[name], allowed)

@@ -7,14 +7,18 @@ backend returns a ``Result``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pycse import logits
+from pycse.logits import Logit
+
 REDUCTIONS = ("mean", "sum", "none")
 SHUFFLES = ("sample", "expected", "none")
 DIVERGENCES = ("ce", "kl", "js")
+EXCLUDE_BY = ("absolute", "relative", "constant")
 FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
 
@@ -64,21 +68,65 @@ class Rows:
 
 @dataclass
 class Contrastive(Rows):
+    """Field by field the operator's arguments (pycse/ops): those that may require grad, other tensors, options."""
+
     z1: Tensor  # (B, D)
     z2: Tensor  # (N, D)
     temperature: float | Tensor
-    m: float | Tensor
-    focal: bool
+    m: float | Tensor = 0.0
+    weight: Tensor | None = None  # (B,)
     positives: Tensor | None = None  # (B,) int64
     query_ids: Tensor | None = None  # (B,) int64
     key_ids: Tensor | None = None  # (N,) int64
-    weight: Tensor | None = None  # (B,)
+    exclude_each: Tensor | None = None  # (B,): exclude_above row by row
+    form: str = "infonce"
+    positive_margin: float = 0.0
+    hardness: float = 0.0
+    hardness_mode: str = "all_negatives"
     hard_negative_weight: float = 0.0
     exclude_above: float | None = None
+    exclude_by: str = "absolute"
     symmetric: bool = False
     normalize: bool = True
     reduction: str = "mean"
     needs: Needs = Needs()
+
+    @property
+    def logit(self) -> Logit:
+        return logits.logit(
+            self.form, self.positive_margin, self.hardness, self.hardness_mode, self.hard_negative_weight
+        )
+
+    @property
+    def trained(self) -> bool:
+        """Whether the gradient of temperature or m is wanted."""
+        return self.needs.temperature or self.needs.m
+
+    @property
+    def numbers_known(self) -> bool:
+        return not isinstance(self.temperature, Tensor) and not isinstance(self.m, Tensor)
+
+    def coefficients(self) -> logits.Coefficients | Tensor:
+        """Of the logit: numbers, or (8,) in ``acc`` where temperature or m is a tensor."""
+        if isinstance(self.temperature, Tensor) or isinstance(self.m, Tensor):
+            return self.logit.coefficients_on_device(self.temperature, self.m, self.z1, self.acc)
+        return self.logit.coefficients(self.temperature, self.m)
+
+    @property
+    def excludes(self) -> bool:
+        return self.exclude_above is not None or self.exclude_each is not None
+
+    def threshold(self, s_pos: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+        """The similarity above which a key is no negative, from the positives' similarities of these rows."""
+        d: float | Tensor
+        if self.exclude_each is not None:
+            d = self.exclude_each[rows].to(s_pos.dtype).reshape(s_pos.shape)
+        else:
+            assert self.exclude_above is not None
+            d = self.exclude_above
+        if self.exclude_by == "constant":
+            return torch.zeros_like(s_pos) + d
+        return s_pos + (d * s_pos.abs() if self.exclude_by == "relative" else d)
 
     @property
     def shift(self) -> float | None:
@@ -90,14 +138,19 @@ class Contrastive(Rows):
         """
         if not self.normalize or isinstance(self.temperature, Tensor) or isinstance(self.m, Tensor):
             return None
-        if self.focal:
-            m = abs(self.m)
-            high, low = 1 + m, (-m * m / 4 if m <= 2 else 1 - m)
-        else:
-            high, low = 1.0, -1.0
-        w = abs(self.hard_negative_weight)
-        high, low = high / self.temperature + w, low / self.temperature - w
+        low, high = self.logit.range(self.temperature, self.m)
         return high - FIXED_RANGE / 2 if high - low <= FIXED_RANGE else None
+
+    def result(
+        self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
+    ) -> Result:
+        """The gradients of the logit's coefficients, (GRADIENTS, B), as those of temperature and m."""
+        dtemperature = dm = None
+        if dlogit is not None:
+            dtemperature, dm = self.logit.gradients(
+                dlogit, self.temperature, self.m, self.needs.temperature, self.needs.m
+            )
+        return Result(rows, dz1, dz2, dtemperature, dm, **more)
 
 
 class Grouping(NamedTuple):

@@ -131,7 +131,7 @@ def test_more_than_2_to_the_31_elements_do_not_overflow(backend):
     keys = torch.randn(N, 4)
     outcome = []
     for panel_S in (S, compact):
-        p = Contrastive(keys[:rows], keys, 0.05, 0.3, True, needs=Needs(True, True))
+        p = Contrastive(keys[:rows], keys, 0.05, 0.3, form="focal", needs=Needs(True, True))
         state = panel.State(r2=torch.ones(N), coef=1.0, loss=torch.empty(rows))
         kernels(p, state).rows(panel_S, 0, True)
         outcome.append((state.loss, panel_S.clone()))

@@ -76,7 +76,7 @@ template <class Contrastive>
 void check_columns(const Contrastive& p) {
   needed("r2", p.r2, p.N);
   if (p.N != p.B) refuse("N", "be B in a symmetric loss", p.N);
-  if (p.exclude) needed("s_pos", p.s_pos, p.B);
+  if (p.exclude.given) needed("s_pos", p.s_pos, p.B);
   needed("column_max", p.column_max, p.N), needed("column_sum", p.column_sum, p.N);
 }
 template <class Contrastive>

@@ -11,7 +11,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "logit.h"
+#include "target.h"
 
 namespace pycse {
 

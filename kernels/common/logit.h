@@ -1,35 +1,43 @@
-// The logit of InfoNCE and Focal-InfoNCE as one quadratic of the cosine similarity s, for host and device.
+// A logit as data: quadratics of the cosine similarity s, for host and device. pycse/logits.py says which loss has which
+// numbers; 1/temperature is in them, and no kernel knows a loss by name.
 //
-//   l(s)  = (q s + b) s / tau        l'(s) = (2 q s + b) / tau
+//   positive             l = (pos_q s + pos_b) s + pos_c              l' = 2 pos_q s + pos_b
+//   negative             l = (q s + b) s                              l' = 2 q s + slope
+//   own hard negative    l = (q s + b) s + own_b s + own_c            l' = 2 q s + slope
 //
-//   Focal-InfoNCE  negative: q = 1, b = m      positive: q = 1, b = 0     (arXiv 2310.06918, eq. 5)
-//   InfoNCE        negative: q = 0, b = 1      positive: q = 0, b = 1
+// slope differs from b where a part of the value is not differentiated (hardness weighting). Gradients are given for the
+// first kGradients coefficients, summed over what a row has: dL/dq = sum P s^2, dL/db = sum P s with P = dL/dl over the
+// negatives, and P s^2, P s, P of the positive.
 #pragma once
-
-#ifdef __CUDACC__
-#define PYCSE_HD __host__ __device__ __forceinline__
-#else
-#define PYCSE_HD inline __attribute__((always_inline))
-#endif
+#include "target.h"
 
 namespace pycse {
 
+constexpr int kCoefficients = 8, kGradients = 5;
+
 template <class A>
 struct Logit {
-  A q, b, inv_tau;
-  PYCSE_HD A operator()(A s) const { return (q * s + b) * s * inv_tau; }
-  // tau l'(s): the factor 1/tau is the same for a whole row and is applied once, with the row's other factors.
-  PYCSE_HD A slope(A s) const { return 2 * q * s + b; }
+  A pos_q, pos_b, pos_c, q, b, slope, own_b, own_c;
+
+  PYCSE_HD A operator()(A s) const { return (q * s + b) * s; }
+  PYCSE_HD A derivative(A s) const { return 2 * q * s + slope; }
+  PYCSE_HD A positive(A s) const { return (pos_q * s + pos_b) * s + pos_c; }
+  PYCSE_HD A positive_derivative(A s) const { return 2 * pos_q * s + pos_b; }
+  PYCSE_HD A own(A s) const { return own_b * s + own_c; }  // what an own hard negative has more
+  PYCSE_HD bool has_own() const { return own_b != 0 || own_c != 0; }
 };
 
-template <class A>
-PYCSE_HD Logit<A> negative_logit(bool focal, A m, A inv_tau) {
-  return focal ? Logit<A>{1, m, inv_tau} : Logit<A>{0, 1, inv_tau};
-}
+// The coefficients in this order, or where they stand in a device's memory (acc), which no host reads.
+struct Coefficients {
+  double value[kCoefficients] = {0, 20, 0, 0, 20, 20, 0, 0};
+  const void* at = nullptr;
 
-template <class A>
-PYCSE_HD Logit<A> positive_logit(bool focal, A inv_tau) {
-  return focal ? Logit<A>{1, 0, inv_tau} : Logit<A>{0, 1, inv_tau};
-}
+  template <class A>
+  PYCSE_HD Logit<A> logit() const {
+    const A* x = static_cast<const A*>(at);
+    const auto number = [&](int k) { return x ? x[k] : A(value[k]); };
+    return {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7)};
+  }
+};
 
 }  // namespace pycse

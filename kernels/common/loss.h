@@ -2,12 +2,12 @@
 //
 //   x_ij  = l_ij / log 2          logits in bits, so that exponentials are powers of two: e = 2^(x - top)
 //   L     = log(1 + z_neg / e_pos),   z_neg = sum_neg e,   e_pos = 2^(x_pos - top)
-//   f     = coef / ((z_neg + e_pos) tau)      the row's factor: G_ij = f e l' tau r_j over the negatives
-//   G_pos = -f z_neg tau l'_pos r_pos         from the negatives' sum: a confident row (p -> 1) keeps its digits
+//   f     = coef / (z_neg + e_pos)            the row's factor: G_ij = f e l' r_j over the negatives
+//   G_pos = -f z_neg l'_pos r_pos             from the negatives' sum: a confident row (p -> 1) keeps its digits
 #pragma once
 #include <math.h>  // not cmath: ::exp and the like with their float overloads, on the host as on the device
 
-#include "storage.h"
+#include "problem.h"
 
 namespace pycse {
 
@@ -35,9 +35,6 @@ template <class A> constexpr A kResolved = A(0x1p29);
 template <> constexpr double kResolved<double> = 0x1p58;
 template <class A> PYCSE_HD A resolved(A top) { return top > kResolved<A> || top < -kResolved<A> ? nan<A>() : top; }
 
-// 1/tau; NaN for a temperature <= 0 that no host has seen.
-template <class A> PYCSE_HD A inverse(A tau) { return tau > 0 ? 1 / tau : nan<A>(); }
-
 // log(exp(x) + exp(y)), y finite.
 template <class A>
 PYCSE_HD A log_add(A x, A y) {
@@ -46,11 +43,11 @@ PYCSE_HD A log_add(A x, A y) {
 
 template <class A> PYCSE_HD A sigmoid(A x) { return 1 / (1 + exp(-x)); }
 
-// A logit in bits: x(s) = (u s + v) s.
+// A negative's logit in bits: x(s) = (u s + v) s.
 template <class A>
 struct Bits {
   A u, v;
-  PYCSE_HD explicit Bits(const Logit<A>& l) : u(l.q * l.inv_tau * A(kLog2e)), v(l.b * l.inv_tau * A(kLog2e)) {}
+  PYCSE_HD explicit Bits(const Logit<A>& l) : u(l.q * A(kLog2e)), v(l.b * A(kLog2e)) {}
   PYCSE_HD A operator()(A s) const { return (u * s + v) * s; }
 };
 
@@ -63,8 +60,10 @@ struct Negatives {
   int64_t id;                  // the row's
   bool exclude;                // keys with s > threshold
   A threshold;
-  A hard;                      // in bits: added for the row's own hard negatives, keys k B + i with k >= 1
+  A own_b, own_c;              // in bits: what the row's own hard negatives, keys k B + i with k >= 1, have more
   int i, B;
+
+  PYCSE_HD bool owns() const { return own_b != 0 || own_c != 0; }
 
   PYCSE_HD bool has(A s, int j) const {
     if constexpr (Masked)
@@ -80,16 +79,17 @@ struct Negatives {
   // Whether one of the keys [j, j + W) is the positive or an own hard negative.
   template <int W>
   PYCSE_HD bool special(int j) const {
-    return unsigned(positive - j) < unsigned(W) || (hard != 0 && until_own(j) < W);
+    return unsigned(positive - j) < unsigned(W) || (owns() && until_own(j) < W);
   }
   // The logits x of keys [j, j + W) as they count among the negatives: -inf where a key is none.
   template <int W>
   PYCSE_HD void apply(const A* s, int j, A* x) const {
     if (!Masked && !special<W>(j)) return;
     unsigned own = 0;
-    if (hard != 0)
+    if (owns())
       for (int k = until_own(j); k < W; k += B) own |= 1u << k;
-    for (int k = 0; k < W; ++k) x[k] = has(s[k], j + k) ? x[k] + (own >> k & 1 ? hard : A(0)) : -infinity<A>();
+    for (int k = 0; k < W; ++k)
+      x[k] = has(s[k], j + k) ? x[k] + (own >> k & 1 ? own_b * s[k] + own_c : A(0)) : -infinity<A>();
   }
 };
 
@@ -97,13 +97,13 @@ template <class A>
 struct RowLoss {
   A x_pos, loss, f, g_pos;  // g_pos in units of f
 
-  PYCSE_HD RowLoss(A z_neg, A top, A s_pos, A r_pos, const Logit<A>& logit_pos, A coef) {
-    x_pos = Bits<A>(logit_pos)(s_pos);
+  PYCSE_HD RowLoss(A z_neg, A top, A s_pos, A r_pos, const Logit<A>& logit, A coef) {
+    x_pos = logit.positive(s_pos) * A(kLog2e);
     const A e_pos = exp2_(x_pos - top), ratio = z_neg / e_pos;
     loss = ratio > 1 ? (log2(z_neg) + (top - x_pos)) * A(kLn2) + log1p(e_pos / z_neg)  // the ratio may overflow
                      : log1p(ratio);
-    f = coef / (z_neg + e_pos) * logit_pos.inv_tau;
-    g_pos = -z_neg * logit_pos.slope(s_pos) * r_pos;
+    f = coef / (z_neg + e_pos);
+    g_pos = -z_neg * logit.positive_derivative(s_pos) * r_pos;
   }
 };
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "logit.h"
+#include "target.h"
 
 namespace pycse {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "logit.h"
+#include "target.h"
 
 namespace pycse {
 

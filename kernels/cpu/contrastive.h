@@ -2,46 +2,16 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/groups.h"
+#include "../common/problem.h"
 
 namespace pycse {
 
-enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
+using Contrastive = ContrastiveOf<int64_t>;
+using Distill = DistillOf<int64_t>;
 
-// One contrastive problem. "acc" is the accumulation type: float for f32 and bf16 panels, double for f64.
-struct Contrastive {
-  int64_t B = 0, N = 0;
-  bool focal = true;
-  double inv_tau = 20, m = 0;
-  double shift = 0;                       // subtracted from every logit when fixed_shift; else the row's own maximum
-  bool fixed_shift = false;
-  double hard_weight = 0;                 // added to the logits of keys kB + i, k >= 1
-  bool exclude = false;
-  double exclude_above = 0;               // a key with s_ij > s_i,pos + exclude_above is no negative
-  const void* r2 = nullptr;               // (N) acc: 1/|z2_j|, 0 for a zero vector
-  void* s_pos = nullptr;                  // (B) acc: s of the positives from the embeddings; null: from the panel
-  const int64_t* positives = nullptr;     // (B) or null: i
-  const int64_t* query_ids = nullptr;     // (B) or null
-  const int64_t* key_ids = nullptr;       // (N) or null
-  const void* coef = nullptr;             // (B) acc: dLoss/dL_i, or null: coef_all for every row
-  double coef_all = 1;
-  void* loss = nullptr;                   // (B) acc
-  void* dtau = nullptr;                   // (B) acc or null: coef_i dL_i/dtau
-  void* dm = nullptr;                     // (B) acc or null: coef_i dL_i/dm
-  double* lpos = nullptr;                 // (B) or null: logit of the positive
-  double* lneg = nullptr;                 // (B) or null: log of the sum over the negatives
-  double* column_max = nullptr;  // (N) symmetric only: running maximum (times log2 e) and sum over the rows so far
-  double* column_sum = nullptr;  // (N)
-  double* lneg_column = nullptr;  // (N) symmetric only: the finished log-sums of the columns
-  void* lse_column = nullptr;  // (N) acc: log(exp(lneg_column) + exp(lpos))
-};
-
-// Rows [i0, i0 + c) of the similarity panel, row-major with leading dimension ld.
-struct Panel {
+// The type of its similarities and the threads that share its rows.
+struct Panel : PanelOf<int64_t> {
   DType dtype = DType::f32;
-  void* S = nullptr;
-  int64_t ld = 0, i0 = 0, c = 0;
-  void* f = nullptr;  // (c) acc: the rows' factors of G, gradients only
   int threads = 1;
 };
 
@@ -61,21 +31,6 @@ struct Small {  // a whole forward + backward in one call, for batches that fit 
 inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype, bool symmetric) {
   return 3 * B + N + B * N + (symmetric ? 13 * B : 0) + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
-
-enum class Divergence : int { ce = 0, kl = 1, js = 2 };
-
-// One distillation problem; formulas in distill.h.
-struct Distill {
-  int64_t B = 0;
-  double inv_student = 40, inv_teacher = 80, inv_group = 1;  // 1 / temperature
-  Divergence divergence = Divergence::ce;
-  Grouping cut;  // kind none: q stays as it is
-  bool sample = true;  // else each member receives its group's mean
-  uint64_t seed = 0;
-  const void* coef = nullptr;  // (B) acc: dLoss/dL_i, or null: coef_all for every row
-  double coef_all = 1;
-  void* loss = nullptr;  // (B) acc
-};
 
 struct Vectors {  // rows of embeddings, or of a matrix
   DType type = DType::f32;
@@ -98,12 +53,6 @@ struct SmallDistill {  // a whole forward + backward in one call, for batches th
 inline int64_t small_distill_work_size(int64_t B, int64_t D, int64_t teachers, DType dtype) {
   return (1 + teachers) * B + (teachers > 0 ? 3 : 2) * B * B + (dtype == DType::bf16 ? B * D : 0);
 }
-
-struct Uniformity {
-  double u = 0;  // 2 t / log 2
-  const void* bias = nullptr;  // (N) acc
-  void* sums = nullptr;  // (N) acc
-};
 
 // The kept blocks of a weight (out, in), by block rows and by block columns: pycse/sparse/pattern.py.
 struct SparsePattern {

@@ -2,18 +2,16 @@
 //
 // Symbols (kernels/README.md). A panel holds c rows of S_ij = z1hat_i . z2_j; the keys' norms fold in here:
 //   s_ij = S_ij r_j                 r_j = 1/|z2_j|
-//   l_ij = (q s + b) s / tau        logit.h; + hard_weight for row i's own hard negatives
+//   l_ij = (q s + b) s              common/logit.h; more for row i's own hard negatives
 //   L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
-// Gradient, written over S in units of the row factor f_i = coef_i / (z_i tau), which the driver applies to z1hat and
-// g1:
-//   G_ij = e_ij tau l'(s_ij) r_j                  negatives
-//   G_ip = -z_neg tau l'_pos(s_ip) r_p            the positive: from the negatives' sum, so that a confident row
+// Gradient, written over S in units of the row factor f_i = coef_i / z_i, which the driver applies to z1hat and g1:
+//   G_ij = e_ij l'(s_ij) r_j                      negatives
+//   G_ip = -z_neg l'_pos(s_ip) r_p                the positive: from the negatives' sum, so that a confident row
 //          (p -> 1) keeps its digits; p - 1 would cancel.
 // Stored: nothing but the panel and f. Memory: O(c) beyond it.
 #pragma once
 #include <algorithm>
 
-#include "../common/logit.h"
 #include "contrastive.h"
 #include "simd.h"
 
@@ -22,15 +20,8 @@ namespace pycse::PYCSE_ISA {
 constexpr int64_t kBlock = 256;  // keys visited at a time: the additive bias of a block stays in L1
 constexpr int64_t kLane = 16;  // floats of the widest vector: a ragged tail is padded to this, never run as scalars
 
-// Logits are in units of log 2 where they meet the exponential: bits(s) = (q s + b) s / (tau ln 2) = (u s + v) s.
-template <class A>
-struct Bits {
-  A u, v;
-  explicit Bits(const Logit<A>& l) : u(A(l.q * l.inv_tau * kLog2e)), v(A(l.b * l.inv_tau * kLog2e)) {}
-};
-
-// What is added to the bits of a key: offset (minus the row's shift) for a negative, -inf for a key that is none,
-// hard_weight more for one of the row's own hard negatives.
+// What is added to the bits of a key: offset (minus the row's shift) for a negative, -inf for a key that is none, and
+// what one of the row's own hard negatives has more.
 template <class A>
 struct alignas(64) Bias {
   A values[kBlock];
@@ -46,12 +37,12 @@ struct alignas(64) Bias {
 // threshold, and the padding [n, padded).
 template <class T, class A>
 PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive, const T* S, const A* r2, A threshold,
-                              int64_t a, int64_t n, int64_t padded, Bias<A>& bias) {
+                              int64_t a, int64_t n, int64_t padded, const Logit<A>& logit, Bias<A>& bias) {
   const A minus_inf = -INFINITY;
   int64_t hard = p.N;  // the first own hard negative at or after a: kB + i with k >= 1
-  if (p.hard_weight != 0) hard = std::max<int64_t>(1, (a - i + p.B - 1) / p.B) * p.B + i;
+  if (logit.has_own()) hard = std::max<int64_t>(1, (a - i + p.B - 1) / p.B) * p.B + i;
   const bool has_positive = positive >= a && positive < a + n;
-  if (!p.query_ids && !p.exclude && n == padded && !has_positive && hard >= a + n) return bias.plain;
+  if (!p.masked() && n == padded && !has_positive && hard >= a + n) return bias.plain;
 
   A* v = bias.values;
   for (int64_t k = 0; k < padded; ++k) v[k] = bias.offset;
@@ -60,36 +51,36 @@ PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive,
     const int64_t* ids = p.key_ids + a;
     for (int64_t k = 0; k < n; ++k) v[k] = ids[k] == id ? minus_inf : v[k];
   }
-  if (p.exclude)
+  if (p.exclude.given)
     for (int64_t k = 0; k < n; ++k) v[k] = load(S[k]) * r2[k] > threshold ? minus_inf : v[k];
-  for (; hard < a + n; hard += p.B) v[hard - a] += A(p.hard_weight * kLog2e);
+  for (; hard < a + n; hard += p.B) v[hard - a] += logit.own(load(S[hard - a]) * r2[hard - a]) * A(kLog2e);
   if (has_positive) v[positive - a] = minus_inf;
   for (int64_t k = n; k < padded; ++k) v[k] = minus_inf;
   return v;
 }
 
 struct Sums {
-  double z = 0, el = 0, es = 0;  // over the negatives: e, e l and e s (the last two for dL/dtau and dL/dm)
+  double z = 0, ess = 0, es = 0;  // over the negatives: e, e s^2 and e s (the last two for the coefficients' gradients)
 };
 
 // Not inlined: inside a larger body GCC keeps these loops scalar, ten times slower; a call for each block is free.
 template <bool Grad, bool Params, class T, class A>
 PYCSE_NOINLINE void visit(T* S, const A* r2, const A* bias, int64_t n, Logit<A> logit, Bits<A> bits, Sums& sums) {
-  A z = 0, el = 0, es = 0;
-#pragma omp simd reduction(+ : z, el, es)
+  A z = 0, ess = 0, es = 0;
+#pragma omp simd reduction(+ : z, ess, es)
   for (int64_t k = 0; k < n; ++k) {
     A r = r2[k];
     A s = load(S[k]) * r;
     A e = exp2_((bits.u * s + bits.v) * s + bias[k]);
     z += e;
     if constexpr (Params) {
-      el += e * logit(s);
+      ess += e * s * s;
       es += e * s;
     }
-    if constexpr (Grad) store(S[k], e * logit.slope(s) * r);
+    if constexpr (Grad) store(S[k], e * logit.derivative(s) * r);
   }
   sums.z += z;
-  sums.el += el;
+  sums.ess += ess;
   sums.es += es;
 }
 
@@ -108,11 +99,11 @@ PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bi
 // run on padded copies. Writes: to S.
 template <bool Writes, class T, class A, class F>
 PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold,
-                              Bias<A>& bias, F body) {
+                              const Logit<A>& logit, Bias<A>& bias, F body) {
   const int64_t whole = p.N / kLane * kLane;
   for (int64_t a = 0; a < whole; a += kBlock) {
     int64_t n = std::min(kBlock, whole - a);
-    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, bias));
+    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, logit, bias));
   }
   if (int64_t n = p.N - whole; n > 0) {
     T tail[kLane] = {};
@@ -121,21 +112,10 @@ PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive,
       tail[k] = S[whole + k];
       r_tail[k] = r2[whole + k];
     }
-    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, bias));
+    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, logit, bias));
     for (int64_t k = 0; Writes && k < n; ++k) S[whole + k] = tail[k];
   }
 }
-
-PYCSE_INLINE double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-template <class A>
-PYCSE_INLINE double coef_of(const Contrastive& p, int64_t i) {
-  return p.coef ? double(static_cast<const A*>(p.coef)[i]) : p.coef_all;
-}
-
-// A row whose largest logit is beyond this is NaN: the maximum's own rounding would decide it (common/loss.h).
-template <class A> constexpr A kResolved = A(0x1p29);
-template <> inline constexpr double kResolved<double> = 0x1p58;
 
 // One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in
 // bits where the shift is fixed.
@@ -143,41 +123,36 @@ template <bool Grad, bool Params, class T>
 PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>& bias) {
   using A = acc_t<T>;
   const A* r2 = static_cast<const A*>(p.r2);
-  const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
-  const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
+  const Logit<A> logit = p.logit.logit<A>();
   const Bits<A> bits(logit);
   const int64_t pos = p.positives ? p.positives[i] : i;
   const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[pos]) * r2[pos];
-  const double l_pos = logit_pos(s_pos);
-  const A threshold = s_pos + A(p.exclude_above);
+  const A threshold = p.exclude.of(i, s_pos);
 
   if (!p.fixed_shift) {
     bias.set(0);
-    A top = A(l_pos * kLog2e);
-    over_blocks<false>(p, i, pos, S, r2, threshold, bias,
+    A top = logit.positive(s_pos) * A(kLog2e);
+    over_blocks<false>(p, i, pos, S, r2, threshold, logit, bias,
                        [&](int64_t n, const T* s, const A* r, const A* b)
                            __attribute__((always_inline)) { top = block_max(s, r, b, n, bits, top); });
-    bias.set(std::abs(top) > kResolved<A> ? A(NAN) : -top);
+    bias.set(-resolved(top));
   }
 
   Sums sums;
-  over_blocks<Grad>(p, i, pos, S, r2, threshold, bias,
+  over_blocks<Grad>(p, i, pos, S, r2, threshold, logit, bias,
                     [&](int64_t n, T* s, const A* r, const A* b)
                         __attribute__((always_inline)) { visit<Grad, Params>(s, r, b, n, logit, bits, sums); });
 
-  const double z_neg = sums.z, z = z_neg + exp2_(l_pos * kLog2e + double(bias.offset));
-  const double l_neg = (std::log2(z_neg) - double(bias.offset)) * kLn2;
-  if (p.loss) static_cast<A*>(p.loss)[i] = A(z_neg == 0 ? 0 : softplus(l_neg - l_pos));
-  if (p.lpos) p.lpos[i] = l_pos;
-  if (p.lneg) p.lneg[i] = l_neg;
+  const RowLoss<double> result(sums.z, -double(bias.offset), s_pos, r2[pos], p.logit.logit<double>(),
+                               p.coefficient<A>(i));
+  if (p.loss) static_cast<A*>(p.loss)[i] = A(sums.z == 0 ? 0 : result.loss);
+  if (p.lpos) static_cast<double*>(p.lpos)[i] = result.x_pos * kLn2;
+  if (p.lneg) static_cast<double*>(p.lneg)[i] = (std::log2(sums.z) - double(bias.offset)) * kLn2;
   if constexpr (!Grad) return A(0);
-  const double f = coef_of<A>(p, i) / z * p.inv_tau;
-  store(S[pos], A(-z_neg * double(logit_pos.slope(s_pos)) * double(r2[pos])));
-  if constexpr (Params) {
-    if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-f * (sums.el - z_neg * l_pos));
-    if (p.dm) static_cast<A*>(p.dm)[i] = A(f * sums.es);
-  }
-  return A(f);
+  store(S[pos], A(result.g_pos));
+  if constexpr (Params)
+    p.store_gradients(i, A(result.f * sums.ess), A(result.f * sums.es), A(-result.f * sums.z), s_pos);
+  return A(result.f);
 }
 
 template <bool Grad, bool Params, class T>
@@ -198,7 +173,7 @@ void rows_of(const Contrastive& p, const Panel& panel) {
 template <class T>
 void rows_dtype(const Contrastive& p, const Panel& panel, bool grad) {
   if (!grad) rows_of<false, false, T>(p, panel);
-  else if (p.dtau || p.dm) rows_of<true, true, T>(p, panel);
+  else if (p.dlogit) rows_of<true, true, T>(p, panel);
   else rows_of<true, false, T>(p, panel);
 }
 

@@ -149,24 +149,23 @@ bool small_of(Contrastive p, const Small& q) {
   float* next = q.work;
   const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
   if (q.symmetric) {
-    for (double** at : {&p.lpos, &p.lneg, &p.column_max, &p.column_sum, &p.lneg_column})
-      *at = reinterpret_cast<double*>(take(2 * B));
+    for (void** at : {&p.lpos, &p.lneg, &p.column_max, &p.column_sum, &p.lneg_column}) *at = take(2 * B);
     p.lse_column = take(B);
     float *coef = take(B), *s_pos = take(B);
-    if (p.exclude) p.s_pos = s_pos;  // columns compare with them
+    if (p.exclude.given) p.s_pos = s_pos;  // columns compare with them
     if (!p.coef) {
       std::fill_n(coef, B, float(p.coef_all));
       p.coef = coef;
     }
-    std::fill_n(p.column_max, B, -INFINITY);
-    std::fill_n(p.column_sum, B, 0.0);
+    std::fill_n(static_cast<double*>(p.column_max), B, -INFINITY);
+    std::fill_n(static_cast<double*>(p.column_sum), B, 0.0);
   }
   float *r1 = take(B), *r2 = take(N), *loss = take(B), *f = take(B), *S = take(B * N);
   float *g1 = next, *g2 = g1 + B * D;
   if constexpr (sizeof(T) == sizeof(float)) g1 = dz1, g2 = dz2;
   p.r2 = r2;
   if (p.loss == nullptr) p.loss = loss;
-  const bool grad = dz1 || dz2 || p.dtau || p.dm, params = p.dtau || p.dm;
+  const bool grad = dz1 || dz2 || p.dlogit, params = p.dlogit;
 
   int too_long = 0;
   auto inverse = [&](const T* z) {
@@ -205,7 +204,7 @@ bool small_of(Contrastive p, const Small& q) {
     }
     if (q.symmetric && ok) {  // B = N: this thread has the rows and the columns i0 to i1
       for (int64_t a = i0; a < i1; a += kBlock)
-        fold_columns<float>(p, {DType::f32, S, N, 0, B}, a, std::min(kBlock, i1 - a));
+        fold_columns<float>(p, Panel{{S, N, 0, B}}, a, std::min(kBlock, i1 - a));
       for (int64_t i = i0; i < i1; ++i) finish_column<float>(p, i);
 #pragma omp barrier
       for (int64_t i = i0; grad && i < i1; ++i) {
@@ -229,7 +228,7 @@ bool small_of(Contrastive p, const Small& q) {
     }
   }
   double sum = 0;
-  for (int64_t i = 0; i < B; ++i) sum += coef_of<float>(p, i) * static_cast<const float*>(p.loss)[i];
+  for (int64_t i = 0; i < B; ++i) sum += double(p.coefficient<float>(i)) * static_cast<const float*>(p.loss)[i];
   if (q.total) *q.total = float(sum);
   return !too_long;
 }

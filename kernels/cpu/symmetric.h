@@ -23,9 +23,9 @@ PYCSE_NOINLINE void column_bias(const Contrastive& p, int64_t i, const T* S, int
     const int64_t id = p.query_ids[i];
     for (int64_t k = 0; k < n; ++k) bias[k] = p.key_ids[a + k] == id ? minus_inf : bias[k];
   }
-  if (p.exclude) {
+  if (p.exclude.given) {
     const A* diag = static_cast<const A*>(p.s_pos) + a;
-    for (int64_t k = 0; k < n; ++k) bias[k] = load(S[k]) * r2[k] > diag[k] + A(p.exclude_above) ? minus_inf : bias[k];
+    for (int64_t k = 0; k < n; ++k) bias[k] = load(S[k]) * r2[k] > p.exclude.of(a + k, diag[k]) ? minus_inf : bias[k];
   }
   if (i >= a && i < a + n) bias[i - a] = minus_inf;
 }
@@ -54,11 +54,11 @@ PYCSE_NOINLINE void column_sums(const T* S, const A* r2, const A* bias, int64_t 
 template <class T>
 void fold_columns(const Contrastive& p, const Panel& panel, int64_t a, int64_t n) {
   using A = acc_t<T>;
-  const Bits<A> bits(negative_logit<A>(p.focal, A(p.m), A(p.inv_tau)));
+  const Bits<A> bits(p.logit.logit<A>());
   const A* r2 = static_cast<const A*>(p.r2) + a;
   alignas(64) A bias[kBlock], offset[kBlock] = {}, top[kBlock], sum[kBlock] = {};
-  double* column_max = p.column_max + a;
-  double* column_sum = p.column_sum + a;
+  double* column_max = static_cast<double*>(p.column_max) + a;
+  double* column_sum = static_cast<double*>(p.column_sum) + a;
   auto row_of = [&](int64_t c) { return static_cast<const T*>(panel.S) + c * panel.ld + a; };
 
   for (int64_t k = 0; k < n; ++k) top[k] = A(p.fixed_shift ? p.shift * kLog2e : column_max[k]);
@@ -94,20 +94,16 @@ inline void columns(const Contrastive& p, const Panel& panel) {
   }
 }
 
-PYCSE_INLINE double log_add(double x, double y) {
-  double top = x > y ? x : y;
-  return top == -INFINITY ? top : top + std::log1p(std::exp((x > y ? y : x) - top));
-}
-PYCSE_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
 // Column j's log-sums, and the loss of row j, which had the row's share so far.
 template <class A>
 void finish_column(const Contrastive& p, int64_t j) {
-  const double l_neg = p.column_sum[j] == 0 ? -INFINITY : (std::log2(p.column_sum[j]) + p.column_max[j]) * kLn2;
-  p.lneg_column[j] = l_neg;
-  static_cast<A*>(p.lse_column)[j] = A(log_add(l_neg, p.lpos[j]));
+  const double sum = static_cast<const double*>(p.column_sum)[j], top = static_cast<const double*>(p.column_max)[j];
+  const double l_neg = sum == 0 ? -INFINITY : (std::log2(sum) + top) * kLn2;
+  const double l_pos = static_cast<const double*>(p.lpos)[j];
+  static_cast<double*>(p.lneg_column)[j] = l_neg;
+  static_cast<A*>(p.lse_column)[j] = A(log_add(l_neg, l_pos));
   A& loss = static_cast<A*>(p.loss)[j];
-  loss = A((double(loss) + softplus(l_neg - p.lpos[j])) / 2);
+  loss = A((double(loss) + log_add(l_neg - l_pos, 0.0)) / 2);
 }
 
 // 2^x where only the rounding of a log-sum makes x positive.
@@ -116,32 +112,31 @@ PYCSE_INLINE A probability(A x) {
   return exp2_(x > 0 ? A(0) : x);
 }
 
-// One block of a row: S -> G. Returns sum P l and sum P s through the last two arguments, P = dLoss/dl.
+// One block of a row: S -> G. Returns sum P s^2 and sum P s through the last two arguments, P = dLoss/dl.
 template <bool Params, class T, class A>
 PYCSE_NOINLINE void symmetric_block(T* S, const A* r2, const A* row_bias, const A* column_bias, int64_t n,
-                                    Logit<A> logit, Bits<A> bits, A coef_i, const A* coef_j, double& el, double& es) {
-  A sum_l = 0, sum_s = 0;
-#pragma omp simd reduction(+ : sum_l, sum_s)
+                                    Logit<A> logit, Bits<A> bits, A coef_i, const A* coef_j, double& Pss, double& Ps) {
+  A sum_ss = 0, sum_s = 0;
+#pragma omp simd reduction(+ : sum_ss, sum_s)
   for (int64_t k = 0; k < n; ++k) {
     A s = load(S[k]) * r2[k];
     A x = (bits.u * s + bits.v) * s;
     A P = A(0.5) * (coef_i * probability(x + row_bias[k]) + coef_j[k] * probability(x + column_bias[k]));
     if constexpr (Params) {
-      sum_l += P * logit(s);
+      sum_ss += P * s * s;
       sum_s += P * s;
     }
-    store(S[k], P * logit.slope(s) * logit.inv_tau * r2[k]);
+    store(S[k], P * logit.derivative(s) * r2[k]);
   }
-  el += sum_l;
-  es += sum_s;
+  Pss += sum_ss;
+  Ps += sum_s;
 }
 
 // Row i: S -> G, complete.
 template <bool Params, class T>
 void symmetric_row(const Contrastive& p, int64_t i, T* S) {
   using A = acc_t<T>;
-  const Logit<A> logit = negative_logit<A>(p.focal, A(p.m), A(p.inv_tau));
-  const Logit<A> logit_pos = positive_logit<A>(p.focal, A(p.inv_tau));
+  const Logit<A> logit = p.logit.logit<A>();
   const Bits<A> bits(logit);
   const A* r2 = static_cast<const A*>(p.r2);
   const A* coef = static_cast<const A*>(p.coef);
@@ -149,21 +144,21 @@ void symmetric_row(const Contrastive& p, int64_t i, T* S) {
   Bias<A> row_bias;
   alignas(64) A offset[kBlock], bias[kBlock];
   const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[i]) * r2[i];
-  const double l_pos = p.lpos[i];
-  row_bias.set(A(-log_add(p.lneg[i], l_pos) * kLog2e));
-  double el = 0, es = 0;
+  const double l_pos = static_cast<const double*>(p.lpos)[i], l_neg = static_cast<const double*>(p.lneg)[i];
+  const double l_neg_column = static_cast<const double*>(p.lneg_column)[i];
+  row_bias.set(A(-log_add(l_neg, l_pos) * kLog2e));
+  double Pss = 0, Ps = 0;
   for (int64_t a = 0; a < p.N; a += kBlock) {
     const int64_t n = std::min(kBlock, p.N - a);
     for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
     column_bias(p, i, S + a, a, n, offset, bias);
     symmetric_block<Params>(S + a, r2 + a,
-                            bias_of(p, i, i, S + a, r2 + a, s_pos + A(p.exclude_above), a, n, n, row_bias), bias, n,
-                            logit, bits, coef[i], coef + a, el, es);
+                            bias_of(p, i, i, S + a, r2 + a, p.exclude.of(i, s_pos), a, n, n, logit, row_bias), bias, n,
+                            logit, bits, coef[i], coef + a, Pss, Ps);
   }
-  const double P_pos = -0.5 * double(coef[i]) * (sigmoid(p.lneg[i] - l_pos) + sigmoid(p.lneg_column[i] - l_pos));
-  store(S[i], A(P_pos * p.inv_tau * double(logit_pos.slope(s_pos)) * double(r2[i])));
-  if (p.dtau) static_cast<A*>(p.dtau)[i] = A(-p.inv_tau * (el + P_pos * l_pos));
-  if (p.dm) static_cast<A*>(p.dm)[i] = A(p.inv_tau * es);
+  const double P_pos = -0.5 * double(coef[i]) * (sigmoid(l_neg - l_pos) + sigmoid(l_neg_column - l_pos));
+  store(S[i], A(P_pos * double(logit.positive_derivative(s_pos)) * double(r2[i])));
+  if constexpr (Params) p.store_gradients(i, A(Pss), A(Ps), A(P_pos), s_pos);
 }
 
 template <bool Params, class T>
@@ -174,7 +169,7 @@ void symmetric_of(const Contrastive& p, const Panel& panel) {
 
 template <class T>
 void symmetric_dtype(const Contrastive& p, const Panel& panel) {
-  if (p.dtau || p.dm) symmetric_of<true, T>(p, panel);
+  if (p.dlogit) symmetric_of<true, T>(p, panel);
   else symmetric_of<false, T>(p, panel);
 }
 

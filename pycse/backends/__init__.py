@@ -21,6 +21,7 @@ from pycse.backends import forks
 
 NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 CHOICES = ("auto", *NAMES)
+DIFFERENTIABLE = ("reference",)  # plain PyTorch: its own autograd, to any order
 # For "auto", best first.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 

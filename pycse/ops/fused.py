@@ -1,9 +1,10 @@
 """What the fused losses' operators share: gradients made in forward, autocast, and an eager route past the dispatcher.
 
-An operator of pycse takes, in this order: the arguments that may require grad (for one with losses a row: z1, z2,
-temperature, m, weight), other tensors, options, and ``needs``, one bool for each of the first. It returns its values,
-the loss first, and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay
-float32 until they are multiplied by the upstream gradient, so that loss scaling works.
+An operator of pycse takes the fields of its problems by name (ops/arguments.py), first those that may require grad, then
+other tensors, then options; and ``needs``, one bool for each of the first. It returns its values, the loss first, and
+the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are
+multiplied by the upstream gradient, so that loss scaling works. A backend that is plain PyTorch, whose own autograd
+differentiates to any order (``reference``), gives the values alone.
 
 Autograd keeps the gradients made in forward and gives them away in the first backward: no copy, and no memory beyond
 the gradients themselves. A second backward (retain_graph) and reduction="none", whose upstream gradient forward does
@@ -14,18 +15,18 @@ count on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pycse import transforms
+from pycse import backends, transforms
+from pycse.ops.arguments import Arguments
 
 library = torch.library.Library("pycse", "DEF")
 
-WEIGHT = 4  # where the weight stands, in operators with losses a row
 EMPTY = (0,)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_GUARD = contextlib.nullcontext()
@@ -50,10 +51,11 @@ def rows(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
 
 
-def value(tensor: Tensor | None, number: float) -> float | Tensor:
-    if tensor is None:
-        return number
-    return tensor.item() if tensor.device.type == "cpu" else tensor.detach()
+def number(x: Any) -> Any:
+    """A number that may be a tensor, as kernels take it: read where that does not wait for a device."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.item() if x.device.type == "cpu" else x.detach()
 
 
 def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -61,72 +63,76 @@ def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or like is None else gradient.to(gradient_dtype(like))
 
 
-def fake_gradients(needs: list[bool], z1: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Shapes of the gradients of z1 and the other inputs (z2, temperature, m, weight), for the fake kernels."""
-    result = []
-    for needed, x in zip(needs, (z1, *inputs)):
-        if not needed or x is None:
-            result.append(z1.new_empty(EMPTY))
-        else:
-            result.append(x.new_empty(x.shape, dtype=gradient_dtype(x)))
-    return tuple(result)
-
-
 class Fused:
-    """An operator with its autograd. ``forward`` takes the schema's arguments and may return None for tensors not
-    made."""
+    """An operator with its autograd.
+
+    ``forward`` takes the arguments by name (a mapping) and ``needs``; it returns ``values`` tensors and the gradients,
+    None for what is not made. ``fake`` makes the values' shapes from the same mapping.
+    """
 
     def __init__(
         self,
-        schema: str,
-        forward: Callable[..., tuple[Tensor | None, ...]],
+        name: str,
+        arguments: Arguments,
+        forward: Callable[[Mapping[str, Any], list[bool]], tuple[Tensor | None, ...]],
+        fake: Callable[[Mapping[str, Any]], tuple[Tensor, ...]],
         *,
-        tensors: int,
-        values: int,
-        embeddings: set[int],
-        differentiable: int = 5,
+        differentiable: tuple[str, ...],
+        embeddings: tuple[str, ...],
     ) -> None:
-        self.name = schema.split("(")[0]
-        names = [part.split("=")[0].split()[-1] for part in schema.split("(", 1)[1].split(") ->")[0].split(", ")]
-        self.forward, self.tensors, self.values, self.embeddings = forward, tensors, values, embeddings
-        self.differentiable = differentiable
-        self.reduction = names.index("reduction") if "reduction" in names else None
-        self.list_at = names.index("teachers") if "teachers" in names else None
-        library.define(schema)
-        self.op = getattr(torch.ops.pycse, self.name).default
-        library.impl(self.name, self._implementation, "CompositeExplicitAutograd")
-        library.impl(self.name, self._autograd, "Autograd")
+        self.name, self.arguments, self.forward, self.fake = name, arguments, forward, fake
+        assert arguments.names[: len(differentiable)] == differentiable
+        self.differentiable, self.embeddings = len(differentiable), {arguments.at[x] for x in embeddings}
+        self.tensors = len(arguments.tensors)
+        self.reduction, self.list_at, self.weight = (arguments.at.get(x) for x in ("reduction", "teachers", "weight"))
+        self.values = 3 if self.list_at is not None else 1
+        results = ", ".join(["Tensor"] * (self.values + self.differentiable))
+        library.define(f"{name}({arguments.schema}, bool[{self.differentiable}] needs) -> ({results})")
+        self.op = getattr(torch.ops.pycse, name).default
+        library.impl(name, self._implementation, "CompositeExplicitAutograd")
+        library.impl(name, self._autograd, "Autograd")
+        torch.library.register_fake(f"pycse::{name}", self._fake, lib=library)
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            library.impl(self.name, self._autocast(device, getattr(torch._C.DispatchKey, key)), key)
+            library.impl(name, self._autocast(device, getattr(torch._C.DispatchKey, key)), key)
 
-    def __call__(self, z1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        """The operator's values for the arguments of its schema up to ``needs``.
+    def __call__(self, *problems: Any, **others: Any) -> tuple[Tensor, ...]:
+        """The operator's values for its problems, and what else it takes: ``backend`` and the like.
 
         Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
         """
-        listed = () if self.list_at is None else rest[self.list_at - 1]
+        args = self.arguments.flat(*problems, **others)
+        if others["backend"] in backends.DIFFERENTIABLE:
+            result: Any = self.forward(self.arguments.named(args), [False] * self.differentiable)
+            return result[: self.values]
+        listed = () if self.list_at is None else args[self.list_at]
+        z1 = args[0]
         plain = (
             not torch.compiler.is_compiling()
             and torch._C._len_torch_dispatch_stack() == 0
             and not transforms.active()
             and not torch._C._get_tracing_state()
-            and all(map(_is_plain, (z1, *rest[: self.tensors - 1], *listed)))
+            and all(map(_is_plain, (*args[: self.tensors], *listed)))
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
             if transforms.active():
                 if torch.compiler.is_compiling():  # which cannot look into a transform of what has gradients of its own
                     torch._dynamo.graph_break("pycse: a loss under a transform of torch.func is not compiled")
-                return transformed(self, z1, *rest)
+                return transformed(self, *args)
             if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
                 raise RuntimeError(
                     "pycse: torch.jit.trace cannot record a fused loss; use torch.compile, or backend='reference'"
                 )
-            return self.op(z1, *rest, [False] * self.differentiable)[: self.values]
-        if _wants_gradients((z1, *rest[: self.differentiable - 1])):
-            return _Gradients.apply(self, self.forward, z1, *rest)
-        result: Any = self.forward(z1, *rest, [False] * self.differentiable)
+            return self.op(*args, [False] * self.differentiable)[: self.values]
+        if _wants_gradients(args[: self.differentiable]):
+            return _Gradients.apply(self, self.run, *args)
+        result = self.run(*args, [False] * self.differentiable)
         return result[: self.values]
+
+    def run(self, *args: Any) -> tuple[Any, ...]:
+        """``forward`` for the operator's arguments in order."""
+        *given, needs = args
+        return self.forward(self.arguments.named(tuple(given)), needs)
 
     def rowwise(self, args: Any) -> bool:
         """True where the losses are returned row by row."""
@@ -134,7 +140,21 @@ class Fused:
 
     def _implementation(self, *args: Any) -> tuple[Tensor, ...]:
         """``forward`` for the dispatcher: an op returns tensors, none of which are None or alias each other."""
-        return tuple(args[0].new_empty(EMPTY) if t is None else t for t in self.forward(*args))
+        if any(args[-1]) and args[self.arguments.at["backend"]] in backends.DIFFERENTIABLE:
+            raise RuntimeError(
+                f"pycse: torch.ops.pycse.{self.name} has no gradients with a backend of plain PyTorch; call pycse's "
+                "function, which PyTorch differentiates"
+            )
+        return tuple(args[0].new_empty(EMPTY) if t is None else t for t in self.run(*args))
+
+    def _fake(self, *args: Any) -> tuple[Tensor, ...]:
+        """Shapes: the values', and each gradient as its input where it is needed."""
+        *given, needs = args
+        gradients = (
+            x.new_empty(x.shape, dtype=gradient_dtype(x)) if needed and x is not None else args[0].new_empty(EMPTY)
+            for needed, x in zip(needs, given)
+        )
+        return (*self.fake(self.arguments.named(tuple(given))), *gradients)
 
     def _below_autograd(self, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -235,11 +255,11 @@ def by_rows(
     fused: Fused, run: Any, tensors: list[Any], options: list[Any], needs: list[bool], upstream: Tensor
 ) -> list[Tensor]:
     """Gradients of sum_i u_i w_i L_i: the upstream gradient u of each row is its weight."""
-    assert fused.reduction is not None
-    weight, options[fused.reduction - fused.tensors] = tensors[WEIGHT], "sum"
-    tensors[WEIGHT] = upstream if weight is None else upstream * weight
+    assert fused.reduction is not None and fused.weight == len(needs) - 1
+    weight, options[fused.reduction - fused.tensors] = tensors[fused.weight], "sum"
+    tensors[fused.weight] = upstream if weight is None else upstream * weight
     *gradients, row_losses = run(*tensors, *options, needs)[fused.values :]
-    return [*gradients, row_losses * upstream if needs[WEIGHT] else row_losses]
+    return [*gradients, row_losses * upstream if needs[fused.weight] else row_losses]
 
 
 def materialized(t: Tensor) -> Tensor:

@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pycse import backends
 from pycse.ops import fused
+from pycse.ops.arguments import Arguments
 from pycse.problem import Alignment, Uniformity
 
 
-def _uniformity(z: Tensor, t: float, normalize: bool, backend: str, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    run = backends.module(backend, z.device.type, "uniformity").uniformity
-    out = run(Uniformity(fused.rows(z), t, normalize, needs[0]))
+def _uniformity(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    p = UNIFORMITY.problem(Uniformity, a, need=needs[0])
+    run = backends.module(a["backend"], p.z.device.type, "uniformity").uniformity
+    if a["backend"] not in backends.DIFFERENTIABLE:
+        p.z = fused.rows(p.z)
+    out = run(p)
     return out.loss, out.dz1
 
 
-def _alignment(x: Tensor, y: Tensor, normalize: bool, backend: str, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    run = backends.module(backend, x.device.type, "uniformity").alignment
-    out = run(Alignment(fused.rows(x), fused.rows(y), normalize, (needs[0], needs[1])))
+def _alignment(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    p = ALIGNMENT.problem(Alignment, a, needs=(needs[0], needs[1]))
+    run = backends.module(a["backend"], p.x.device.type, "uniformity").alignment
+    if a["backend"] not in backends.DIFFERENTIABLE:
+        p.x, p.y = fused.rows(p.x), fused.rows(p.y)
+    out = run(p)
     return out.loss, out.dz1, out.dz2
 
 
+def _fake(z: Tensor) -> tuple[Tensor]:
+    return (z.new_empty((), dtype=torch.promote_types(z.dtype, torch.float32)),)
+
+
+UNIFORMITY = Arguments(Uniformity, backend=str)
+ALIGNMENT = Arguments(Alignment, backend=str)
 uniformity_op = fused.Fused(
-    "uniformity(Tensor z, float t, bool normalize, str backend, bool[1] needs) -> (Tensor, Tensor)",
-    _uniformity,
-    tensors=1,
-    values=1,
-    embeddings={0},
-    differentiable=1,
+    "uniformity", UNIFORMITY, _uniformity, lambda a: _fake(a["z"]), differentiable=("z",), embeddings=("z",)
 )
 alignment_op = fused.Fused(
-    "alignment(Tensor x, Tensor y, bool normalize, str backend, bool[2] needs) -> (Tensor, Tensor, Tensor)",
-    _alignment,
-    tensors=2,
-    values=1,
-    embeddings={0, 1},
-    differentiable=2,
+    "alignment", ALIGNMENT, _alignment, lambda a: _fake(a["x"]), differentiable=("x", "y"), embeddings=("x", "y")
 )
 
 
-@torch.library.register_fake("pycse::uniformity", lib=fused.library)
-def _fake_uniformity(z, t, normalize, backend, needs):
-    return z.new_empty((), dtype=torch.promote_types(z.dtype, torch.float32)), *fused.fake_gradients(needs, z)
+def uniformity(p: Uniformity, backend: str) -> Tensor:
+    return uniformity_op(p, backend=backend)[0]
 
 
-@torch.library.register_fake("pycse::alignment", lib=fused.library)
-def _fake_alignment(x, y, normalize, backend, needs):
-    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), *fused.fake_gradients(needs, x, y)
-
-
-def uniformity(*args) -> Tensor:
-    return uniformity_op(*args)[0]
-
-
-def alignment(*args) -> Tensor:
-    return alignment_op(*args)[0]
+def alignment(p: Alignment, backend: str) -> Tensor:
+    return alignment_op(p, backend=backend)[0]

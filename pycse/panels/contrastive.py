@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pycse.logits import GRADIENTS
 from pycse.panels import products
 from pycse.panels.products import Products
 from pycse.problem import Contrastive, Result
@@ -57,8 +58,7 @@ class State:
     # s_i,pos straight from the embeddings: a 16-bit panel has rounded it, and the loss is most sensitive there; and the
     # columns of a symmetric loss compare with s_jj before their panel comes. None: taken from the panel.
     s_pos: Tensor | None = None
-    dtau: Tensor | None = None
-    dm: Tensor | None = None
+    dlogit: Tensor | None = None  # (GRADIENTS, B): of the logit's coefficients
     sums: LogSums | None = None
 
 
@@ -131,11 +131,10 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     (B, D), N = z1.shape, z2.shape[0]
     new = lambda *shape, dtype=p.acc: torch.empty(shape, dtype=dtype, device=z1.device)  # noqa: E731
 
-    grad = p.needs.z1 or p.needs.z2 or p.needs.temperature or p.needs.m
+    grad = p.needs.z1 or p.needs.z2 or p.trained
     state = State(r2=new(N), coef=p.row_coefficients(), loss=new(B))
-    state.dtau = new(B) if p.needs.temperature else None
-    state.dm = new(B) if p.needs.m else None
-    if z1.dtype == torch.bfloat16 or (p.symmetric and p.exclude_above is not None):
+    state.dlogit = new(GRADIENTS, B) if p.trained else None
+    if z1.dtype == torch.bfloat16 or (p.symmetric and p.excludes):
         state.s_pos = new(B)
     if p.symmetric:
         state.sums = LogSums.empty(B, kernels.statistics or p.acc, p)
@@ -197,13 +196,7 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
             k.project(z2, total, r2, dz2, scaled=not far)
         elif dz2 is not total:
             dz2.copy_(total)
-    return Result(
-        state.loss,
-        dz1,
-        dz2,
-        None if state.dtau is None else state.dtau.sum(),
-        None if state.dm is None else state.dm.sum(),
-    )
+    return p.result(state.loss, dz1, dz2, state.dlogit)
 
 
 class KeyGradient:
@@ -263,7 +256,7 @@ def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
     assert sums is not None
     sums.column_max.fill_(-torch.inf)
     sums.column_sum.zero_()
-    if p.exclude_above is not None:
+    if p.excludes:
         for _ in panels():  # every s_jj before the first column
             pass
     for i0, _, z1hat, _, S in panels():

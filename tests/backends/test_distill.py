@@ -18,7 +18,7 @@ from pycse.backends.reference import distill as reference
 from pycse.losses import DistillCSELoss, DistillLoss
 from pycse.ops.distill import distill as op
 from pycse.panels import distill as panel
-from pycse.problem import Distillation, Grouping
+from pycse.problem import Contrastive, Distillation, Grouping
 
 BACKENDS = ["torch", "cpu"]
 
@@ -419,10 +419,8 @@ def test_opcheck(backend):
     z, teachers = batch(10, dtype=torch.float32)
     z.requires_grad_()
     z2 = z.detach().clone().requires_grad_()
-    args = (
-        z, z2, None, None, None, None, None, None, None, torch.tensor(5), 0.05, 0.0, False, 0.0, None, False, True, "mean",
-        backend, False, teachers, [0.5, 0.5], 1.0, 0.025, 0.0125, 1.0, "mass", 0.1, 0, "sample", "ce", 0, [False] * 5,
-    )  # fmt: skip
+    p, d = Contrastive(z, z2, 0.05), Distillation(z, teachers, [0.5, 0.5], seed=torch.tensor(5))
+    args = (*op.arguments.flat(p, d, backend=backend, validate=False), [False] * 5)
     torch.library.opcheck(op.op, args)
 
 

@@ -66,6 +66,18 @@ OPTIONS = [
     Case(9, options={"query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),  # no negatives at all
     Case(40, 300, options={"exclude_above": 0.013}),
     Case(40, 90, options={"exclude_above": -0.497}, tensors=True),
+    Case(20, 40, options={"exclude_above": 0.2, "exclude_by": "constant"}),
+    Case(20, 40, options={"exclude_above": 0.1, "exclude_by": "relative"}, tensors=True),
+    Case(kind="opposite", options={"exclude_above": 0.5, "exclude_by": "relative"}),  # similarities below 0
+    Case(40, 90, options={"exclude_above": torch.linspace(-0.5, 0.3, 40)}),
+    Case(40, 90, focal=False, options={"exclude_above": torch.linspace(-0.5, 0.3, 40), "exclude_by": "relative"}),
+    Case(33, 50, options={"positive_margin": 0.2}),
+    Case(33, 50, focal=False, options={"positive_margin": -0.3}, tensors=True),
+    Case(33, 50, temperature=0.01, options={"positive_margin": 0.5}, tensors=True),
+    Case(33, 99, focal=False, options={"hardness": 5.0}, tensors=True),
+    Case(33, 99, options={"hardness": 9.0, "hardness_mode": "hard_negatives", "hard_negative_weight": -1.0}),
+    Case(33, 99, focal=False, options={"hardness": 9.0, "hardness_mode": "in_batch_negatives"}, tensors=True),
+    Case(33, 50, temperature=0.01, focal=False, options={"hardness": 20.0, "positive_margin": 0.1}),
     Case(kind="unit", options={"normalize": False}),
     Case(30, 50, kind="unit", options={"normalize": False}, tensors=True),
     Case(kind="random", D=8, options={"normalize": False}, temperature=1.0),  # dot products far outside [-1, 1]
@@ -96,6 +108,9 @@ SYMMETRIC = [
     Case(40, options={"symmetric": True}, temperature=0.01),
     Case(40, options={"symmetric": True, "exclude_above": -0.417}),
     Case(40, options={"symmetric": True, "query_ids": _ids(40, 6), "key_ids": _ids(40, 6, 1)}),
+    Case(40, options={"symmetric": True, "exclude_above": 0.3, "exclude_by": "constant"}),
+    Case(40, options={"symmetric": True, "exclude_above": torch.linspace(-0.5, 0.3, 40), "exclude_by": "relative"}),
+    Case(40, options={"symmetric": True, "positive_margin": 0.2, "hardness": 4.0}, tensors=True),
     Case(9, options={"symmetric": True, "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),
     Case(300, options={"symmetric": True, "weight": _weights(300)}),
     Case(40, options={"symmetric": True, "reduction": "none", "weight": _weights(40)}, tensors=True),

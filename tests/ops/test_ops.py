@@ -12,6 +12,7 @@ import torch
 from pycse import fused_distillcse, fused_focal_infonce, fused_infonce
 from pycse.losses import FocalInfoNCELoss, InfoNCELoss
 from pycse.ops.contrastive import contrastive as fused
+from pycse.problem import Contrastive
 
 from oracle import Case
 
@@ -29,10 +30,17 @@ def arguments(z1, z2, backend, tensors=False, reduction="mean", symmetric=False)
     tau = torch.tensor(0.07, requires_grad=True) if tensors else None
     m = torch.tensor(0.2, requires_grad=True) if tensors else None
     weight = torch.rand(z1.shape[0]).requires_grad_() if tensors else None
-    return (
-        *(z1, z2, tau, m, weight, None, None, None),
-        *(0.05, 0.3, True, 0.0, None, symmetric, True, reduction, backend, False, [False] * 5),
+    p = Contrastive(
+        z1,
+        z2,
+        0.05 if tau is None else tau,
+        0.3 if m is None else m,
+        weight,
+        form="focal",
+        symmetric=symmetric,
+        reduction=reduction,
     )
+    return *fused.arguments.flat(p, backend=backend, validate=False), [False] * 5
 
 
 @pytest.mark.clean_memory

@@ -8,24 +8,26 @@ from torch import Tensor
 from pycse.backends.addresses import CODES, pointer
 from pycse.backends.cpu.products import Products
 from pycse.kernels import native
+from pycse.logits import GRADIENTS
 from pycse.panels import contrastive as panel
-from pycse.problem import Contrastive, Result
+from pycse.problem import EXCLUDE_BY, Contrastive, Result
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
 # (docs/performance.md, "small batches").
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
 
-def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
+def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, **tensors: Tensor | None):
+    coefficients = p.coefficients()
+    assert not isinstance(coefficients, Tensor)  # on a CPU the numbers are known
     return native().Contrastive(
-        p.z1.shape[0],
-        p.z2.shape[0],
-        p.focal,
-        p.temperature,
-        p.m,
-        p.shift,
-        p.hard_negative_weight,
-        p.exclude_above,
+        B=p.z1.shape[0],
+        N=p.z2.shape[0],
+        logit=coefficients,
+        shift=p.shift,
+        exclude_by=EXCLUDE_BY.index(p.exclude_by) if p.excludes else None,
+        exclude_above=p.exclude_above or 0.0,
+        exclude_each=pointer(exclude_each),
         positives=pointer(p.positives),
         query_ids=pointer(p.query_ids),
         key_ids=pointer(p.key_ids),
@@ -33,6 +35,11 @@ def _problem(p: Contrastive, coef: Tensor | float, **tensors: Tensor | None):
         coef_all=1.0 if isinstance(coef, Tensor) else coef,
         **{name: pointer(t) for name, t in tensors.items()},
     )
+
+
+def _each(p: Contrastive) -> Tensor | None:
+    """The rows' bounds as kernels read them."""
+    return None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous()
 
 
 class Kernels(Products, panel.Kernels):
@@ -43,19 +50,12 @@ class Kernels(Products, panel.Kernels):
         self.p, self.state = p, state
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
             state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc, device=p.z1.device)
+        self.exclude_each = _each(p)  # alive for the kernels
+        sums = {} if state.sums is None else vars(state.sums)
         self.problem = _problem(
-            p, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dtau=state.dtau, dm=state.dm
-        )
-        if state.sums is not None:
-            s = state.sums
-            self.problem.symmetric_state(
-                s.lpos.data_ptr(),
-                s.lneg.data_ptr(),
-                s.column_max.data_ptr(),
-                s.column_sum.data_ptr(),
-                s.lneg_column.data_ptr(),
-                s.lse_column.data_ptr(),
-            )
+            p, state.coef, self.exclude_each, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dlogit=state.dlogit,
+            **sums,
+        )  # fmt: skip
 
     def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
@@ -88,11 +88,10 @@ def _small(p: Contrastive) -> Result | None:
     work = new(kernels.small_work_size(B, N, D, code, p.symmetric), dtype=wide)
     dz1 = new(B, D) if p.needs.z1 else None
     dz2 = new(N, D) if p.needs.z2 else None
-    dtau = new(B, dtype=wide) if p.needs.temperature else None
-    dm = new(B, dtype=wide) if p.needs.m else None
-    coef = p.row_coefficients()
+    dlogit = new(GRADIENTS, B, dtype=wide) if p.trained else None
+    coef, each = p.row_coefficients(), _each(p)
     done = kernels.small(
-        _problem(p, coef, loss=rows, dtau=dtau, dm=dm),
+        _problem(p, coef, each, loss=rows, dlogit=dlogit),
         code,
         D,
         p.z1.data_ptr(),
@@ -109,7 +108,7 @@ def _small(p: Contrastive) -> Result | None:
     )
     if not done:
         return None
-    return Result(rows, dz1, dz2, None if dtau is None else dtau.sum(), None if dm is None else dm.sum(), loss)
+    return p.result(rows, dz1, dz2, dlogit, loss=loss)
 
 
 def contrastive(p: Contrastive) -> Result:

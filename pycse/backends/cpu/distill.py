@@ -18,19 +18,19 @@ SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 def _problem(d: Distillation, coef: Tensor | float, loss: Tensor):
     cut = d.cut
     return native().Distill(
-        d.z1.shape[0],
-        d.student_temperature,
-        d.teacher_temperature,
-        d.group_temperature,
-        DIVERGENCES[d.divergence],
-        0 if cut is None else GROUPINGS[cut.kind],
-        0.0 if cut is None else cut.value,
-        0 if cut is None else cut.end,
-        d.shuffle == "sample",
-        int(d.seed) % 2**64,
-        pointer(coef),
-        1.0 if isinstance(coef, Tensor) else coef,
-        loss.data_ptr(),
+        B=d.z1.shape[0],
+        student_temperature=d.student_temperature,
+        teacher_temperature=d.teacher_temperature,
+        group_temperature=d.group_temperature,
+        divergence=DIVERGENCES[d.divergence],
+        grouping=0 if cut is None else GROUPINGS[cut.kind],
+        group_value=0.0 if cut is None else cut.value,
+        group_end=0 if cut is None else cut.end,
+        sample=d.shuffle == "sample",
+        seed=int(d.seed) % 2**64,
+        coef=pointer(coef),
+        coef_all=1.0 if isinstance(coef, Tensor) else coef,
+        loss=loss.data_ptr(),
     )
 
 

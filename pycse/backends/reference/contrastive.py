@@ -1,8 +1,7 @@
 """InfoNCE and Focal-InfoNCE as the formulas say: materialises N x N, any float dtype, differentiable to any order.
 
     s_ij = z1hat_i . z2hat_j
-    InfoNCE        l_ij = s_ij / tau
-    Focal-InfoNCE  l_ii = s_ii^2 / tau      l_ij = s_ij (s_ij + m) / tau        (arXiv 2310.06918, eq. 5)
+    l_ij = the form's quadratic of s_ij: pycse/logits.py
     L_i  = logsumexp_j l_ij - l_i,pos
 
 This is the oracle that every kernel is tested against.
@@ -13,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycse.problem import Contrastive
+from pycse.logits import Term
+from pycse.problem import Contrastive, Result
 
 
 def normalized(z: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def normalized(z: Tensor) -> Tensor:
     return torch.where(tiny, 0, unit / torch.where(tiny, 1, length))
 
 
-def contrastive(p: Contrastive) -> Tensor:
-    """The reduced loss, by autograd all the way."""
+def contrastive(p: Contrastive) -> Result:
+    """The rows' losses, by autograd all the way."""
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     s = (z1 @ z2.t()).to(p.acc)
     B, N = s.shape
@@ -36,12 +36,18 @@ def contrastive(p: Contrastive) -> Tensor:
 
     positive = j == pos[:, None]
     s_pos = s.gather(1, pos[:, None])
-    if p.focal:
-        l = torch.where(positive, s * s, s * (s + p.m)) / p.temperature
-    else:
-        l = s / p.temperature
-    own_hard = (j >= B) & (j % B == i[:, None]) & ~positive
-    l = torch.where(own_hard, l + p.hard_negative_weight, l)
+    own_hard = ((j >= B) & (j % B == i[:, None]) & ~positive).to(s.dtype)
+    own_b, own_c = p.logit.own
+
+    def coefficient(term: Term) -> Tensor | float:
+        return (term.over + term.m_over * p.m) / p.temperature
+
+    q, b, c = map(coefficient, p.logit.positive)
+    l_positive = (q * s + b) * s + c
+    q, b = map(coefficient, p.logit.negative)
+    # fixed, own_b: a part of the value that is not differentiated
+    l = (q * s + b) * s + (p.logit.negative[1].fixed + own_hard * own_b) * s.detach() + own_hard * own_c
+    l = torch.where(positive, l_positive, l)
     l_pos = l.gather(1, pos[:, None])
 
     same_id = torch.zeros_like(positive)
@@ -50,8 +56,11 @@ def contrastive(p: Contrastive) -> Tensor:
 
     def losses(s_pos: Tensor, dim: int) -> Tensor:
         dropped = same_id
-        if p.exclude_above is not None:
-            dropped = dropped | (s.detach() > s_pos.detach() + p.exclude_above)
+        if p.excludes:
+            above = p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
+            at = s_pos.detach()
+            bound = {"absolute": at + above, "relative": at + above * at.abs(), "constant": at * 0 + above}
+            dropped = dropped | (s.detach() > bound[p.exclude_by])
         kept = l.masked_fill(dropped & ~positive, -torch.inf)
         # softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation.
         negatives = kept.masked_fill(positive, -torch.inf)
@@ -62,4 +71,4 @@ def contrastive(p: Contrastive) -> Tensor:
     rows = losses(s_pos, 1)
     if p.symmetric:
         rows = (rows + losses(s_pos.t(), 0)) / 2
-    return p.reduce(rows)
+    return Result(rows)

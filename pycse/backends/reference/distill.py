@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from pycse import grouping
+from pycse import grouping, transforms
 from pycse.backends.reference.contrastive import normalized
-from pycse.problem import Distillation
+from pycse.problem import Distillation, Result
 
 
 def teacher_similarities(d: Distillation) -> Tensor:
@@ -74,3 +74,11 @@ def losses(d: Distillation, source: Tensor | None = None) -> Tensor:
         return (torch.xlogy(q, q) - q * log_a + torch.where(p == 0, 0, p * (log_p - log_a))).sum(1) / 2
     cross = -torch.where(q == 0, 0, q * log_p).sum(1)
     return cross - entropy if d.divergence == "kl" else cross
+
+
+def distill(d: Distillation) -> Result:
+    if any(map(transforms.batched, (d.z1, d.logits, *d.teachers))):
+        raise RuntimeError(
+            "backend='reference' of a distillation sorts rows, which vmap cannot batch: use another backend"
+        )
+    return Result(losses(d))

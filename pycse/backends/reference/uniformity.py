@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from pycse.backends.reference.contrastive import normalized
-from pycse.problem import Alignment, Uniformity
+from pycse.problem import Alignment, Result, Uniformity
 
 
-def alignment(p: Alignment) -> Tensor:
+def alignment(p: Alignment) -> Result:
     x, y = (normalized(p.x), normalized(p.y)) if p.normalize else (p.x, p.y)
-    return (x - y).to(torch.promote_types(x.dtype, torch.float32)).square().sum(1).mean()
+    rows = (x - y).to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
+    return Result(rows, loss=rows.mean())
 
 
-def uniformity(p: Uniformity) -> Tensor:
+def uniformity(p: Uniformity) -> Result:
     z = normalized(p.z) if p.normalize else p.z
     N = z.shape[0]
     i, j = torch.triu_indices(N, N, 1, dtype=torch.int64, device=z.device)
     square = z.square().sum(1)
     distance = (square[i] + square[j] - 2 * (z @ z.t())[i, j]).to(p.acc)
-    return (-p.t * distance).logsumexp(0) - math.log(N * (N - 1) / 2)
+    rows = -p.t * distance
+    return Result(rows, loss=rows.logsumexp(0) - math.log(N * (N - 1) / 2))

@@ -1,6 +1,6 @@
 // Checks of norms.h, rows.h, symmetric.h, small.h and uniformity.h.
 //
-//   s_ij cosine   l_ij = (q s + b) s / tau + hard   L_i = log(1 + sum_neg exp(l_ij - l_i,pos))
+//   s_ij cosine   l_ij by its coefficients (common/logit.h)   L_i = log(1 + sum_neg exp(l_ij - l_i,pos))
 //   D_ij = dL/ds_ij of L = sum_i coef_i L_i; of a symmetric loss the mean of rows and columns
 #include "check.h"
 
@@ -12,13 +12,16 @@ using Values = std::vector<double>;
 struct Case {
   int64_t B, N, D;
   bool focal = true, fixed = true, ids = false, exclude = false, positives = false, symmetric = false, params = false;
-  double hard = 0;
+  double hard = 0, margin = 0, hardness = 0, hard_hardness = 0;  // hard_: of own hard negatives, more
+  pycse::ExcludeBy by = pycse::ExcludeBy::absolute;
+  bool each = false;  // a bound for each row
   double tau = 0.07, m = 0.3, above = 0.05;
   std::string name() const {
     return std::to_string(B) + "x" + std::to_string(N) + "x" + std::to_string(D) + (focal ? " focal" : " infonce") +
            (fixed ? " shift" : "") + (ids ? " ids" : "") + (exclude ? " exclude" : "") +
            (positives ? " positives" : "") + (symmetric ? " symmetric" : "") + (hard != 0 ? " hard" : "") +
-           (params ? " params" : "");
+           (margin != 0 ? " margin" : "") + (hardness != 0 ? " hardness" : "") + (hard_hardness != 0 ? " of own" : "") +
+           (exclude ? " by " + std::to_string(int(by)) : "") + (each ? " each" : "") + (params ? " params" : "");
   }
 };
 
@@ -36,23 +39,42 @@ const Case kCases[] = {
     {33, 33, 7, false, true, true, false, false, true},
     {1, 1, 3, true, false, false, false, false, true},
     {259, 259, 12, true, true, false, true, false, true},
+    {5, 15, 9, false, true, false, false, false, false, true, 0.5, 0.2, 3, -3},
+    {11, 33, 21, true, false, false, true, false, false, true, 0, -0.1, 0, 2, pycse::ExcludeBy::relative, true},
+    {19, 19, 8, false, false, false, true, false, true, true, 0, 0.1, 2, 0, pycse::ExcludeBy::constant},
+    {23, 23, 8, true, true, false, true, false, true, true, 0, 0, 0, 0, pycse::ExcludeBy::relative, true},
 };
 
 struct Problem {
   Case c;
   Matrix<int64_t> positives, query_ids, key_ids;
-  explicit Problem(const Case& c) : c(c), positives(c.B, 1), query_ids(c.B, 1), key_ids(c.N, 1) {
+  Matrix<float> above;
+  Matrix<double> wide_above;
+  explicit Problem(const Case& c)
+      : c(c), positives(c.B, 1), query_ids(c.B, 1), key_ids(c.N, 1), above(c.B, 1), wide_above(c.B, 1) {
     Random random(7);
+    above.set([&](int64_t, int64_t) { return 0.3 * random.normal(); });
+    wide_above.set([&](int64_t i, int64_t) { return double(above(i)); });
     for (int64_t i = 0; i < c.B; ++i) positives(i) = random.below(c.N), query_ids(i) = random.below(5);
     for (int64_t j = 0; j < c.N; ++j) key_ids(j) = c.symmetric ? query_ids(j) : random.below(5);
   }
   int64_t positive(int64_t i) const { return c.positives ? positives(i) : i; }
-  double logit(double s, bool pos) const { return c.focal ? s * (s + (pos ? 0 : c.m)) / c.tau : s / c.tau; }
-  double slope(double s, bool pos) const { return (c.focal ? 2 * s + (pos ? 0 : c.m) : 1) / c.tau; }
+  double positive_logit(double s) const { return ((c.focal ? s : 1) * s - c.margin) / c.tau; }
+  double positive_slope(double s) const { return (c.focal ? 2 * s : 1) / c.tau; }
+  double logit(double s, bool own) const {
+    return (c.focal ? s + c.m : 1) * s / c.tau + c.hardness * s + (own ? c.hard_hardness * s + c.hard : 0);
+  }
+  double slope(double s) const { return (c.focal ? 2 * s + c.m : 1) / c.tau; }
+  double bound(int64_t i, double s_pos) const {
+    const double d = c.each ? wide_above(i) : c.above;
+    return c.by == pycse::ExcludeBy::constant ? d
+                                              : s_pos + d * (c.by == pycse::ExcludeBy::relative ? std::abs(s_pos) : 1);
+  }
 };
 
 struct Truth {
-  Values loss, D, dtau, dm, lneg, lpos;  // D: dL/ds (B, N); lneg, lpos of the rows
+  Values loss, D, lneg, lpos;                   // D: dL/ds (B, N); lneg, lpos of the rows
+  std::array<Values, pycse::kGradients> dlogit;  // of the coefficients, by rows
 };
 
 // One direction: rows of s (B, N) or, turned, its columns.
@@ -62,14 +84,14 @@ void add_direction(const Problem& q, const Values& s, const Values& coef, bool t
   for (int64_t i = 0; i < rows; ++i) {
     const auto at = [&](int64_t j) { return turned ? j * c.N + i : i * c.N + j; };
     const int64_t p = turned ? i : q.positive(i);
-    const double s_pos = s[at(p)], l_pos = q.logit(s_pos, true);
+    const double s_pos = s[at(p)], l_pos = q.positive_logit(s_pos), bound = q.bound(i, s_pos);
     Values l(others, -INFINITY);
     double top = l_pos;
     for (int64_t j = 0; j < others; ++j) {
       if (j == p) continue;
       if (c.ids && (turned ? q.query_ids(j) == q.key_ids(i) : q.query_ids(i) == q.key_ids(j))) continue;
-      if (c.exclude && s[at(j)] > s_pos + c.above) continue;
-      l[j] = q.logit(s[at(j)], false) + (!turned && j >= c.B && j % c.B == i ? c.hard : 0);
+      if (c.exclude && s[at(j)] > bound) continue;
+      l[j] = q.logit(s[at(j)], !turned && j >= c.B && j % c.B == i);
       top = std::max(top, l[j]);
     }
     double z_neg = 0;
@@ -80,19 +102,19 @@ void add_direction(const Problem& q, const Values& s, const Values& coef, bool t
     for (int64_t j = 0; j < others; ++j) {
       if (l[j] == -INFINITY) continue;
       const double P = k * std::exp(l[j] - top) / z;
-      t.D[at(j)] += P * q.slope(s[at(j)], false);
-      t.dtau[i] -= P * q.logit(s[at(j)], false) / c.tau;
-      t.dm[i] += c.focal ? P * s[at(j)] / c.tau : 0;
+      t.D[at(j)] += P * q.slope(s[at(j)]);
+      t.dlogit[3][i] += P * s[at(j)] * s[at(j)], t.dlogit[4][i] += P * s[at(j)];
     }
     const double P_pos = -k * z_neg / z;
-    t.D[at(p)] += P_pos * q.slope(s_pos, true);
-    t.dtau[i] -= P_pos * l_pos / c.tau;
+    t.D[at(p)] += P_pos * q.positive_slope(s_pos);
+    t.dlogit[0][i] += P_pos * s_pos * s_pos, t.dlogit[1][i] += P_pos * s_pos, t.dlogit[2][i] += P_pos;
   }
 }
 
 Truth truth(const Problem& q, const Values& s, const Values& coef) {
   const Case& c = q.c;
-  Truth t{Values(c.B), Values(c.B * c.N), Values(c.B), Values(c.B), Values(c.B), Values(c.B)};
+  Truth t{Values(c.B), Values(c.B * c.N), Values(c.B), Values(c.B), {}};
+  for (Values& d : t.dlogit) d = Values(c.B);
   add_direction(q, s, coef, false, c.symmetric ? 0.5 : 1, t);
   if (c.symmetric) add_direction(q, s, coef, true, 0.5, t);
   return t;
@@ -103,18 +125,33 @@ double sum(const Values& x) {
   return total;
 }
 
+template <class A>
+void totals(const Matrix<A>& dlogit, const Truth& t, double band) {
+  Matrix<double> seen(pycse::kGradients, 1);
+  seen.set([&](int64_t k, int64_t) {
+    double total = 0;
+    for (int64_t i = 0; i < dlogit.columns; ++i) total += dlogit.value(k, i);
+    return total;
+  });
+  close("dlogit", seen, [&](int64_t k, int64_t) { return sum(t.dlogit[k]); }, band, double(dlogit.columns));
+}
+
 template <class T>
 pycse::Contrastive native(const Problem& q, const Matrix<acc<T>>& r2, const Matrix<acc<T>>& coef, Matrix<acc<T>>& loss,
-                          Matrix<acc<T>>& dtau, Matrix<acc<T>>& dm) {
+                          Matrix<acc<T>>& dlogit) {
   const Case& c = q.c;
   pycse::Contrastive p;
-  p.B = c.B, p.N = c.N, p.focal = c.focal, p.inv_tau = 1 / c.tau, p.m = c.m, p.hard_weight = c.hard;
-  p.fixed_shift = c.fixed, p.shift = c.fixed ? (1 + c.m) / c.tau + std::max(c.hard, 0.0) : 0;
-  p.exclude = c.exclude, p.exclude_above = c.above;
+  p.B = c.B, p.N = c.N;
+  const double q1 = c.focal / c.tau, b = (c.focal ? c.m : 1) / c.tau;
+  p.logit = {{q1, c.focal ? 0 : 1 / c.tau, -c.margin / c.tau, q1, b + c.hardness, b, c.hard_hardness, c.hard}};
+  p.fixed_shift = c.fixed;
+  if (c.fixed) p.shift = (1 + c.m) / c.tau + std::max(c.hard, 0.0) + c.hardness + std::abs(c.hard_hardness);
+  p.exclude = {c.exclude, c.by, c.above, nullptr};
+  if (c.each) p.exclude.each = sizeof(acc<T>) == 4 ? static_cast<const void*>(q.above.at) : q.wide_above.at;
   p.r2 = r2.at, p.coef = coef.at, p.loss = loss.at;
   if (c.positives) p.positives = q.positives.at;
   if (c.ids) p.query_ids = q.query_ids.at, p.key_ids = q.key_ids.at;
-  if (c.params) p.dtau = dtau.at, p.dm = dm.at;
+  if (c.params) p.dlogit = dlogit.at;
   return p;
 }
 
@@ -125,7 +162,7 @@ void panels(const Kernels& k, const Case& c) {
   const Problem q(c);
   Random random(c.B * 1000 + c.N);
   Matrix<T> S(c.B, c.N, 3);
-  Matrix<A> r2(c.N, 1), coef(c.B, 1), loss(c.B, 1), dtau(c.B, 1), dm(c.B, 1), s_pos(c.B, 1), lse_column(c.N, 1);
+  Matrix<A> r2(c.N, 1), coef(c.B, 1), loss(c.B, 1), dlogit(pycse::kGradients, c.B), s_pos(c.B, 1), lse_column(c.N, 1);
   Matrix<double> lpos(c.B, 1), lneg(c.B, 1), column_max(c.N, 1), column_sum(c.N, 1), lneg_column(c.N, 1);
   r2.set([&](int64_t, int64_t) { return 0.5 + random.uniform(); });
   coef.set([&](int64_t, int64_t) { return random.normal(); });
@@ -137,12 +174,12 @@ void panels(const Kernels& k, const Case& c) {
     s_pos(i) = A(s[i * c.N + q.positive(i)]);
   }
   const Truth t = truth(q, s, weights);
-  pycse::Contrastive p = native<T>(q, r2, coef, loss, dtau, dm);
+  pycse::Contrastive p = native<T>(q, r2, coef, loss, dlogit);
   p.s_pos = s_pos.at, p.lpos = lpos.at, p.lneg = lneg.at;
   Matrix<A> f(c.B, 1);
   const int64_t step = c.B > 8 ? (c.B + 1) / 2 : c.B;
   const auto panel = [&](int64_t i0) {
-    return pycse::Panel{kType<T>, &S(i0), S.ld, i0, std::min(step, c.B - i0), f.at + i0, kThreads};
+    return pycse::Panel{{&S(i0), S.ld, i0, std::min(step, c.B - i0), f.at + i0}, kType<T>, kThreads};
   };
   if (c.symmetric) {
     p.column_max = column_max.at, p.column_sum = column_sum.at, p.lneg_column = lneg_column.at,
@@ -169,11 +206,7 @@ void panels(const Kernels& k, const Case& c) {
   G.set([&](int64_t i, int64_t j) { return S.value(i, j) * double(f(i)); });
   close("G", G, [&](int64_t i, int64_t j) { return t.D[i * c.N + j] * double(r2(j)); }, kBand<T>, 1e-3);
   if (!c.params) return;
-  Matrix<double> totals(2, 1);
-  totals(0) = totals(1) = 0;
-  for (int64_t i = 0; i < c.B; ++i) totals(0) += double(dtau(i)), totals(1) += double(dm(i));
-  close(
-      "dtau, dm", totals, [&](int64_t i, int64_t) { return sum(i == 0 ? t.dtau : t.dm); }, 10 * kBand<A>, double(c.B));
+  totals(dlogit, t, 10 * kBand<A>);
 }
 
 // Row n of z is 0, row n + 1 short; keys resemble their positives.
@@ -208,7 +241,7 @@ template <class T>
 void small_case(const Kernels& k, const Case& c, bool normalize, bool want_dz1, bool want_dz2) {
   const Problem q(c);
   Matrix<T> z1(c.B, c.D, 5), z2(c.N, c.D, 2), dz1(c.B, c.D), dz2(c.N, c.D);
-  Matrix<float> coef(c.B, 1), loss(c.B, 1), dtau(c.B, 1), dm(c.B, 1), total(1, 1), none(0, 1);
+  Matrix<float> coef(c.B, 1), loss(c.B, 1), dlogit(pycse::kGradients, c.B), total(1, 1), none(0, 1);
   embeddings(z1, z2, q);
   if (!normalize) {
     const auto scale = [](Matrix<T>& z) {
@@ -236,7 +269,7 @@ void small_case(const Kernels& k, const Case& c, bool normalize, bool want_dz1, 
     }
   }
   const Truth t = truth(q, s, weights);
-  pycse::Contrastive p = native<float>(q, none, coef, loss, dtau, dm);
+  pycse::Contrastive p = native<float>(q, none, coef, loss, dlogit);
   p.r2 = nullptr;
   Matrix<float> work(pycse::small_work_size(c.B, c.N, c.D, kType<T>, c.symmetric), 1);
   const pycse::Small call = {kType<T>,
@@ -282,12 +315,7 @@ void small_case(const Kernels& k, const Case& c, bool normalize, bool want_dz1, 
         },
         10 * kBand<T>, 0.1);
   if (!c.params) return;
-  Matrix<double> totals(2, 1);
-  totals(0) = totals(1) = 0;
-  for (int64_t i = 0; i < c.B; ++i) totals(0) += double(dtau(i)), totals(1) += double(dm(i));
-  close(
-      "dtau, dm", totals, [&](int64_t i, int64_t) { return sum(i == 0 ? t.dtau : t.dm); }, 100 * kBand<float>,
-      double(c.B));
+  totals(dlogit, t, 100 * kBand<float>);
 }
 
 template <class T>
@@ -381,7 +409,7 @@ void uniformity(const Kernels& k, int64_t N, int64_t c, int64_t i0, bool grad) {
     return i == j ? 0 : std::exp2(u * S.value(i, j) + double(bias(i0 + i)) + double(bias(i0 + j)));
   });
   const pycse::Uniformity p = {u, bias.at, sums.at};
-  k.uniformity(p, {kType<T>, S.at, S.ld, i0, c, nullptr, kThreads}, n, grad);
+  k.uniformity(p, {{S.at, S.ld, i0, c}, kType<T>, kThreads}, n, grad);
   if (grad) close("E", S, [&](int64_t i, int64_t j) { return E(i, j); }, kBand<T>);
   Matrix<A> own(c, 1);
   own.set([&](int64_t i, int64_t) { return double(sums(i0 + i)); });
@@ -424,7 +452,7 @@ void too_long(const Kernels& k) {
   coef.set([](int64_t, int64_t) { return 1; });
   const pycse::Small call = {kType<T>, c.D,     z1.ld,  z2.ld,  z1.at,   z2.at,   true,
                              false,    work.at, dz1.at, dz2.at, nullptr, kThreads};
-  expect(!k.small(native<float>(q, none, coef, loss, none, none), call), "rows that are too long are refused");
+  expect(!k.small(native<float>(q, none, coef, loss, none), call), "rows that are too long are refused");
 }
 
 template <class T>

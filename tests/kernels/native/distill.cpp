@@ -160,7 +160,7 @@ void panels(const Kernels& k, const Case& c, bool grad) {
   const pycse::Distill d = native(c, coef.at, loss.at);
   const int64_t half = (c.B + 1) / 2;
   for (int64_t i0 = 0; i0 < c.B; i0 += half)
-    k.distill(d, {kType<T>, &S(i0), S.ld, i0, std::min(half, c.B - i0), nullptr, kThreads}, kType<U>, &teachers(i0),
+    k.distill(d, {{&S(i0), S.ld, i0, std::min(half, c.B - i0)}, kType<T>, kThreads}, kType<U>, &teachers(i0),
               teachers.ld, grad);
   close("loss", loss, [&](int64_t i, int64_t) { return want(i); }, 3 * kBand<A>, 1);
   if (grad) close("G", S, [&](int64_t i, int64_t j) { return G(i, j); }, 3 * kBand<T>, 1e-2);

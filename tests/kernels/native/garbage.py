@@ -3,7 +3,7 @@
 A call is a function and its arguments on real buffers. Hypothesis replaces some of the arguments by what must be
 refused; the call has to raise ValueError or TypeError, and leave every buffer as it was. Sizes that are merely too
 large for a buffer cannot be seen from addresses and are not tried. Runs in a process of its own, ``garbage.py log
-examples``: the last call stands in the log.
+examples native|emulated``: the last call stands in the log.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import emulation
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ def outside(low: int, high: int, type_bits: int = 64) -> st.SearchStrategy[int]:
 
 
 HUGE = 2**57
+LOGIT = [20.0, 0.0, 0.0, 20.0, 6.0, 6.0, 0.0, 0.0]  # coefficients of Focal-InfoNCE
 SIZE, SIZE32 = outside(0, HUGE), outside(0, 2**31 - 1, 32)
 DTYPE, THREADS = outside(0, 2), outside(1, 4096, 32)
 ADDRESS = st.one_of(st.integers(max_value=-1), st.integers(min_value=2**64))  # not addresses at all
@@ -93,7 +95,7 @@ class Table:
 
     def __init__(self, emulated: bool) -> None:
         self.native, self.emulated = native(), emulated
-        self.module = native().emulated if emulated else native()
+        self.module = emulation.kernels() if emulated else native()
         self.size = SIZE32 if emulated else SIZE
         self.bits = 32 if emulated else 64
         self.calls: list[Call] = []
@@ -120,19 +122,13 @@ class Table:
 
     def contrastive(self, n: int, symmetric: bool = False) -> tuple[Any, list[Tensor]]:
         r2, s_pos, coef, loss = new(n), new(B), new(B), new(B)
-        numbers = dict(B=B, N=n, focal=True, tau=0.05, m=0.3, shift=26.0, hard_weight=0.0, exclude_above=None)
-        if self.emulated:
-            numbers |= dict(tau_at=0, m_at=0)
         tensors = dict(r2=r2, s_pos=s_pos, coef=coef, loss=loss)
-        others = dict(positives=0, query_ids=0, key_ids=0, coef_all=1.0, dtau=0, dm=0)
-        p = self.module.Contrastive(**numbers, **{k: t.data_ptr() for k, t in tensors.items()}, **others)
-        kept = list(tensors.values())
         if symmetric:
             wide = torch.float32 if self.emulated else torch.float64
-            state = {k: new(B, dtype=wide) for k in ("lpos", "lneg", "column_max", "column_sum", "lneg_column")}
-            state["lse_column"] = new(B)
-            p.symmetric_state(**{k: t.data_ptr() for k, t in state.items()})
-            kept += state.values()
+            tensors |= {k: new(B, dtype=wide) for k in ("lpos", "lneg", "column_max", "column_sum", "lneg_column")}
+            tensors["lse_column"] = new(B)
+        kept = list(tensors.values())
+        p = self.module.Contrastive(B=B, N=n, logit=LOGIT, shift=26.0, **{k: t.data_ptr() for k, t in tensors.items()})
         return p, kept
 
     def panel(self, S: Tensor, writes: bool) -> dict[str, Argument]:
@@ -184,7 +180,6 @@ class Table:
         features = {"D": Argument(D, self.size, "z")}
         middle = {**inputs, **features} if self.emulated else {**features, **inputs}
         flags = {"normalize": flag(True), "symmetric": flag(False)} | ({"grad": flag(True)} if self.emulated else {})
-        totals = Argument([total.data_ptr(), 0, 0], WORDS) if self.emulated else optional(total)
         self.add(
             "small",
             {
@@ -195,7 +190,7 @@ class Table:
                 "work": at(work),
                 "dz1": optional(dz1),
                 "dz2": optional(dz2),
-                "total": totals,
+                "total": optional(total),
             },
             z1,
             z2,
@@ -241,7 +236,7 @@ class Table:
         )
         bias, sums = new(N), new(N)
         values = dict(u=3.0, bias=bias.data_ptr(), sums=sums.data_ptr())
-        u = self.module.Uniformity(**values) if self.emulated else self.module.Uniformity(*values.values())
+        u = self.module.Uniformity(**values)
         panel = self.panel(S, True) | {
             "i0": Argument(0, outside(0, 2**31 - 1 - B if self.emulated else HUGE, self.bits))
         }
@@ -259,12 +254,12 @@ class Table:
         arguments: dict[str, Argument] = dict(
             B=Argument(B, outside(0, N, self.bits), ""),
             N=Argument(N, outside(B, 2**31 - 1 if self.emulated else HUGE, self.bits), ""),
-            focal=flag(True),
-            tau=Argument(0.05, NUMBER),
-            m=Argument(0.3, NUMBER),
+            logit=Argument(LOGIT, MAYBE),
+            logit_at=Argument(0, ADDRESS),
             shift=Argument(None, MAYBE),
-            hard_weight=Argument(0.0, NUMBER),
-            exclude_above=Argument(None, MAYBE),
+            exclude_by=Argument(1, outside(0, 2, 32)),
+            exclude_above=Argument(0.1, NUMBER),
+            exclude_each=Argument(0, ADDRESS),
             r2=optional(r2),
             s_pos=optional(s_pos),
             positives=Argument(0, ADDRESS),
@@ -273,11 +268,8 @@ class Table:
             coef=optional(coef),
             coef_all=Argument(1.0, NUMBER),
             loss=optional(loss),
-            dtau=Argument(0, ADDRESS),
-            dm=Argument(0, ADDRESS),
+            dlogit=Argument(0, ADDRESS),
         )
-        if self.emulated:
-            arguments |= dict(tau_at=Argument(0, ADDRESS), m_at=Argument(0, ADDRESS))
         self.add("Contrastive", arguments, by_name=True)
 
     def alone(self, d: Any, S: Tensor, coef: Tensor, loss: Tensor, z: Tensor) -> None:
@@ -579,10 +571,9 @@ def main() -> None:
     torch.manual_seed(0)
     examples = int(sys.argv[2])
     with open(sys.argv[1], "w") as log:
-        tables = [Table(False), Table(True)]
-        count = sum(refuse(call, log, examples) for table in tables for call in table.calls)
-        calls = sum(len(table.calls) for table in tables)
-    print(f"{count} refused, {calls} functions")
+        calls = Table(sys.argv[3] == "emulated").calls
+        count = sum(refuse(call, log, examples) for call in calls)
+    print(f"{count} refused, {len(calls)} functions")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ CHECKS = "tests/kernels/native/checks"
 TESTS = ["backends/test_uniformity.py", "sparse/test_sparse_kernels.py", "backends/cuda/test_cuda_small.py"]
 OTHERS = "not every_instruction_set"  # processes of their own, which do not have the plugin
 GARBAGE = "import sanitized, garbage; garbage.main()"
+WHICH = ("native", "emulated")
 
 
 def run(what: str, command: list[str], **variables: str) -> None:
@@ -42,12 +43,14 @@ def main(built: Path) -> None:
         for name in ("libasan.so", "libstdc++.so.6")
     ]
     variables = {
-        "PYTHONPATH": str(ROOT / "tests/kernels/native"),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / "tests" / name) for name in ("kernels/native", "helpers")),
+        "PYCSE_EMULATED": str(next((built / "address").glob("_emulated*.so")).resolve()),
         "PYCSE_SANITIZED": str(next((built / "address").glob("_native*.so")).resolve()),
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": ADDRESS,
     }
-    run("address, garbage", [sys.executable, "-c", GARBAGE, os.devnull, "20"], **variables)
+    for which in WHICH:
+        run(f"address, garbage, {which}", [sys.executable, "-c", GARBAGE, os.devnull, "20", which], **variables)
     tests = [
         sys.executable,
         "-m",

@@ -1,0 +1,40 @@
+"""Every check of user input, before any work. Messages name the argument, what it was and what is allowed."""
+
+from pycse.validation.checks import (
+    choice,
+    detached,
+    fits_64_bits,
+    flag,
+    number,
+    real,
+    rows_and_choices,
+    seed,
+    whole,
+)
+from pycse.validation.contrastive_losses import check_values, contrastive, contrastive_options
+from pycse.validation.distillation_losses import distillation, distillation_options, distillcse_options
+from pycse.validation.hypersphere import alignment, uniformity
+from pycse.validation.layers import linear, linear_mask, packed_mask
+
+__all__ = [
+    "alignment",
+    "check_values",
+    "choice",
+    "contrastive",
+    "contrastive_options",
+    "detached",
+    "distillation",
+    "distillation_options",
+    "distillcse_options",
+    "fits_64_bits",
+    "flag",
+    "linear",
+    "linear_mask",
+    "number",
+    "packed_mask",
+    "real",
+    "rows_and_choices",
+    "seed",
+    "uniformity",
+    "whole",
+]

@@ -1,0 +1,158 @@
+"""Checks of one argument. Messages name it, what it was and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycse import transforms
+from pycse.backends import CHOICES
+from pycse.problem import REDUCTIONS
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
+
+
+def what(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        what = "a nested tensor; pad it" if t.is_nested else f"{t.layout}; use .to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {what}")
+
+
+def embeddings(name: str, z: Any) -> None:
+    if not isinstance(z, Tensor):
+        if isinstance(z, transforms.Proxy):
+            raise transforms.Symbolic
+        raise TypeError(f"{name} must be a torch.Tensor of shape (rows, features), got {what(z)}")
+    dense(name, z)
+    if z.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
+    if not z.dtype.is_floating_point or z.dtype.itemsize == 1:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
+    if z.shape[0] == 0 or z.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(z.shape)}")
+
+
+def same_device(z: Tensor, of: str = "z1", /, **others: Any) -> None:
+    for name, tensor in others.items():
+        if isinstance(tensor, Tensor) and tensor.device != z.device:
+            raise ValueError(f"{name} must be on {of}'s device {z.device}, got {tensor.device}")
+
+
+def autocast(device: str) -> bool:
+    """Whether it is on for a type of device; PyTorch raises where there is none (meta)."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
+    """Autocast makes them alike, but leaves float64 as it is."""
+    if z.dtype != other.dtype and (torch.float64 in (z.dtype, other.dtype) or not autocast(z.device.type)):
+        raise TypeError(f"{other_name} must have {name}'s dtype {z.dtype}, got {other.dtype}")
+
+
+def _is_number(value: Any) -> bool:
+    # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always; an array is a number to
+    # nobody
+    real = isinstance(value, Real) or (hasattr(value, "__float__") and not getattr(value, "shape", ()))
+    return real and not isinstance(value, bool)
+
+
+def real(name: str, value: Any, *, positive: bool = False) -> None:
+    """A finite Python number, or a 0-d float tensor (whose value check_values looks at)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a number or a 0-d float tensor, got {what(value)}")
+        return
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number or a 0-d float tensor, got {what(value)}")
+    allowed = "a finite number > 0" if positive else "a finite number"
+    # Comparisons, not math.isfinite: torch.compile with dynamic=True makes these symbols. An integer may be larger than
+    # any float.
+    most = sys.float_info.max
+    if (
+        not -math.inf < value < math.inf
+        or (type(value) is int and not -most <= value <= most)
+        or (positive and not value > 0)
+    ):
+        raise ValueError(f"{name} must be {allowed}, got {_short(value)}")
+
+
+def vector(name: str, value: Any, length: int, kind: str) -> None:
+    """None, or a 1-d tensor of ``length``: ids and positives are integers, weights floats."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape ({length},), got {what(value)}")
+    dense(name, value)
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(value.shape)}")
+    if kind == "integer" and (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+    if kind == "float" and not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {what(value)}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) or not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {what(value)}")
+    real(name, value)
+
+
+def whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):  # numpy's among them
+        raise TypeError(f"{name} must be an integer, got {what(value)}")
+
+
+def fits_64_bits(name: str, value: Any) -> None:
+    if not -(2**63) <= int(value) < 2**64:
+        raise ValueError(f"{name} must fit 64 bits, got {value!r}")
+
+
+def detached(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and teachers are not trained: pass {name}.detach()")
+
+
+def seed(value: Any) -> None:
+    if value is None or isinstance(value, torch.Generator):
+        return
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
+            raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {what(value)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"seed must be an integer, a 0-d int64 tensor or a torch.Generator, got {what(value)}")
+    fits_64_bits("seed", value)
+
+
+def rows_and_choices(z: Any, name: str, normalize: Any, weight: Any, reduction: Any, backend: Any) -> None:
+    """The arguments that every loss has."""
+    embeddings(name, z)
+    vector("weight", weight, z.shape[0], "float")
+    same_device(z, name, weight=weight)
+    flag("normalize", normalize)
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, CHOICES)

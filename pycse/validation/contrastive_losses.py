@@ -1,0 +1,178 @@
+"""Checks of the contrastive losses: each argument, which exclude each other, and what only tensors' values show."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycse import transforms
+from pycse.backends import CHOICES
+from pycse.logits import FORMS, HARDNESS_MODES
+from pycse.problem import EXCLUDE_BY, REDUCTIONS, Contrastive
+from pycse.validation.checks import choice, embeddings, flag, number, real, same_device, same_dtype, vector
+
+# What cannot be given together, and why. The table of docs/losses.md; tests/test_bad_input.py goes through it.
+EXCLUSIVE = {
+    ("symmetric", "positives"): "a column's positive is the row of its own number",
+    ("symmetric", "hard_negative_weight"): "a symmetric loss has as many keys as rows, and so no hard negatives",
+}
+
+
+def contrastive(
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    *,
+    positives: Any,
+    query_ids: Any,
+    key_ids: Any,
+    weight: Any,
+    **options: Any,
+) -> None:
+    """Everything that can be checked without reading a tensor's values."""
+    embeddings("z1", z1)
+    embeddings("z2", z2)
+    same_dtype("z1", z1, "z2", z2)
+    (B, D), N = z1.shape, z2.shape[0]
+    if z2.shape[1] != D:
+        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    contrastive_options(temperature, m, **options)
+    exclude_above = options["exclude_above"]
+    vector("positives", positives, B, "integer")
+    vector("query_ids", query_ids, B, "integer")
+    vector("key_ids", key_ids, N, "integer")
+    vector("weight", weight, B, "float")
+    if isinstance(exclude_above, Tensor):
+        vector("exclude_above", exclude_above, B, "float")
+    same_device(
+        z1,
+        z2=z2,
+        temperature=temperature,
+        m=m,
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        exclude_above=exclude_above,
+        weight=weight,
+    )
+    if positives is None and N < B:
+        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if options["normalize"]:  # else similarities may be as small as the temperature
+        numbers = (options[name] for name in ("hard_negative_weight", "positive_margin", "hardness"))
+        resolvable(z1, temperature, m, *numbers)
+    for names, why in EXCLUSIVE.items():
+        if all(_given({**options, "positives": positives}[name]) for name in names):
+            raise ValueError(f"{' and '.join(names)} exclude each other ({why}); give one of them")
+    if options["symmetric"] and N != B:
+        raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
+    weighs_hard = options["hardness"] and options["hardness_mode"] == "hard_negatives"
+    if (options["hard_negative_weight"] != 0 or weighs_hard) and (N % B != 0 or N == B):
+        name = "hardness_mode='hard_negatives'" if weighs_hard else "hard_negative_weight"
+        raise ValueError(f"{name} needs K >= 1 hard negatives a row, N = (K + 1) B keys; got N = {N}, B = {B}")
+    if options["hardness"] and options["hardness_mode"] == "in_batch_negatives" and N % B != 0:
+        raise ValueError(
+            "hardness_mode='in_batch_negatives' needs N = (K + 1) B keys, K >= 0, which say the rows' own hard "
+            f"negatives; got N = {N}, B = {B}"
+        )
+
+
+def contrastive_options(
+    temperature: Any = 0.05,
+    m: Any = 0.0,
+    *,
+    positive_margin: Any = 0.0,
+    hard_negative_weight: Any = 0.0,
+    hardness: Any = 0.0,
+    hardness_mode: Any = "all_negatives",
+    exclude_above: Any = None,
+    exclude_by: Any = "absolute",
+    symmetric: Any = False,
+    normalize: Any = True,
+    reduction: Any = "mean",
+    backend: Any = "auto",
+    validate: Any = False,
+) -> None:
+    """What does not depend on a batch."""
+    real("temperature", temperature, positive=True)
+    real("m", m)
+    number("positive_margin", positive_margin)
+    number("hard_negative_weight", hard_negative_weight)
+    number("hardness", hardness)
+    if hardness < 0:
+        raise ValueError(f"hardness must be >= 0, got {hardness!r}")
+    choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+    if exclude_above is not None and not isinstance(exclude_above, Tensor):
+        number("exclude_above", exclude_above)
+    choice("exclude_by", exclude_by, EXCLUDE_BY)
+    flag("symmetric", symmetric)
+    flag("normalize", normalize)
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, CHOICES)
+    flag("validate", validate)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and (isinstance(value, Tensor) or bool(value != 0))
+
+
+# Logits beyond this are noise: float32 similarities are off by 1e-7, and that over the temperature.
+LARGEST_LOGIT = {torch.float64: 1e12}
+
+
+def resolvable(
+    z: Tensor,
+    temperature: Any,
+    m: Any,
+    hard_negative_weight: Any = 0.0,
+    positive_margin: Any = 0.0,
+    hardness: Any = 0.0,
+) -> None:
+    """That numbers (tensors are looked at later, if at all) do not make logits which are rounding errors."""
+
+    def value(x: Any, otherwise: float) -> Any:
+        if isinstance(x, Tensor):
+            return otherwise
+        return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)  # a symbol would be fixed
+
+    largest = LARGEST_LOGIT.get(z.dtype, 1e6)
+    logit = (1 + abs(value(m, 0.0)) + abs(value(positive_margin, 0.0))) / value(temperature, 1.0)
+    logit = logit + max(value(hard_negative_weight, 0.0), 0) + value(hardness, 0.0)
+    if logit > largest:
+        raise ValueError(
+            f"temperature must be larger, or m, positive_margin, hardness or hard_negative_weight smaller: "
+            f"(1 + |m| + |positive_margin|) / temperature + hard_negative_weight + hardness may be {largest:g} at most "
+            f"for {z.dtype} embeddings, which resolve no larger logits; it is {logit:g} (temperature={temperature!r}, "
+            f"m={m!r}, positive_margin={positive_margin!r}, hard_negative_weight={hard_negative_weight!r}, "
+            f"hardness={hardness!r})"
+        )
+
+
+def check_values(p: Contrastive) -> None:
+    """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    uses_m = any(t.m_over for t in FORMS[p.form].differentiable)
+    tensors = (p.temperature, p.m if uses_m else None, p.positives)
+    temperature, m, positives = (
+        t.detach() if isinstance(t, Tensor) and not transforms.batched(t) else None for t in tensors
+    )
+    if temperature is not None:
+        value = temperature.item()
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
+    if m is not None:
+        value = m.item()
+        if not math.isfinite(value):
+            raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
+    if (temperature is not None or m is not None) and p.normalize:
+        resolvable(p.z1, 1.0 if temperature is None else temperature.item(), 0.0 if m is None else m.item())
+    if positives is not None:
+        low, high = (x.item() for x in positives.aminmax())
+        if low < 0 or high >= p.z2.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
