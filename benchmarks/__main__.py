@@ -18,12 +18,12 @@ from rich.table import Table
 
 from benchmarks import baseline, docs, measure
 from benchmarks.peers import NAMES, PEERS, too_large
+from benchmarks.record import SCHEMA, where
 from benchmarks.workloads import Workload, select
 from pycse.training.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
 ATTEMPTS = 3  # at a workload: a regression has to show in all of them
 SECONDS = 2.0  # of rounds a workload and attempt
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -200,10 +200,6 @@ def fitting(chosen: list[Workload]) -> tuple[list[Workload], dict[str, str]]:
     else:
         skipped |= {w.name: "a CPU kernel" for w in chosen if w.op.endswith("-rows")}
     return [w for w in chosen if w.name not in skipped], skipped
-
-
-def where() -> dict[str, str]:
-    return {"date": str(date.today()), "machine": measure.machine(), "commit": measure.commit()}
 
 
 def checked(chosen: list[Workload]) -> tuple[dict[str, Any], bool]:

@@ -1,12 +1,12 @@
 """How everything here is timed: alternatives take turns in one process, and ratios are of their minima.
 
-The speed of a shared machine drifts by a factor of two, so absolute times are never compared between runs.
+The speed of a shared machine drifts by a factor of two, so absolute times are never compared between runs. What turns
+are timed with is a ``Clock``: this process's timer, a GPU's events, or its events around replays of CUDA graphs.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -21,8 +21,13 @@ import torch
 from pycse.kernels import native
 
 T = TypeVar("T")
+Call = Callable[[], object]
 BATCH = 0.01  # seconds; short calls are timed in batches of about that
 LONG = 0.2  # seconds; calls as long need no second look
+REPEAT = 10  # calls in a CUDA graph, one after the other
+CACHE = 512 << 20  # bytes, more than any GPU's L2 holds
+BUSY = 1_000_000  # cycles that keep a GPU at work while the host hands it the launches to be timed
+COLD = 10  # calls of a turn with a cold cache: writing it over takes longer than they do
 RAISED = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 
 
@@ -46,17 +51,88 @@ class Timing:
         return self.median / self.best - 1
 
 
+class Clock:
+    """Seconds of calls by a timer of this process, which waits for the GPU where there is one.
+
+    Args:
+        timer: ``time.process_time`` leaves out what other processes take; only for calls on one thread.
+    """
+
+    def __init__(self, timer: Callable[[], float] | None = None) -> None:
+        self.timer = timer or time.perf_counter
+
+    def ready(self, call: Call) -> Call:
+        """What is timed for a call."""
+        return call
+
+    def run(self, call: Call, count: int) -> None:
+        for _ in range(count):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Call, count: int = 1) -> float:
+        """Of one call, in a batch of so many."""
+        start = self.timer()
+        self.run(call, count)
+        return (self.timer() - start) / count
+
+
+class Events(Clock):
+    """Seconds of the GPU between two events. ``cold``: its L2 cache is written over before every call, and its launches
+    are handed over while it is still at work."""
+
+    def __init__(self, cold: bool = False) -> None:
+        super().__init__()
+        self.cache = torch.empty(CACHE, dtype=torch.uint8, device=device()) if cold else None
+
+    def seconds(self, call: Call, count: int = 1) -> float:
+        turns = [count] if self.cache is None else [1] * min(count, COLD)
+        spans = []
+        for calls in turns:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.cache is not None:
+                self.cache.zero_()
+                torch.cuda._sleep(BUSY)
+            begin.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            spans.append((begin, end))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 / sum(turns)
+
+
+class Graphs(Events):
+    """The same of CUDA graphs: without the host's part of a call."""
+
+    def ready(self, call: Call) -> Call:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call(), call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(REPEAT):
+                call()
+        return graph.replay
+
+    def seconds(self, call: Call, count: int = 1) -> float:
+        return super().seconds(call, max(1, count // REPEAT)) / REPEAT
+
+
 class Turns:
     """Calls that take turns, round after round; short ones come in batches.
 
     Args:
         calls: by name, each run before; a round goes through all of them, the first one last.
-        timer: ``time.process_time`` leaves out what other processes take; only for calls on one thread.
+        clock: what times them, by default the wall.
     """
 
-    def __init__(self, calls: dict[str, Callable[[], object]], timer: Callable[[], float] | None = None) -> None:
+    def __init__(self, calls: dict[str, Call], clock: Clock | None = None) -> None:
         self.first, *self.others = calls
-        self.calls, self.timer = calls, timer or time.perf_counter
+        self.calls, self.clock = calls, clock or Clock()
         self.timings = {name: Timing() for name in calls}
         self.batch = dict.fromkeys(calls, 1)
         self.turn_seconds: dict[str, float] = {}
@@ -80,11 +156,7 @@ class Turns:
         return max(3, int((budget - slow) / quick))
 
     def run(self, name: str) -> None:
-        call = self.calls[name]
-        for _ in range(self.batch[name]):
-            call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        self.clock.run(self.calls[name], self.batch[name])
 
     def time_others(self) -> None:
         for name in self.others:
@@ -97,16 +169,15 @@ class Turns:
         self.timings[self.first].seconds.append(self._time(self.first))
 
     def _time(self, name: str) -> float:
-        start = self.timer()
-        self.run(name)
-        return (self.timer() - start) / self.batch[name]
+        return self.clock.seconds(self.calls[name], self.batch[name])
 
 
-def interleaved(calls: dict[str, Callable[[], object]], budget: float = 10.0) -> dict[str, Timing]:
+def interleaved(calls: dict[str, Call], budget: float = 10.0, clock: Clock | None = None) -> dict[str, Timing]:
     """Each call in turn, round after round, for about ``budget`` seconds."""
     for call in calls.values():
         call()
-    turns = Turns(calls)
+    clock = clock or Clock()
+    turns = Turns({name: clock.ready(call) for name, call in calls.items()}, clock)
     for _ in range(turns.plan(budget)):
         turns.time_others()
         turns.time_first()
@@ -137,6 +208,13 @@ def peak_memory(call: Callable[[], object]) -> int:
     before = status("VmRSS")
     call()
     return status("VmHWM") - before
+
+
+def tidy() -> None:
+    """Gives back what a GPU's allocator keeps; raises where an earlier call has broken the GPU's context."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def in_new_process(call: Callable[..., T], *args: Any) -> T:
@@ -175,7 +253,8 @@ def device() -> str:
 def machine() -> str:
     name = "unknown processor"
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, CUDA {torch.version.cuda})"
     else:
         try:
             with open("/proc/cpuinfo") as file:
@@ -188,11 +267,13 @@ def machine() -> str:
 
 def commit() -> str:
     """Of the checkout, with a + where files differ from it."""
-    root = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True).stdout.strip()  # noqa: E731
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # no git here
+            return ""
+        return done.stdout.strip()
+
     head = git("rev-parse", "--short", "HEAD") or "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def tunables() -> str:
-    return os.environ.get("GLIBC_TUNABLES", "")

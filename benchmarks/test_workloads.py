@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, record
 from benchmarks.formulas import in_part, reference
-from benchmarks.measure import Timing, Turns, in_new_process, peak_memory
-from benchmarks.peers import PEERS, ParityError, Peer, beside, compared, parity
+from benchmarks.measure import Clock, Timing, Turns, in_new_process, peak_memory
+from benchmarks.peers import PEERS, ParityError, Peer, beside, compared
 from benchmarks.workloads import ROWS, WORKLOADS, Workload, inputs, small
 
 
@@ -50,27 +50,19 @@ def test_workload(benchmark, workload: Workload, request: pytest.FixtureRequest)
 def _in_turns(benchmark, w: Workload, peers: list[Peer], seconds: float) -> None:
     """Interleaved rounds in this process."""
     x = inputs(w, measure.device())
-    expected = reference(w, x)
-    calls, off = {}, {}
-    for peer in peers:
-        try:
-            alternative = peer.build(w, x)
-            difference = parity(w, x, peer, alternative, expected)
-        except Exception as error:
-            if isinstance(error, ParityError) or not peer.requirement:
-                raise
-            benchmark.extra_info["left out"][peer.name] = f"failed: {str(error).splitlines()[0]}"
-            continue
-        calls[peer.name] = alternative.step(w.backward)
-        if difference is not None:
-            off[peer.name] = difference
-    del expected
+
+    def failed(peer: Peer, error: Exception) -> None:
+        if isinstance(error, ParityError) or not peer.requirement:
+            raise error
+        benchmark.extra_info["left out"][peer.name] = record.said(error)
+
+    calls, off = record.agreeing(w, x, peers, failed)
     print(f"{w.name}: parity {', '.join(f'{name} {value:.0e}' for name, value in off.items())}", end="", flush=True)
-    turns = Turns(calls, benchmark._timer)
+    turns = Turns(calls, Clock(benchmark._timer))
     rounds = turns.plan(seconds if w.N < 8192 or w.op in ROWS else 2 * seconds)
     benchmark.pedantic(lambda: turns.run("pycse"), setup=turns.time_others, rounds=rounds)
     turns.timings["pycse"] = Timing([s / turns.batch["pycse"] for s in benchmark.stats.stats.data])
-    benchmark.extra_info |= {"parity": off} | summary(w, turns.timings)
+    benchmark.extra_info |= {"parity": off} | record.summary(w, turns.timings, peers)
 
 
 def _alone(benchmark, w: Workload, peers: list[Peer]) -> None:
@@ -84,26 +76,7 @@ def _alone(benchmark, w: Workload, peers: list[Peer]) -> None:
     timings = {name: Timing([seconds]) for name, (seconds, _, _) in results.items()}
     limits = {p.name for p in peers if p.limit}
     memory = {name: peak for name, (_, peak, _) in results.items() if name not in limits}
-    benchmark.extra_info |= {"parity": off, "memory": memory} | summary(w, timings)
-
-
-def summary(w: Workload, timings: dict[str, Timing]) -> dict[str, object]:
-    """What the tables show: ratios of minima over pycse's, and the share of the limit."""
-    ours = timings["pycse"].best
-    ratios = {name: timing.best / ours for name, timing in timings.items() if name != "pycse"}
-    limits = [p.name for p in PEERS if p.limit and p.name in ratios]
-    share = min((ratios[name] for name in limits), default=None)  # of the fastest floor
-    if w.op == "sparse" and "eager" in ratios:
-        share = ratios["eager"] * (1 - w.zeros / 100)  # the dense layer's time for what is kept
-    print(f"; {ours * 1e3:.3f} ms; {', '.join(f'{name} {ratio:.4g}' for name, ratio in ratios.items())}", flush=True)
-    return {
-        "seconds": {name: timing.median for name, timing in timings.items()},
-        "best": {name: timing.best for name, timing in timings.items()},
-        "spread": timings["pycse"].spread,
-        "rounds": len(timings["pycse"].seconds),
-        "ratios": ratios,
-        "share": share,
-    }
+    benchmark.extra_info |= {"parity": off, "memory": memory} | record.summary(w, timings, peers)
 
 
 def _prepared(name: str, peer_name: str):
@@ -119,7 +92,7 @@ def _prepared(name: str, peer_name: str):
 def memory(name: str, peer_name: str) -> int:
     """Peak bytes above inputs and gradients."""
     w, _, x, call = _prepared(name, peer_name)
-    return max(0, peak_memory(call) - (sum(leaf.nbytes for leaf in x.leaves) if w.backward else 0))
+    return record.memory(w, x, call)
 
 
 def alone(name: str, peer_name: str) -> tuple[float, int, float | None]:
