@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -92,23 +94,26 @@ def formula(w: Workload, x: Inputs, shuffle: str = "") -> Callable[..., Tensor]:
 
 
 def reference(w: Workload, x: Inputs) -> list[Tensor]:
-    """Output and gradients by the formula in float32; one-directional losses in chunks of rows.
+    """Output and gradients by the formula in float32; contrastive losses in chunks of rows, the symmetric one direction
+    by direction.
 
     What draws at random is compared without its draw. Of huge inputs only the gradient of the first rows is compared.
     """
     leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
-    if w.by_rows and w.N > CHUNK:
+    if (w.by_rows or w.op == "symmetric") and w.N > CHUNK:
         total = torch.zeros((), device=leaves[0].device)
-        for i in range(0, CHUNK if in_part(w) else w.N, CHUNK):
-            rows = leaves[0][i : i + CHUNK]
-            loss = contrastive(w.op, rows, leaves[1], i) * (len(rows) / w.N)
+        directions = [leaves, leaves[::-1]] if w.op == "symmetric" else [leaves]
+        one_way = "infonce" if w.op == "symmetric" else w.op
+        for (queries, keys), i in product(directions, range(0, CHUNK if in_part(w) else w.N, CHUNK)):
+            rows = queries[i : i + CHUNK]
+            loss = contrastive(one_way, rows, keys, i) * (len(rows) / (w.N * len(directions)))
             if w.backward:
                 loss.backward()
             total += loss.detach()
         if in_part(w):
             return [leaf.grad[:CHUNK] for leaf in leaves[:1] if leaf.grad is not None]
     else:
-        total = formula(w, x, undrawn(w))(*leaves)
+        total = formula(w, replace(x, teachers=[e.float() for e in x.teachers]), undrawn(w))(*leaves)
         if w.backward:
             total.backward(None if x.upstream is None else x.upstream.float())
     return [total.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

@@ -10,21 +10,26 @@ from torch import Tensor
 from benchmarks.workloads import Inputs, Workload
 
 
-def products(w: Workload, x: Inputs, c: int) -> Callable[[], None]:
+def products(w: Workload, x: Inputs, c: int, wide: bool = False) -> Callable[[], None]:
     """In panels of c rows, with torch.mm into preallocated memory. 6 N^2 D operations for a contrastive loss, 8 where
     it is symmetric, 2 forward alone; 3 for uniformity, whose panels are triangular; 8 and 6 + 2 K for DistillCSE with K
-    teachers."""
+    teachers. ``wide``: a product of 16-bit panels adds to the float32 sum itself, which PyTorch can on CUDA."""
     z = [leaf.detach() for leaf in x.leaves]
     N, D = z[0].shape
     new = lambda *shape, dtype=z[0].dtype: torch.empty(*shape, dtype=dtype, device=z[0].device)  # noqa: E731
     S, g1, g2 = new(c * N), new(N, D), torch.zeros(N, D, device=z[0].device)
-    product = new(N, D) if w.dtype == "bf16" else None
+    product = new(N, D) if w.dtype == "bf16" and not wide else None
 
     def accumulate(G: Tensor, panel: Tensor, into: Tensor) -> None:
-        if product is None:
+        if wide:
+            torch.addmm(into, G.t(), panel, out_dtype=torch.float32, out=into)
+        elif product is None:
             into.addmm_(G.t(), panel)
         else:  # a 16-bit accumulator would lose the sum
             into.add_(torch.mm(G.t(), panel, out=product[: len(into)]))
+
+    if wide:  # raises here where this PyTorch cannot
+        accumulate(new(16, 16), new(16, 16), torch.zeros(16, 16, device=z[0].device))
 
     def contrastive() -> None:
         z1, z2 = z

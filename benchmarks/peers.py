@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pycse
-from benchmarks.formulas import CHUNK, TAU, TEACHER, M, formula, positives, reference
+from benchmarks.formulas import CHUNK, TAU, TEACHER, formula, positives, reference
+from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
 from benchmarks.workloads import CONTRASTIVE, ROWS, SIDES, Inputs, Workload
 from pycse.sparse import SparseLinear
 
 OVERHEAD = 256 << 20  # of a process beyond its tensors
+ON_A_CPU = (512, 1024, 2048)  # rows of a floor's panels
+PANELS = (*ON_A_CPU, 2304, 4096, 8192)  # 2304: whole rounds of an H200's 132 multiprocessors
 COEFFICIENT = 1e-6  # of distillation rows timed alone: small, so that G is small as the next S
 ALLOWED = {"fp32": 1e-4, "bf16": 0.1}  # relative difference of norms to the formula in float32
 
@@ -79,10 +82,11 @@ class Alternative:
 # --- pycse
 
 
-def _pycse(w: Workload, x: Inputs) -> Alternative:
+def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
     if w.op == "distillcse":
         z1, z2 = x.leaves
-        return Alternative(lambda: pycse.fused_distillcse(z1, z2, x.teachers, shuffle=w.shuffle, seed=1).loss, x.leaves)
+        options: dict[str, Any] = {"shuffle": w.shuffle, "seed": 1, "backend": backend}
+        return Alternative(lambda: pycse.fused_distillcse(z1, z2, x.teachers, **options).loss, x.leaves)
     if w.op == "sparse":
         weight, mask = x.leaves[1], x.mask
         assert mask is not None
@@ -90,24 +94,27 @@ def _pycse(w: Workload, x: Inputs) -> Alternative:
         with torch.no_grad():
             dense.weight.copy_(weight)
             dense.bias.copy_(x.leaves[2])
-        layer = SparseLinear.from_dense(dense, mask, w.pattern).train(w.backward)
+        layer = SparseLinear.from_dense(dense, mask, w.pattern, backend).train(w.backward)
         return Alternative(lambda: layer(x.leaves[0]), [x.leaves[0], layer.weight, layer.bias], x.upstream)
-    if w.op == "contrastive-rows":
-        return _contrastive_rows(w, x)
-    if w.op == "distill-rows":
-        return _distill_rows(w, x)
+    if w.op in ROWS:
+        return _rows(w, x)
     loss = {
-        "infonce": lambda: pycse.fused_infonce(*x.leaves),
-        "focal": lambda: pycse.fused_focal_infonce(*x.leaves),
-        "symmetric": lambda: pycse.fused_infonce(*x.leaves, symmetric=True),
-        "uniformity": lambda: pycse.uniformity(*x.leaves),
+        "infonce": lambda: pycse.fused_infonce(*x.leaves, backend=backend),
+        "focal": lambda: pycse.fused_focal_infonce(*x.leaves, backend=backend),
+        "symmetric": lambda: pycse.fused_infonce(*x.leaves, symmetric=True, backend=backend),
+        "uniformity": lambda: pycse.uniformity(*x.leaves, backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)
 
 
-def _rows(S: Tensor, run: Callable[[Tensor], Tensor | None], losses: Tensor) -> Alternative:
+def _rows(w: Workload, x: Inputs) -> Alternative:
     """A row kernel writes over its panel. Timed on its own output again and again: its loops do not depend on values,
     and G is small and stays so (a copy in between would take as long as the kernel)."""
+    S = x.leaves[0]
+    if w.op == "contrastive-rows":
+        run, losses = contrastive_rows(S)
+    else:
+        run, losses = distill_rows(S, x.teachers[0], w.shuffle, COEFFICIENT)
     first, panel = S.detach(), S.detach().clone()
 
     def values() -> list[Tensor]:
@@ -116,37 +123,6 @@ def _rows(S: Tensor, run: Callable[[Tensor], Tensor | None], losses: Tensor) -> 
         return [losses.sum(), panel if f is None else panel * f[:, None]]
 
     return Alternative(lambda: run(panel), [S], values=values)
-
-
-def _contrastive_rows(w: Workload, x: Inputs) -> Alternative:
-    from pycse.backends.cpu.contrastive import Kernels
-    from pycse.panels.contrastive import State
-    from pycse.problem import Contrastive, Needs
-
-    S = x.leaves[0]
-    c, N = S.shape
-    z1, z2 = torch.empty(c, 1, dtype=S.dtype), torch.empty(N, 1, dtype=S.dtype)
-    state = State(r2=torch.ones(N), coef=1.0, loss=torch.empty(c))
-    if w.dtype == "bf16":
-        state.s_pos = S.detach().diagonal().float().contiguous()
-    kernels = Kernels(Contrastive(z1, z2, TAU, M, True, reduction="sum", needs=Needs(True, True)), state)
-    return _rows(S, lambda panel: kernels.rows(panel, 0, True), state.loss)
-
-
-def _distill_rows(w: Workload, x: Inputs) -> Alternative:
-    from pycse.backends.cpu.distill import Kernels
-    from pycse.panels.distill import State
-    from pycse.problem import Distillation
-
-    S, T = x.leaves[0], x.teachers[0]
-    state = State(COEFFICIENT, torch.empty(w.N))
-    problem = Distillation(torch.empty(w.N, 1), [], [], T, shuffle=w.shuffle, seed=1, need=True, reduction="sum")
-    kernels = Kernels(problem, state)
-
-    def run(panel: Tensor) -> None:
-        kernels.rows(panel, T, 0, True)
-
-    return _rows(S, run, state.loss[: len(S)])
 
 
 # --- plain PyTorch
@@ -357,17 +333,18 @@ class Peer:
         return ""
 
 
-def _floor(c: int) -> Callable[[Workload, Inputs], Alternative]:
-    return lambda w, x: Alternative(products(w, x, min(c, w.N)), [])
+def _floor(c: int, wide: bool = False) -> Callable[[Workload, Inputs], Alternative]:
+    return lambda w, x: Alternative(products(w, x, min(c, w.N), wide), [])
 
 
-def _covers_floor(c: int) -> Callable[[Workload], bool]:
+def _covers_floor(c: int, wide: bool = False) -> Callable[[Workload], bool]:
     def covers(w: Workload) -> bool:
-        if w.op not in (*CONTRASTIVE, "distillcse", "uniformity"):
+        gpu = torch.cuda.is_available()
+        if w.op not in (*CONTRASTIVE, "distillcse", "uniformity") or (wide and not (gpu and w.dtype == "bf16")):
             return False
         if w.N > 8192:
-            return c == (2048 if w.dtype == "bf16" or torch.cuda.is_available() else 1024)
-        return c <= w.N and (c < 2048 or w.op in CONTRASTIVE) or c == 512
+            return c > 512 if gpu else c == (2048 if w.dtype == "bf16" else 1024)
+        return c in ON_A_CPU and (c <= w.N and (c < 2048 or w.op in CONTRASTIVE) or c == 512)
 
     return covers
 
@@ -380,7 +357,7 @@ def _of_reference(w: Workload) -> float:
     """Bytes that parity takes: of the formula, in chunks of rows where it can be cut."""
     if not w.timed:
         return 0
-    if w.by_rows:
+    if w.by_rows or (w.op == "symmetric" and not w.huge):
         return 4 * 6 * min(CHUNK, w.N) * w.N
     return _matrices(16 if w.op == "distillcse" else 6)(w)
 
@@ -431,7 +408,7 @@ PEERS = [
     Peer("memeff", _EITHER, _memeff, "memeff", "memeff==0.3.1", gpu=True),
     Peer(
         "siglip-kernel",
-        _BOTH_WAYS,
+        lambda w: w.op == "symmetric" or (w.op == "focal" and torch.cuda.is_available()),
         _siglip,
         "siglip_kernel",
         "siglip-kernel==0.1.2",
@@ -466,10 +443,25 @@ PEERS = [
         gpu=True,
     ),
     Peer("semi-structured", lambda w: w.pattern == "2:4", _semi_structured, gpu=True),
-    *(Peer(f"floor-{c}", _covers_floor(c), _floor(c)) for c in (512, 1024, 2048)),
+    *(
+        Peer(
+            f"floor-{c}{suffix}",
+            _covers_floor(c, bool(suffix)),
+            _floor(c, bool(suffix)),
+            requirement="torch>=2.9" if suffix else "",
+        )
+        for suffix in ("", "-wide")
+        for c in PANELS
+    ),
     Peer("yardstick", _among(*ROWS), lambda w, x: Alternative(yardstick(w, x), [])),
 ]
 NAMES = [peer.name for peer in PEERS]
+
+
+def on_backend(name: str, shuffle: str = "") -> Peer:
+    """pycse by a backend that is not the default one, or also with another shuffle."""
+    build = lambda w, x: _pycse(replace(w, shuffle=shuffle or w.shuffle), x, name)  # noqa: E731
+    return Peer(f"pycse-{name}{f'-{shuffle}' if shuffle else ''}", PYCSE.covers, build, memory=_of_reference)
 
 
 def beside(w: Workload, names: list[str], everything: bool) -> tuple[list[Peer], dict[str, str]]:
@@ -507,7 +499,7 @@ def parity(w: Workload, x: Inputs, peer: Peer, alternative: Alternative, expecte
         return None
     if peer.name == "pycse-expected":
         expected = reference(replace(w, shuffle="expected"), x)
-    elif w.shuffle == "sample" and peer.name in ("pycse", "eager", "compile"):
+    elif w.shuffle == "sample":
         alternative = peer.build(replace(w, shuffle="none"), x)
     return compared(w, x, peer, alternative.compared(w.backward), expected)
 

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from pycse.kernels import native
 from torch import Tensor
 
 import pycse
+from benchmarks import internals
 from benchmarks.workloads import Inputs, Workload, inputs
-from pycse import validation
-from pycse.backends.cpu import contrastive as backend
-from pycse.ops import contrastive as ops
-from pycse.ops import fused
 
 Stages = dict[str, float]
-NATIVE = {"small": "one native call", "rows": "row kernel", "normalize": "norms", "project": "projection"}
 
 
 def product(N: int) -> Callable[..., str]:
@@ -60,23 +55,15 @@ def clocks(stages: Stages, N: int) -> Iterator[None]:
         return lambda *args: name
 
     places: list[tuple[Any, str, Callable[..., str]]] = [
-        *((native(), name, called(label)) for name, label in NATIVE.items()),
         (torch, "mm", product(N)),
         (torch.Tensor, "addmm_", lambda total, left, right: product(N)(left, right)),
         (torch.Tensor, "backward", called("backward()")),
-        (validation, "contrastive", called("validation")),
-        (fused.Fused, "__call__", called("operator, autograd.Function")),
-        (ops, "compute", called("the problem's description")),
-        (backend, "contrastive", called("backend: allocation, page faults, panels")),
+        *((owner, name, called(stage)) for owner, name, stage in internals.stages()),
     ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    try:
+    with ExitStack() as clocked:
         for owner, name, stage in places:
-            setattr(owner, name, wrap(getattr(owner, name), stage))
+            clocked.enter_context(internals.replaced(owner, name, wrap(getattr(owner, name), stage)))
         yield
-    finally:
-        for owner, name, f in before:
-            setattr(owner, name, f)
 
 
 def stages_of(x: Inputs, N: int, rounds: int, batch: int) -> Stages:

@@ -117,7 +117,8 @@ def inputs(w: Workload, device: str = "cpu") -> Inputs:
         return Inputs([leaf(z1)])
     if w.op == "distillcse":
         z2, base = z1 + 2 * new(w.N, w.D), z1 + new(w.N, w.D)
-        return Inputs([leaf(z1), leaf(z2)], [(base + new(w.N, w.D)).to(device) for _ in range(w.teachers)])
+        given = w.torch_dtype if device == "cuda" else torch.float32  # as an encoder there makes them
+        return Inputs([leaf(z1), leaf(z2)], [(base + new(w.N, w.D)).to(device, given) for _ in range(w.teachers)])
     # Positives at a cosine of 0.45: a loss that is neither solved nor noise.
     return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))])
 
@@ -200,7 +201,30 @@ def _workloads() -> list[Workload]:
     return list(by_name.values())
 
 
+def _on_a_gpu() -> list[tuple[str, Workload]]:
+    largest = [Workload(op, 65536, dtype="bf16", compiled=op == "focal") for op in ("focal", "symmetric", "infonce")]
+    batches = [Workload("focal", N, dtype="bf16") for N in (64, 128, 256, 512)]
+    distill = [Workload("distillcse", N, dtype="bf16", teachers=K, shuffle="sample") for N, K in ((64, 16), (16384, 4))]
+    layers = [
+        Workload("sparse", 8192, 768, "bf16", backward, pattern="block64", zeros=75, out=3072)
+        for backward in (False, True)
+    ]
+    others = [
+        Workload(op, N, dtype="bf16", compiled=(op, N) == ("focal", 8192))
+        for N, op in product((8192, 16384, 32768), ("focal", "symmetric", "infonce"))
+    ]
+    return [
+        *(("rows", w) for w in largest),
+        *(("graph", w) for w in (*batches, distill[0])),
+        *(("rows", w) for w in (distill[1], *batches)),
+        *(("cold", w) for w in layers),
+        *(("rows", w) for w in others),
+    ]
+
+
 WORKLOADS = _workloads()
+# What benchmarks/gpu.py measures, the targets first: as a call comes, as a CUDA graph, or with a cold L2 cache.
+ON_A_GPU = _on_a_gpu()
 
 
 def select(chosen: str, pattern: str = "*") -> list[Workload]:

@@ -37,6 +37,7 @@ SMALL = [
     *(Workload(op, 37, 24, dtype, backward) for op in ("infonce", "focal", "symmetric") for dtype in ("fp32", "bf16")
       for backward in (True, False)),
     Workload("focal", 1500, 16),  # a reference of two chunks
+    Workload("symmetric", 1500, 16),  # and of two directions
     *(Workload("distillcse", 37, 24, dtype, teachers=k, shuffle=s) for dtype, k in (("fp32", 1), ("fp32", 3), ("bf16", 3))
       for s in ("none", "expected", "sample")),
     *(Workload("uniformity", 37, 24, backward=backward) for backward in (True, False)),

@@ -3,7 +3,7 @@ rows."""
 
 from benchmarks import peers
 
-honest = peers._contrastive_rows
+honest = peers._rows
 
 
 def slow(w, x):
@@ -18,4 +18,4 @@ def slow(w, x):
     return whole
 
 
-peers._contrastive_rows = slow
+peers._rows = slow
