@@ -112,7 +112,8 @@ class Row:
     def floor(self) -> str:
         """The fastest floor's panel rows, beside the share."""
         floors = {name: r for name, r in self.row.get("ratios", {}).items() if name.startswith("floor-")}
-        return f"{self.share} ({min(floors, key=lambda name: floors[name]).removeprefix('floor-')})" if floors else "–"
+        fastest = min(floors, key=floors.__getitem__, default="")
+        return f"{self.share} ({fastest.removeprefix('floor-')})" if floors else "–"
 
     def cells(self, *columns: str) -> list[str]:
         """Properties of this class by name, and ratios by peer."""
@@ -344,9 +345,10 @@ def readme_speed(results: Results) -> str:
         (8192, 768, "bf16"),
     ):
         plain, raised = (Row(results, f"focal-{N}x{D}-{dtype}", r) for r in (False, True))
-        large = N == 8192
-        both = lambda peer: f"{plain.ratio(peer)} / {raised.ratio(peer)}" if large else plain.ratio(peer)  # noqa: E731, B023
-        rows.append([str(N), str(D), dtype, both("eager"), both("compile"), plain.percent])
+        against = (
+            f"{plain.ratio(p)} / {raised.ratio(p)}" if N == 8192 else plain.ratio(p) for p in ("eager", "compile")
+        )
+        rows.append([str(N), str(D), dtype, *against, plain.percent])
     header = "N | D | dtype | times eager PyTorch | times torch.compile | speed against PyTorch's products alone"
     return markdown(header, rows)
 
@@ -366,7 +368,8 @@ def readme_other(results: Results) -> str:
         ],
         ["uniformity, N = 8192", " / ".join(r.ratio("eager") for r in u)],
         [
-            "`SparseLinear` 768 → 3072 against `nn.Linear`, 2048 tokens: blocks of 32, 75% and 90% zero; single weights, 90% zero",
+            "`SparseLinear` 768 → 3072 against `nn.Linear`, 2048 tokens: blocks of 32, 75% and 90% zero; "
+            "single weights, 90% zero",
             f"{layers[0].ratio('eager', '.1f')}, {layers[1].ratio('eager', '.1f')}; {layers[2].ratio('eager', '.1f')}",
         ],
     ]

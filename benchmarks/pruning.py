@@ -37,9 +37,14 @@ UNUSED = "*pooler*"  # of the bundled encoder: its mean pooling does not read it
 def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run of the sweep, all methods of a seed first: a table that is interrupted is even."""
     shared = {
-        "score_batches": arguments.score_batches, "batch_size": arguments.batch_size, "max_length": arguments.max_length,
-        "balance": arguments.balance, "means": arguments.means, "bf16": arguments.bf16, "sets": arguments.eval_file,
-    }  # fmt: skip
+        "score_batches": arguments.score_batches,
+        "batch_size": arguments.batch_size,
+        "max_length": arguments.max_length,
+        "balance": arguments.balance,
+        "means": arguments.means,
+        "bf16": arguments.bf16,
+        "sets": arguments.eval_file,
+    }
     runs = [{"method": "none", "share": 0.0, "seed": 0} | shared]
     for seed in range(1, arguments.seeds + 1):
         for share in SHARES[1:]:
