@@ -1,469 +1,337 @@
-"""Every row of the H200 table, beside its floor and its peers, and the tuner: a run of about 3 minutes on one GPU.
+"""A session on a machine with a GPU: its workloads beside their peers, where their time goes, and the tuner.
 
-    python -m benchmarks.gpu                 all rows, writes gpu-DATE.json and gpu-DATE.md to benchmarks/results
-    python -m benchmarks.gpu --only focal    rows whose name begins so (also: tune, profile)
-    python -m benchmarks.gpu --exercise      each kernel once on small ragged shapes, for compute-sanitizer
-    python -m benchmarks.gpu --dry-run       all of it in tiny on the processor: no number means anything
+    python -m benchmarks.gpu                     what is not yet measured, in about 4 minutes
+    python -m benchmarks.gpu --only focal-65536  tasks with that in their name, anew (also: graph, cold, kernels, tune)
+    python -m benchmarks.gpu --exercise          each kernel once on small ragged shapes, for compute-sanitizer
+    python -m benchmarks.gpu --dry-run           all of it in tiny on the processor: no number means anything
 
-benchmarks/gpu.sh builds and tests first. A row first asserts parity with plain PyTorch in float32; then alternatives
-take turns and CUDA events time them. Shares and ratios are of medians, times too. Small batches and layers are timed as
-CUDA graphs. A row that fails says so in the results and does not stop the others.
+benchmarks/gpu.sh builds and tests first. Workloads, peers, parity, turns and the rows of the results are those of
+``python -m benchmarks run``; here they are timed by the GPU's events, also as CUDA graphs and with a cold L2 cache.
+gpu-DATE.json, and the targets as gpu-DATE.md, are written after every task. A run on the same machine and commit goes
+on with what an earlier one left; a task that fails says so and does not stop the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import importlib.util
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import date
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks import gpu_parts as parts
+import pycse
+from benchmarks import measure, record
+from benchmarks.docs import markdown
 from benchmarks.gpu_exercise import exercise
-from benchmarks.gpu_parts import TAU, Plan, Step, embeddings, ours, parity, replaced, routes, step_of
-from pycse import fused_distillcse
-from pycse.panels import contrastive as panel
-from pycse.pattern import Pattern
+from benchmarks.gpu_tune import Trial, tune
+from benchmarks.measure import Clock, Events, Graphs, interleaved
+from benchmarks.peers import PANELS, PEERS, PYCSE, Peer, beside, on_backend
+from benchmarks.workloads import ON_A_GPU, Workload, inputs
 
-# --- rows ---
-
-
-def ceilings(plan: Plan) -> dict[str, Any]:
-    """What the machine gives today: copies in TB/s, a bf16 product in TF/s."""
-    n = 128 if plan.dry else 8192
-    a, b = (torch.randn(n, n, device=plan.device).to(plan.dtype) for _ in range(2))
-    out, x = torch.empty_like(a), torch.empty(1 << (12 if plan.dry else 30), device=plan.device)
-    y = torch.empty_like(x)
-    t = plan.interleaved({"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)})
-    return {
-        "product TF/s": 2e-9 * n**3 / t["product"]["median"],
-        "copy TB/s": 8e-9 * len(x) / t["copy"]["median"],
-    }
-
-
-def focal(plan: Plan, symmetric: bool = False) -> dict[str, Any]:
-    z1, z2 = embeddings(plan, plan.large)
-    expected = parts.truth(z1, z2, symmetric=symmetric)
-    steps = {name: step_of(ours(name, symmetric=symmetric), z1, z2) for name in plan.usable()}
-    row: dict[str, Any] = {"parity": {name: parity(name, step(), expected) for name, step in steps.items()}}
-    del expected
-    # Inputs and gradients are not counted: the gradients are the step's result.
-    results = 2 * z1.numel() * z1.element_size()
-    row["peak MB"] = {name: (plan.peak(step) - results) / 1e6 for name, step in steps.items()}
-    t = plan.interleaved({**steps, **parts.floors(plan, z1, z2, 2 if symmetric else 1)})
-    best = min(t[name]["median"] for name in t if name.startswith("floor"))
-    operations = (8 if symmetric else 6) * plan.large**2 * plan.D
-    row["ms"] = t
-    row["TF/s"] = {name: 1e-9 * operations / v["median"] for name, v in t.items()}
-    row["share of the floor"] = {name: best / t[name]["median"] for name in steps}
-    return row
+RESULTS = Path(__file__).parent / "results"
+CLOCKS: dict[str, Callable[[], Clock]] = {"rows": Events, "graph": Graphs, "cold": partial(Events, cold=True)}
+BESIDE = {"rows": [], "graph": ["eager", "pycse-none", "pycse-expected"], "cold": ["eager", "stk"]}  # []: all
+PROFILED = (
+    "focal-65536x768-bf16",
+    "symmetric-65536x768-bf16",
+    "focal-64x768-bf16",
+    "distillcse-16384x768-bf16-4-sample",
+)
+LAYER = "sparse-block64-75-8192x768x3072-bf16-forward"
+BY_NAME = {w.name: w for _, w in ON_A_GPU}
+KERNELS = 12  # of a call that are listed, the longest
+Results = dict[str, Any]
 
 
-def small(plan: Plan) -> dict[str, Any]:
-    """B = 64 to 512: forward + backward in a CUDA graph, microseconds a step."""
-    row = {}
-    for B in plan.small:
-        z1, z2 = embeddings(plan, B)
-        expected = parts.truth(z1, z2)
-        steps = {name: step_of(ours(name), z1, z2) for name in plan.usable()} | {"eager": step_of(parts.eager, z1, z2)}
-        errors = {
-            name: parity(name, step(), expected, 1e-1 if name == "eager" else 3e-2) for name, step in steps.items()
+class Session:
+    """What is measured here, and how; ``dry`` takes the same steps on the processor, in tiny."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry, self.device = dry, measure.device()
+        self.seconds = 0.02 if dry else 1.5  # for the rounds of a workload
+        states, auto = pycse.info().backends, pycse.info().auto[self.device]
+        wanted = ("cpu", "torch") if dry else ("triton", "cuda")
+        self.auto, self.others = auto, [n for n in wanted if n != auto and states[n] == "usable"]
+        self.missing = {name: states[name] for name in wanted if states[name] != "usable"}
+
+    @property
+    def backends(self) -> list[str]:
+        return [self.auto, *self.others]
+
+    def clock(self, section: str) -> Clock:
+        return Clock() if self.dry else CLOCKS[section]()
+
+    def sized(self, w: Workload) -> Workload:
+        return replace(w, N=64, D=256, out=min(w.out, 512), compiled=False) if self.dry else w
+
+    def tasks(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """By section of the results, and workload."""
+        return {
+            "ceilings": self.ceilings,
+            **{f"{section} {w.name}": partial(self.row, section, w) for section, w in ON_A_GPU},
+            **{f"kernels {name}": partial(self.kernels, BY_NAME[name]) for name in PROFILED},
+            "tune": self.tune,  # last: it tries what may not run
         }
-        repeat = 10
-        t = plan.interleaved({name: plan.graph(step, repeat) for name, step in steps.items()})
-        us = {name: {k: 1e3 * x / repeat for k, x in v.items()} for name, v in t.items()}
-        calls = plan.interleaved(steps)  # as a program that captures nothing sees it: launches and Python
-        row[f"{B}"] = {"parity": errors, "us": us, "us, no graph": {n: 1e3 * v["median"] for n, v in calls.items()}}
-    return row
 
-
-def teachers_of(plan: Plan, B: int, K: int) -> list[Tensor]:
-    return [embeddings(plan, B, seed=7 + k)[0].detach() for k in range(K)]
-
-
-def distillation_truth(z1: Tensor, z2: Tensor, teachers: list[Tensor]) -> tuple[Tensor, ...]:
-    """DistillCSE without a shuffle in float32, rows some at a time."""
-    a, b = (z.detach().float().requires_grad_() for z in (z1, z2))
-    units = [F.normalize(e.float(), dim=1) for e in teachers]
-    B, c, total = len(a), min(len(a), 2048), torch.zeros((), device=a.device)
-    for i in range(0, B, c):
-        rows = torch.arange(i, min(i + c, B), device=a.device)
-        diagonal = rows[:, None] == torch.arange(B, device=a.device)[None, :]
-        x, y = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        t = sum((e[i : i + c] @ e.t() for e in units), torch.zeros((), device=a.device)) / len(units)
-        q = (t / 0.0125).masked_fill(diagonal, -torch.inf).softmax(1)
-        log_p = (x[i : i + c] @ x.t() / 0.025).masked_fill(diagonal, -1e4).log_softmax(1)
-        part = F.cross_entropy(x[i : i + c] @ y.t() / TAU, rows, reduction="sum") - (q * log_p).sum()
-        (part / B).backward()
-        total += part.detach() / B
-    assert a.grad is not None and b.grad is not None
-    return total, a.grad, b.grad
-
-
-def distillation(plan: Plan, size: tuple[int, int], captured: bool) -> dict[str, Any]:
-    B, K = size
-    z1, z2 = embeddings(plan, B)
-    teachers, seed = teachers_of(plan, B, K), torch.tensor(1, device=plan.device)
-    expected = distillation_truth(z1, z2, teachers)
-
-    def loss(name: str, shuffle: str) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda a, b: fused_distillcse(a, b, teachers, TAU, shuffle=shuffle, seed=seed, backend=name).loss
-
-    row: dict[str, Any] = {"parity": {}, "ms": {}, "sample/none": {}}
-    for name in plan.usable():
-        steps = {shuffle: step_of(loss(name, shuffle), z1, z2) for shuffle in ("sample", "expected", "none")}
-        row["parity"][name] = parity(f"{name}, no shuffle", steps["none"](), expected, 6e-2)
-        if captured:
-            replay, first = plan.graph(steps["sample"]), steps["sample"]()
-            seed.fill_(2)
-            replayed, fresh = replay()[0], steps["sample"]()
-            # Up to cuBLAS' products, which may be other ones while a graph is captured.
-            change, between = (parts.off((x[1],), (fresh[1].float(),)) for x in (replayed, first))
-            assert change < 1e-2, f"a replay is not the call with its seed: it is off by {change:.1e}"
-            assert between > change, "two seeds, one shuffle"
-            seed.fill_(1)
-        repeat = 10 if captured else 1
-        t = plan.interleaved({s: plan.graph(step, repeat) if captured else step for s, step in steps.items()})
-        row["ms"][name] = {s: {k: x / repeat for k, x in v.items()} for s, v in t.items()}
-        row["sample/none"][name] = t["sample"]["median"] / t["none"]["median"]
-    return row
-
-
-def layer_of(plan: Plan, block: int = 64, zeros: float = 0.75) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, W with most of its blocks zero, its mask, bias and dy."""
-    T, in_, out = plan.layer
-    g = torch.Generator(plan.device).manual_seed(0)
-    new = lambda *n: torch.randn(*n, device=plan.device, generator=g).to(plan.dtype)  # noqa: E731
-    blocks = torch.rand(out // block, in_ // block, device=plan.device, generator=g)
-    mask = blocks >= blocks.flatten().quantile(zeros)
-    mask = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
-    return new(T, in_), new(out, in_) * mask, mask, new(out), new(T, out)
-
-
-def sparse_step(plan: Plan, name: str) -> Step:
-    x, w, mask, bias, _ = layer_of(plan)
-    linear = importlib.import_module(f"pycse.backends.{name}.sparse").linear
-    return functools.partial(linear, x, w, bias, Pattern.from_mask(mask, 64))
-
-
-def layer(plan: Plan) -> dict[str, Any]:
-    """y = x W^T + b with 75% of the 64 x 64 blocks zero, cold L2, over dense cuBLAS; dx and dw likewise."""
-    x, w, mask, bias, dy = layer_of(plan)
-    pattern = Pattern.from_mask(mask, 64)
-    dense: dict[str, Step] = {
-        "linear": lambda: F.linear(x, w, bias),
-        "dx": lambda: dy @ w,
-        "dw": lambda: dy.t() @ x,
-    }
-    row: dict[str, Any] = {"kept": mask.float().mean().item(), "parity": {}, "ms": {}, "over dense": {}}
-    for name in plan.usable():
-        module = importlib.import_module(f"pycse.backends.{name}.sparse")
-        steps: dict[str, Step] = {
-            "linear": functools.partial(module.linear, x, w, bias, pattern),
-            "dx": functools.partial(module.dx, dy, w, pattern),
-            "dw": functools.partial(module.dw, dy, x, pattern),
+    def ceilings(self) -> dict[str, float]:
+        """What the machine gives today: copies, and a bf16 product."""
+        n = 128 if self.dry else 8192
+        a, b = (torch.randn(n, n, device=self.device).to(torch.bfloat16) for _ in range(2))
+        out, x = torch.empty_like(a), torch.empty(1 << (12 if self.dry else 30), device=self.device)
+        y = torch.empty_like(x)
+        calls: dict[str, measure.Call] = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}
+        t = interleaved(calls, self.seconds, self.clock("rows"))
+        return {
+            "product TF/s": 2e-12 * n**3 / t["product"].median,
+            "copy TB/s": 2e-12 * x.nbytes / t["copy"].median,
         }
-        wide = {
-            "linear": F.linear(x.float(), w.float(), bias.float()),
-            "dx": dy.float() @ w.float(),
-            "dw": (dy.float().t() @ x.float()) * mask,
-        }
-        row["parity"][name] = {k: parity(f"{name} {k}", (steps[k](),), (wide[k],), 1e-2) for k in steps}  # type: ignore[arg-type]
-        t = plan.interleaved(steps | {f"dense {k}": step for k, step in dense.items()}, cold=True)
-        row["ms"][name] = t
-        row["over dense"][name] = {k: t[f"dense {k}"]["median"] / t[k]["median"] for k in steps}
-    return row
 
+    def row(self, section: str, named: Workload) -> dict[str, Any]:
+        """A workload beside its peers and by each backend, as ``benchmarks run`` would write it down."""
+        w = self.sized(named)
+        peers, left_out = beside(w, BESIDE[section], False)
+        peers += [on_backend(name) for name in self.others]
+        peers += [on_backend(name, "none") for name in self.others if w.shuffle == "sample"]
+        row: dict[str, Any] = {"name": named.name, "left out": left_out}
+        row["differs"] = {p.name: p.differs for p in peers if p.differs}
 
-# --- tuner ---
+        def failed(peer: Peer, error: Exception) -> None:
+            if peer is PYCSE:
+                raise error
+            left_out[peer.name] = record.said(error)
+            if peer.limit or peer.name.startswith("pycse"):
+                row["error"] = f"{peer.name} {left_out[peer.name]}"
 
+        x = inputs(w, self.device)
+        calls, off = record.agreeing(w, x, peers, failed)
+        print(f"{section} {named.name}: parity {', '.join(f'{n} {v:.0e}' for n, v in off.items())}", end="")
+        timings = interleaved(calls, self.seconds, self.clock(section))
+        row |= {"parity": off, **record.summary(w, timings, peers)}
+        if named.measures_memory:
+            limits = {"compile", *(p.name for p in peers if p.limit)}
+            row["memory"] = {name: record.memory(w, x, call) for name, call in calls.items() if name not in limits}
+        return row
 
-def tune(plan: Plan) -> dict[str, Any]:
-    """Panel rows of every route, the fused GEMM's tiles and their order in the largest row, one direction; the sparse
-    product's tiles. The fastest of each ("best") is for the tables of pycse/backends and panels/products.py."""
-    z1, z2 = embeddings(plan, plan.large)
-    expected = parts.truth(z1, z2)
-
-    def milliseconds(name: str, step: Step | None = None) -> float | str:
-        contrastive = step_of(ours(name), z1, z2)
-        try:
-            if step is None:
-                parity(name, contrastive(), expected)
-            return plan.interleaved({name: step or contrastive}, rounds=4)[name]["median"]
-        except Exception as problem:  # shared memory, compilation, parity: not here
-            return f"{type(problem).__name__}: {problem}"[:200]
-
-    row: dict[str, Any] = {"panel rows": {}}
-    for name in plan.usable():
-        for route, settings in routes(name).items():
-            times: dict[Any, Any] = {}
-            for c in plan.panels:
-                with settings(), replaced(panel, "panel_rows", lambda B, *_, c=c: min(B, c)):
-                    times[c] = milliseconds(name)
-            row["panel rows"][route] = times
-    name = "triton" if "triton" in plan.usable() else plan.backends[0]
-    if importlib.util.find_spec("triton") is None or (name != "triton" and not plan.dry):
-        return {**row, "best": best(row)}
-
-    backend = importlib.import_module("pycse.backends.triton.contrastive")
-    sparse = importlib.import_module("pycse.backends.triton.sparse")
-    alternatives: dict[str, tuple[Any, str, dict[str, Any]]] = {
-        "tiles": (backend, "tile", {str(tuple(t)): lambda *_, t=t, **__: t for t in fused_tiles(backend.Tile)}),
-        "row tiles to a group": (backend, "GROUP", {str(n): n for n in (4, 8, 16, 32)}),
-        "epilogue": (backend.Kernels, "_fuses", {"fused": backend.Kernels._fuses, "separate": lambda self: False}),
-        "sparse tiles": (
-            sparse,
-            "TILES",
-            {str(tuple(t)): {**sparse.TILES, "16": t} for t in sparse_tiles(sparse.Tile)},
-        ),
-    }
-    for what, (owner, attribute, values) in alternatives.items():
-        times = {}
-        for label, value in values.items():
-            with replaced(owner, attribute, value):
-                times[label] = milliseconds(name, sparse_step(plan, name) if what == "sparse tiles" else None)
-        row[what] = times
-    return {**row, "best": best(row)}
-
-
-def best(row: dict[str, Any]) -> dict[str, Any]:
-    """The label of the least time in every table of times."""
-    found = {}
-    for what, times in row.items():
-        if any(isinstance(t, dict) for t in times.values()):
-            found[what] = best(times)
-        elif numbers := {label: t for label, t in times.items() if not isinstance(t, str)}:
-            found[what] = min(numbers, key=numbers.__getitem__)
-    return found
-
-
-def fused_tiles(Tile: Any) -> list[Any]:
-    """Two blocks of the smaller ones share a multiprocessor: one's epilogue runs beside the other's product."""
-    tiles = [
-        Tile(128, 256, 64, 8, 4),
-        Tile(128, 256, 64, 8, 3),
-        Tile(256, 128, 64, 8, 4),
-        Tile(128, 128, 64, 4, 3),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 128, 8, 3),
-        Tile(64, 256, 64, 4, 2),
-    ]
-    return [*tiles, *(t._replace(copied=True) for t in tiles[:5])]
-
-
-def sparse_tiles(Tile: Any) -> list[Any]:
-    return [
-        Tile(128, 128, 64, 64, 4, 3),
-        Tile(128, 128, 64, 64, 4, 2),
-        Tile(256, 128, 64, 64, 8, 3),
-        Tile(256, 128, 64, 64, 8, 2),
-        Tile(64, 128, 64, 64, 4, 4),
-    ]
-
-
-def profile(plan: Plan) -> dict[str, Any]:
-    """Where the time goes: the kernels of one call, the longest first, in microseconds."""
-    row = {}
-    large, small_ = embeddings(plan, plan.large), embeddings(plan, plan.small[0])
-    teachers, seed = teachers_of(plan, *plan.distill_large), torch.tensor(1, device=plan.device)
-    pair = embeddings(plan, plan.distill_large[0])
-    for name in plan.usable():
-        distilled = functools.partial(fused_distillcse, teachers=teachers, temperature=TAU, seed=seed, backend=name)
-        calls = {
-            "focal": step_of(ours(name), *large),
-            "symmetric": step_of(ours(name, symmetric=True), *large),
-            "small": step_of(ours(name), *small_),
-            "distill": step_of(lambda a, b, call=distilled: call(a, b).loss, *pair),  # type: ignore[misc]
-        }
-        for what, step in calls.items():
-            step()
-            activity = torch.profiler.ProfilerActivity
-            with torch.profiler.profile(activities=[activity.CPU if plan.dry else activity.CUDA]) as seen:
-                step()
-                if not plan.dry:
-                    torch.cuda.synchronize()
-            events = [
-                (e.key, e.count, e.cpu_time_total if plan.dry else e.device_time_total) for e in seen.key_averages()
+    def kernels(self, named: Workload) -> dict[str, Any]:
+        """Where the time of a call goes, by backend: its kernels, the longest first, in microseconds."""
+        w = self.sized(named)
+        x = inputs(w, self.device)
+        activity = torch.profiler.ProfilerActivity.CPU if self.dry else torch.profiler.ProfilerActivity.CUDA
+        row = {}
+        for name in self.backends:
+            call = on_backend(name).build(w, x).step(True)
+            call()
+            with torch.profiler.profile(activities=[activity]) as seen:
+                call()
+                measure.tidy()
+            spent = [
+                (e.key, e.count, e.cpu_time_total if self.dry else e.device_time_total) for e in seen.key_averages()
             ]
-            events = sorted(events, key=lambda e: -e[2])[:12]
-            row[f"{what} {name}"] = [{"kernel": key[:120], "calls": n, "us": us} for key, n, us in events]
-    return row
+            longest = sorted(spent, key=lambda e: -e[2])[:KERNELS]
+            row[name] = [{"kernel": key[:120], "calls": count, "us": us} for key, count, us in longest]
+        return row
+
+    def tune(self) -> dict[str, Any]:
+        largest, layer = (
+            Trial(self.sized(BY_NAME[name]), self.device, self.clock(section), self.seconds / 5)
+            for section, name in (("rows", PROFILED[0]), ("cold", LAYER))
+        )
+        panels = (16, 64) if self.dry else [c for c in PANELS if c >= 1024]
+        turned = "triton" if "triton" in self.backends else "torch" if self.dry else ""
+        return tune(largest, layer, self.backends, panels, turned)
 
 
-ROWS: dict[str, Callable[[Plan], dict[str, Any]]] = {
-    "ceilings": ceilings,
-    "focal": focal,
-    "symmetric": functools.partial(focal, symmetric=True),
-    "small": small,
-    "distill small": lambda plan: distillation(plan, plan.distill_small, True),
-    "distill large": lambda plan: distillation(plan, plan.distill_large, False),
-    "layer": layer,
-    **{f"peer {name}": functools.partial(parts.beside, name=name) for name in parts.PEERS},
-    "profile": profile,
-    "tune": tune,  # last: it tries what may not run
-}
+# --- results
 
 
-# --- the table ---
+def at(results: Results, task: str) -> dict[str, Any] | None:
+    section, _, name = task.partition(" ")
+    row = results.get(section, {})
+    return (row.get(name) if name else row) or None
 
 
-def best_of(values: dict[str, Any], of: Callable[[Any], float] = lambda v: v["median"]) -> float:
-    return min(of(v) for v in values.values())
+def begun(session: Session, folder: Path, fresh: bool) -> tuple[Path, Results]:
+    """The file to write, and what an earlier run on this machine and commit has left there or in benchmarks/results."""
+    here: Results = {"schema": record.SCHEMA, **record.where(), "auto": session.auto}
+    here["missing"] = session.missing | {p.name: reason for p in PEERS if (reason := p.missing())}
+    stem = f"gpu-{'dry-run-' if session.dry else ''}"
+    for file in (
+        [] if fresh else sorted([*folder.glob(f"{stem}2*.json"), *RESULTS.glob(f"{stem}2*.json")], reverse=True)
+    ):
+        earlier = json.loads(file.read_text())
+        same = ("schema", "machine", "commit", "auto") + (("date",) if here["commit"] == "unknown" else ())
+        if all(earlier.get(key) == here[key] for key in same):
+            return folder / file.name, earlier | {"missing": here["missing"]}
+    return folder / f"{stem}{here['date']}.json", here
 
 
-def table(plan: Plan, rows: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What the targets name: what, at least, aim, measured by the faster backend."""
-    ours_in = lambda row, key: {n: row[key][n] for n in plan.usable()}  # noqa: E731
-    ratio = lambda name: max(v["ratio"] for v in rows[f"peer {name}"]["sizes"].values() if isinstance(v, dict))  # noqa: E731
-    K = plan.distill_small[1]
-    lines: list[tuple[str, str, str, Callable[[], float | str]]] = [
-        ("Focal, N = 65536, D = 768, one direction, ms", "34", "28", lambda: best_of(ours_in(rows["focal"], "ms"))),
+def write(path: Path, results: Results, title: str, tasks: list[str]) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    lines = [f"# {title}", "", markdown("what | at least | aim | measured", targets(results)), ""]
+    for name in tasks:
+        row = at(results, name)
+        if row is None:
+            lines.append(f"- {name}: not yet measured")
+        elif "error" in row:
+            lines.append(f"- {name} failed: {row['error']}")
+        else:
+            failures = {peer: why for peer, why in row.get("left out", {}).items() if peer not in results["missing"]}
+            lines += [f"- {name}: {peer} {why}" for peer, why in failures.items()]
+    lines += [f"- {name} missing: {reason}" for name, reason in results["missing"].items()]
+    lines += [f"- fastest {what}: {label}" for what, label in results.get("tune", {}).get("best", {}).items()]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def targets(results: Results) -> list[tuple[str, str, str, str]]:
+    """What, at least, aim, measured: by the faster backend, times the medians' and ratios the minima's."""
+    named = {"pycse", *(f"pycse-{name}" for name in ("cpu", "torch", "triton", "cuda"))}
+
+    def row(section: str, name: str) -> dict[str, Any]:
+        return results[section][name]
+
+    def ours(values: dict[str, float]) -> float:
+        return min(value for name, value in values.items() if name in named)
+
+    def times(section: str, name: str, peer: str) -> float:
+        best = row(section, name)["best"]
+        return best[peer] / ours(best)
+
+    def milliseconds(op: str) -> float:
+        return 1e3 * ours(row("rows", f"{op}-65536x768-bf16")["seconds"])
+
+    def microseconds(name: str) -> float:
+        return 1e6 * ours(row("graph", name)["seconds"])
+
+    def most(op: str, peer: str) -> float:
+        """Over the sizes that the peer can run."""
+        rows = [w.name for section, w in ON_A_GPU if section == "rows" and w.op == op and w.name in results["rows"]]
+        return max(times("rows", name, peer) for name in rows if peer in row("rows", name).get("best", {}))
+
+    def share() -> float:
+        best = row("rows", PROFILED[0])["best"]
+        return min(value for name, value in best.items() if name.startswith("floor")) / ours(best)
+
+    def drawn() -> float:
+        best = row("rows", PROFILED[3])["best"]
+        return min(best[n] / best[f"{n}-none"] for n in named if n in best and f"{n}-none" in best)
+
+    lines: list[tuple[str, str, str, Callable[[], float]]] = [
+        ("Focal, N = 65536, D = 768, one direction, ms", "34", "28", partial(milliseconds, "focal")),
+        ("share of the floor of its three products", "0.75", "0.90", share),
+        ("symmetric, same size, ms", "45", "38", partial(milliseconds, "symmetric")),
         (
-            "share of the three products' floor",
-            "0.75",
-            "0.90",
-            lambda: max(rows["focal"]["share of the floor"].values()),
+            "peak memory above inputs and gradients, MB",
+            "1500",
+            "600",
+            lambda: ours(row("rows", PROFILED[0])["memory"]) / 1e6,
         ),
-        ("symmetric, same size, ms", "45", "38", lambda: best_of(ours_in(rows["symmetric"], "ms"))),
-        ("peak memory above inputs and gradients, MB", "1500", "600", lambda: min(rows["focal"]["peak MB"].values())),
         *(
-            (f"B = {B}, D = 768, CUDA graph, µs", "60", "25", lambda B=B: best_of(ours_in(rows["small"][f"{B}"], "us")))
-            for B in plan.small
+            (f"B = {B}, D = 768, CUDA graph, µs", "60", "25", partial(microseconds, f"focal-{B}x768-bf16"))
+            for B in (64, 128, 256, 512)
         ),
         (
-            f"DistillCSE, B = 64, {K} teachers, CUDA graph, µs",
+            "DistillCSE, B = 64, 16 teachers, CUDA graph, µs",
             "150",
             "60",
-            lambda: 1e3 * best_of(rows["distill small"]["ms"], lambda v: v["sample"]["median"]),
+            partial(microseconds, "distillcse-64x768-bf16-16-sample"),
         ),
-        (
-            "DistillCSE, B = 16384, 4 teachers, sampled over none",
-            "1.3",
-            "1.1",
-            lambda: min(rows["distill large"]["sample/none"].values()),
-        ),
-        (
-            "block-sparse 75% (64²), over dense cuBLAS, times",
-            "1.8",
-            "2.8",
-            lambda: max(v["linear"] for v in rows["layer"]["over dense"].values()),
-        ),
+        ("DistillCSE, B = 16384, 4 teachers, sampled over none", "1.3", "1.1", drawn),
+        ("block-sparse 75% (64²), over dense cuBLAS, times", "1.8", "2.8", partial(times, "cold", LAYER, "eager")),
         *(
-            (f"times faster than {name}, at the size where most", least, aim, lambda name=name: ratio(name))
-            for name, least, aim in (
-                ("siglip-kernel", "1.3", "1.6"),
-                ("memeff", "2", "3"),
-                ("inf-cl", "5", "8"),
-                ("eager", "2.5", "3.5"),
-                ("compile", "-", "-"),
+            (f"times faster than {peer}, at the size where most", least, aim, partial(most, op, peer))
+            for peer, op, least, aim in (
+                ("siglip-kernel", "focal", "1.3", "1.6"),
+                ("memeff", "symmetric", "2", "3"),
+                ("inf-cl", "infonce", "5", "8"),
+                ("eager", "focal", "2.5", "3.5"),
+                ("compile", "focal", "-", "-"),
             )
         ),
     ]
-    result = []
-    for what, least, aim, value in lines:
+
+    def text(value: Callable[[], float]) -> str:
         try:
-            number = value()
-            text = f"{number:.3g}" if isinstance(number, float) else "not measured"
-        except (KeyError, ValueError, AttributeError, TypeError):  # the row, or this peer, was not run
-            text = "not measured"
-        result.append((what, least, aim, text))
-    return result
+            return f"{value():.3g}"
+        except (KeyError, ValueError):  # the row, or this peer, was not measured
+            return "not measured"
+
+    return [(what, least, aim, text(value)) for what, least, aim, value in lines]
 
 
-def path_of(plan: Plan, out: Path) -> Path:
-    return out / f"gpu-{'dry-run-' if plan.dry else ''}{date.today()}"
+# --- the command
 
 
-def write(plan: Plan, out: Path, rows: dict[str, Any]) -> None:
-    """Both files anew after every row: what was measured stays if a later row is cut off, and what an earlier run
-    measured."""
-    stem = path_of(plan, out)
-    device = (
-        {} if plan.dry else {"name": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-    )
-    about: dict[str, Any] = {
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": device,
-    }
-    about["missing"] = plan.missing()
-    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
-    title = (
-        "Dry run on the processor: no number here means anything" if plan.dry else f"{device['name']}, {date.today()}"
-    )
-    lines = [f"# {title}", "", "| what | at least | aim | measured |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(line)} |" for line in table(plan, rows)]
-    failed = {name: row["error"] for name, row in rows.items() if "error" in row}
-    lines += ["", *(f"- {name} failed: {error}" for name, error in failed.items())]
-    lines += [f"- {name} missing: {reason}" for name, reason in about["missing"].items()]
-    lines += [f"- fastest {what}: {label}" for what, label in rows.get("tune", {}).get("best", {}).items()]
-    for name, row in rows.items():
-        if "missing" in row:
-            lines.append(f"- {name}: {row['missing']}")
-        lines += [f"- {name}, {B} rows: {size}" for B, size in row.get("sizes", {}).items() if isinstance(size, str)]
-    stem.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+def run(session: Session, folder: Path, only: list[str], seconds: float, fresh: bool) -> int:
+    """How many tasks failed or are left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, results = begun(session, folder, fresh)
+    title = f"{results['machine']}, {results['date']}, commit {results['commit']}"
+    title = "Dry run on the processor: no number here means anything" if session.dry else title
+    tasks, begin = session.tasks(), time.perf_counter()
+    for name, task in tasks.items():
+        row = at(results, name)
+        wanted = any(text in name for text in only) if only else row is None or "error" in row
+        if not wanted:
+            continue
+        if (start := time.perf_counter()) - begin > seconds:
+            print(f"{seconds:.0f} seconds are over: the same command goes on with {name}")
+            break
+        try:
+            row = task()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}"[:500]}
+        lost = False
+        try:
+            measure.tidy()
+        except RuntimeError as error:  # the context is lost: every later task would fail
+            lost = True
+            row.setdefault("error", f"{type(error).__name__}: {error}"[:500])
+        row["took"] = round(time.perf_counter() - start, 1)
+        section, _, key = name.partition(" ")
+        if key:
+            results.setdefault(section, {})[key] = row
+        else:
+            results[section] = row
+        write(path, results, title, list(tasks))
+        print(f"{name}: {row['took']} s{', failed' if 'error' in row else ''}", flush=True)
+        if lost:
+            break
+    write(path, results, title, list(tasks))
+    print(path.with_suffix(".md").read_text())
+    return sum(row is None or "error" in row for row in (at(results, name) for name in tasks))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the processor")
     parser.add_argument("--exercise", action="store_true", help="each kernel once, nothing timed")
-    parser.add_argument("--only", action="append", default=[], metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
-    parser.add_argument("--seconds", type=float, default=240, help="no further row is begun after these")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="tasks with this in their name")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=240, help="no further task is begun after these")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with an earlier run")
     chosen = parser.parse_args()
-    unknown = [name for name in chosen.only if not any(row.startswith(name) for row in ROWS)]
-    if unknown:
-        parser.error(f"--only {unknown[0]}: it may be one of {', '.join(ROWS)}, or how one begins")
-    if not chosen.dry_run and not torch.cuda.is_available():
+    if chosen.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
         print("No GPU is available to PyTorch: nothing can be measured here. --dry-run rehearses on the processor.")
         return 1
     torch.manual_seed(0)
-    plan = Plan(chosen.dry_run)
+    session = Session(chosen.dry_run)
+    for text in chosen.only:
+        if not any(text in name for name in session.tasks()):
+            parser.error(f"--only {text}: it must be in the name of one of {', '.join(session.tasks())}")
     if chosen.exercise:
-        return int(exercise(plan) > 0)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    stem = path_of(plan, chosen.out)
-    rows: dict[str, Any] = {}
-    if chosen.only and (earlier := stem.with_suffix(".json")).exists():
-        rows = json.loads(earlier.read_text())["rows"]
-    begin = time.perf_counter()
-    write(plan, chosen.out, rows)
-    for name, measure in ROWS.items():
-        if chosen.only and not any(name.startswith(one) for one in chosen.only):
-            continue
-        start = time.perf_counter()
-        if start - begin > chosen.seconds:
-            rows[name] = {"error": f"not begun: {chosen.seconds:.0f} seconds were over"}
-            continue
-        try:
-            rows[name] = measure(plan)
-        except Exception as problem:
-            traceback.print_exc()
-            rows[name] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-        rows[name]["seconds"] = round(time.perf_counter() - start, 1)
-        try:
-            plan.tidy()
-        except RuntimeError as problem:  # the context is lost: every later row would fail
-            rows[name].setdefault("error", f"{type(problem).__name__}: {problem}"[:500])
-            break
-        finally:
-            write(plan, chosen.out, rows)
-            print(f"{name}: {rows[name]['seconds']} s{', failed' if 'error' in rows[name] else ''}", flush=True)
-    print(stem.with_suffix(".md").read_text())
-    return int(any("error" in row for row in rows.values()))
+        return int(exercise(session.backends, session.missing) > 0)
+    return int(run(session, chosen.out, chosen.only, chosen.seconds, chosen.fresh) > 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything to do on a machine with a GPU, in under 9 minutes: build, GPU tests, benchmarks and tuner, compute-sanitizer.
+# Everything to do on a machine with a GPU: build, GPU tests, benchmarks and tuner, compute-sanitizer; in $GPU_SECONDS,
+# by default just under 9 minutes.
 #
 #   bash benchmarks/gpu.sh [--check-only | --bench-only | --dry-run]
 #
-# Uses the python3 on PATH (or PYTHON), whose torch has CUDA, and no network; wheels in .whl (of peers to measure, say) are put
-# where this run alone finds them. Results go to $OUT, or else to benchmarks/results: gpu-DATE.json and .md, which keep
-# the rows of earlier runs of that day, and logs. --dry-run rehearses all of it on any machine: tests are collected, the
-# benchmarks run in tiny on the processor, and what needs a GPU or a compiler is printed instead.
-# Each stage has a time limit, and the next begins whatever the one before it came to; the exit status counts failed stages.
+# Uses the python3 on PATH (or PYTHON), whose torch has CUDA, and no network; wheels in .whl (of peers to measure, say)
+# are put where this run alone finds them. Results go to $OUT, or else to benchmarks/results: gpu-DATE.json and .md, and
+# logs. What an earlier run of this commit has measured is taken from there: --bench-only in a second, shorter run goes
+# on where the first was cut off. --dry-run rehearses all of it on any machine: tests are collected, the benchmarks run
+# in tiny on the processor, and what needs a GPU or a compiler is printed instead.
+# Each stage has a time limit, and the next begins whatever the one before it came to; the exit status counts failed
+# stages.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,14 +33,14 @@ export PATH PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1 PYCSE_BUILD=$PWD/build
 failed=0
 begin=$SECONDS
 
-# Seconds until 535, so that the whole stays under 9 minutes, less $1; at least $2.
+# Seconds that are left, less $1; at least $2.
 left() {
-  local seconds=$((535 - (SECONDS - begin) - $1))
+  local seconds=$((${GPU_SECONDS:-535} - (SECONDS - begin) - $1))
   echo $((seconds > $2 ? seconds : $2))
 }
 
-# stage NAME SECONDS COMMAND...: runs the command under the limit, its output added to $out/$log.log (or NAME.log) and the end of
-# it here.
+# stage NAME SECONDS COMMAND...: runs the command under the limit, its output added to $out/$log.log (or NAME.log) and
+# the end of it here.
 stage() {
   local name=$1 limit=$2 file=$out/${log:-$1}.log start=$SECONDS status ended=(--kill-after=5)
   shift 2
@@ -84,7 +87,7 @@ if "setuptools" not in missing and int(importlib.metadata.version("setuptools").
     missing.append("setuptools >= 77")
 missing += [n for n in ("cmake", "ninja", "c++") if shutil.which(n) is None]
 if missing:
-    message = f"The build needs {', '.join(missing)}, which this machine lacks; without a network they have to be brought (pip install)."
+    message = f"The build needs {', '.join(missing)}, which this machine lacks; they have to be brought (pip install)."
     print(message) if dry else sys.exit(message)
 if shutil.which("nvcc") is None:
     print("No nvcc on PATH: backend 'cuda' is left out, 'triton' is tested and measured.")
@@ -95,7 +98,7 @@ import torch
 major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 print(f"{major}{minor}{chr(97) if major >= 9 else str()}-real")')
 export PYCSE_CUDA_ARCHS=${PYCSE_CUDA_ARCHS:-$arch}
-build=("$python" -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .)
+build=("$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .)
 pytest=("$python" -m pytest -q -m gpu -p no:cacheprovider -W ignore::UserWarning)
 if "$python" -c 'import xdist' 2>/dev/null; then pytest+=(-n 12); fi
 # A kernel that never ends: its worker dies, is named, and another takes its place.
@@ -106,11 +109,12 @@ sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-san
 if [ "$mode" = --dry-run ]; then
   rehearse build 200 env "PYCSE_CUDA_ARCHS=$arch" "${build[@]}"
   lines=4 stage tests 120 "$python" -m pytest -q -m gpu --collect-only -p no:cacheprovider
-  lines=40 stage bench 120 "$python" -m benchmarks.gpu --dry-run --out "$out"
-  log=sanitizer stage exercise 60 "${exercise[@]}" --dry-run
+  OMP_NUM_THREADS=1 lines=60 stage bench 180 "$python" -m benchmarks.gpu --dry-run --fresh --out "$out"
+  OMP_NUM_THREADS=1 log=sanitizer stage exercise 60 "${exercise[@]}" --dry-run
   for tool in memcheck racecheck; do rehearse "$tool" 90 "$sanitizer" --tool "$tool" "${exercise[@]}"; done
 else
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,utilization.gpu --format=csv || true
+  queried=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,utilization.gpu
+  nvidia-smi --query-gpu=$queried --format=csv || true
   # Without the CUDA kernels Triton's are still measured.
   stage build 200 "${build[@]}" || PYCSE_CUDA=0 stage build 150 "${build[@]}" || exit 1
   # What ptxas said of each CUDA kernel of this build.

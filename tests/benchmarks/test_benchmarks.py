@@ -38,8 +38,8 @@ SMALL = [
       for backward in (True, False)),
     Workload("focal", 1500, 16),  # a reference of two chunks
     Workload("symmetric", 1500, 16),  # and of two directions
-    *(Workload("distillcse", 37, 24, dtype, teachers=k, shuffle=s) for dtype, k in (("fp32", 1), ("fp32", 3), ("bf16", 3))
-      for s in ("none", "expected", "sample")),
+    *(Workload("distillcse", 37, 24, dtype, teachers=k, shuffle=s)
+      for dtype, k in (("fp32", 1), ("fp32", 3), ("bf16", 3)) for s in ("none", "expected", "sample")),
     *(Workload("uniformity", 37, 24, backward=backward) for backward in (True, False)),
     *(Workload("sparse", 33, 64, dtype, backward, pattern=pattern, zeros=50, out=128)
       for pattern in ("block16", "block32", "block64", "unstructured") for dtype in ("fp32", "bf16")
@@ -181,7 +181,10 @@ class TestBaseline:
 
     def test_a_regression_shows_in_every_attempt(self):
         known, slow, fast = {"w": {"eager": 2.0}}, {"eager": 1.0}, {"eager": 1.9}
-        once = lambda *attempts: baseline.regressions({"w": baseline.combined(list(attempts), max)}, known)  # noqa: E731
+
+        def once(*attempts):
+            return baseline.regressions({"w": baseline.combined(list(attempts), max)}, known)
+
         assert once(slow) and once(slow, slow) and not once(slow, fast)
 
     def test_a_regression_names_itself_and_both_ratios(self):
