@@ -12,6 +12,7 @@ A new form of this shape is an entry of ``FORMS`` and a public function.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -133,6 +134,7 @@ FORMS = {
 HARDNESS_MODES = ("all_negatives", "in_batch_negatives", "hard_negatives")  # the negatives that ``hardness`` weighs
 
 
+@functools.cache
 def logit(
     form: str,
     positive_margin: float = 0.0,

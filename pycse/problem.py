@@ -66,8 +66,31 @@ class Rows:
         return (rows - self.reduce(rows)) / total
 
 
+class Pairs(Rows):
+    """A loss over all pairs of rows and keys, which goes by row panels (pycse/panels/contrastive.py)."""
+
+    z2: Tensor
+    normalize: bool
+    needs: Any  # of gradients, a named tuple
+    symmetric: bool = False
+    excludes = False  # keys by a threshold from their row's positive
+    one_positive = False  # a row: its similarity may be wanted before the panel
+    gradients = 0  # of the logit's numbers, row by row
+
+    @property
+    def trained(self) -> bool:
+        """Whether the gradient of a number of the logit is wanted."""
+        return any(needed for name, needed in self.needs._asdict().items() if name not in ("z1", "z2", "weight"))
+
+    def result(
+        self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
+    ) -> Result:
+        """What the backends return, given the gradients of the logit's numbers, (``gradients``, B)."""
+        raise NotImplementedError
+
+
 @dataclass
-class Contrastive(Rows):
+class Contrastive(Pairs):
     """Field by field the operator's arguments (pycse/ops): those that may require grad, other tensors, options."""
 
     z1: Tensor  # (B, D)
@@ -91,20 +114,14 @@ class Contrastive(Rows):
     reduction: str = "mean"
     needs: Needs = Needs()
 
+    one_positive = True
+    gradients = logits.GRADIENTS
+
     @property
     def logit(self) -> Logit:
         return logits.logit(
             self.form, self.positive_margin, self.hardness, self.hardness_mode, self.hard_negative_weight
         )
-
-    @property
-    def trained(self) -> bool:
-        """Whether the gradient of temperature or m is wanted."""
-        return self.needs.temperature or self.needs.m
-
-    @property
-    def numbers_known(self) -> bool:
-        return not isinstance(self.temperature, Tensor) and not isinstance(self.m, Tensor)
 
     def coefficients(self) -> logits.Coefficients | Tensor:
         """Of the logit: numbers, or (8,) in ``acc`` where temperature or m is a tensor."""
@@ -113,7 +130,7 @@ class Contrastive(Rows):
         return self.logit.coefficients(self.temperature, self.m)
 
     @property
-    def excludes(self) -> bool:
+    def excludes(self) -> bool:  # type: ignore[override]
         return self.exclude_above is not None or self.exclude_each is not None
 
     def threshold(self, s_pos: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:

@@ -54,7 +54,7 @@ BAD = [
     ({"exclude_above": math.nan}, ValueError, r"exclude_above must be a finite number"),
     ({"exclude_above": "x"}, TypeError, r"exclude_above must be a number"),
     ({"symmetric": True, "z2": torch.randn(8, 6)}, ValueError, r"symmetric=True needs as many keys as rows.* 4 .* 8"),
-    ({"symmetric": True, "positives": long}, ValueError, r"symmetric=True needs the default positives"),
+    ({"symmetric": True, "positives": long}, ValueError, r"symmetric and positives exclude each other"),
     ({"symmetric": 1}, TypeError, r"symmetric must be True or False, got 1"),
     ({"normalize": None}, TypeError, r"normalize must be True or False"),
     ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \(4,\), got \(3,\)"),

@@ -7,7 +7,6 @@ A schema has a type for most of them; a number that may be a tensor becomes two 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -49,7 +48,6 @@ class Arguments:
         self.types = {**tensors, **options}
         self.names = tuple(self.types)
         self.at = {name: k for k, name in enumerate(self.names)}
-        self._get = {problem: operator.attrgetter(*(f.name for f in parts)) for problem, parts in self.parts.items()}
 
     @property
     def schema(self) -> str:
@@ -59,8 +57,8 @@ class Arguments:
         """The arguments in the schema's order."""
         named = others
         for problem in problems:
-            for field, value in zip(self.parts[type(problem)], self._get[type(problem)](problem)):
-                field.put(value, named)
+            for field in self.parts[type(problem)]:
+                field.put(getattr(problem, field.name), named)
         return tuple([named[name] for name in self.names])
 
     def problem(self, kind: type, named: Mapping[str, Any], **more: Any) -> Any:

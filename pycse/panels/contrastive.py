@@ -22,10 +22,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pycse.logits import GRADIENTS
 from pycse.panels import products
 from pycse.panels.products import Products
-from pycse.problem import Contrastive, Result
+from pycse.problem import Pairs, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
 INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
@@ -43,7 +42,7 @@ class LogSums:
     lse_column: Tensor  # lneg_column with the positive
 
     @classmethod
-    def empty(cls, B: int, wide: torch.dtype, p: Contrastive) -> LogSums:
+    def empty(cls, B: int, wide: torch.dtype, p: Pairs) -> LogSums:
         new = lambda dtype: torch.empty(B, dtype=dtype, device=p.z1.device)  # noqa: E731
         return cls(new(wide), new(wide), new(wide), new(wide), new(wide), new(p.acc))
 
@@ -58,7 +57,7 @@ class State:
     # s_i,pos straight from the embeddings: a 16-bit panel has rounded it, and the loss is most sensitive there; and the
     # columns of a symmetric loss compare with s_jj before their panel comes. None: taken from the panel.
     s_pos: Tensor | None = None
-    dlogit: Tensor | None = None  # (GRADIENTS, B): of the logit's coefficients
+    dlogit: Tensor | None = None  # (p.gradients, B): of the logit's numbers
     sums: LogSums | None = None
 
 
@@ -68,7 +67,7 @@ class Kernels(Products):
     temporaries: ClassVar[int] = 0
     statistics: ClassVar[torch.dtype | None] = None  # of the symmetric log-sums; None: the accumulation type
 
-    def __init__(self, p: Contrastive, state: State) -> None:
+    def __init__(self, p: Pairs, state: State) -> None:
         raise NotImplementedError
 
     def similarities(self, z1hat: Tensor, z2: Tensor, out: Tensor) -> Tensor:
@@ -112,11 +111,11 @@ class Kernels(Products):
         """similarities and symmetric in one kernel, or the two in turn."""
         self.symmetric(self.similarities(z1hat, self.p.z2, S), i0)
 
-    p: Contrastive
+    p: Pairs
     state: State
 
 
-def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
+def panel_rows(B: int, N: int, p: Pairs, temporaries: int) -> int:
     """c: how many rows fit in a panel's bytes, between 64 and 2048; on a GPU, products.panel_rows."""
     if p.z1.is_cuda:
         return products.panel_rows(B, N, p.z1.shape[1], p.z1.element_size())
@@ -126,15 +125,15 @@ def panel_rows(B: int, N: int, p: Contrastive, temporaries: int) -> int:
     return B if c >= B else c
 
 
-def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
+def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
     z1, z2 = p.z1, p.z2
     (B, D), N = z1.shape, z2.shape[0]
     new = lambda *shape, dtype=p.acc: torch.empty(shape, dtype=dtype, device=z1.device)  # noqa: E731
 
     grad = p.needs.z1 or p.needs.z2 or p.trained
     state = State(r2=new(N), coef=p.row_coefficients(), loss=new(B))
-    state.dlogit = new(GRADIENTS, B) if p.trained else None
-    if z1.dtype == torch.bfloat16 or (p.symmetric and p.excludes):
+    state.dlogit = new(p.gradients, B) if p.trained else None
+    if p.one_positive and (z1.dtype == torch.bfloat16 or (p.symmetric and p.excludes)):
         state.s_pos = new(B)
     if p.symmetric:
         state.sums = LogSums.empty(B, kernels.statistics or p.acc, p)
@@ -250,7 +249,7 @@ class KeyGradient:
         return self.sum.t() if self.transposed else self.sum
 
 
-def _log_sums(p: Contrastive, k: Kernels, state: State, panels) -> None:
+def _log_sums(p: Pairs, k: Kernels, state: State, panels) -> None:
     """The first symmetric sweep: log-sums over the negatives of each row and column, and the losses."""
     sums = state.sums
     assert sums is not None

@@ -44,6 +44,7 @@ def _each(p: Contrastive) -> Tensor | None:
 
 class Kernels(Products, panel.Kernels):
     statistics = torch.float64
+    p: Contrastive
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         super().__init__(p.z1)

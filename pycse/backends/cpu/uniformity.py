@@ -13,9 +13,7 @@ from pycse.problem import Alignment, Result, Uniformity
 class Kernels(Products, panel.Kernels):
     def __init__(self, p: Uniformity, bias: Tensor, sums: Tensor) -> None:
         super().__init__(p.z)
-        self.problem = self.native.Uniformity(
-            u=2 * p.t * panel.LOG2E, bias=bias.data_ptr(), sums=sums.data_ptr()
-        )
+        self.problem = self.native.Uniformity(u=2 * p.t * panel.LOG2E, bias=bias.data_ptr(), sums=sums.data_ptr())
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> None:
         self.native.uniformity(self.problem, self.code, S.data_ptr(), S.stride(0), i0, *S.shape, grad, self.threads)

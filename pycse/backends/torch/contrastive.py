@@ -19,6 +19,7 @@ from pycse.problem import Contrastive, Result
 
 class Kernels(Norms, panel.Kernels):
     temporaries = 4  # c x N copies alive at once: the driver takes fewer rows
+    p: Contrastive
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         super().__init__(p.z1)
