@@ -75,7 +75,8 @@ class Logit:
     def coefficients(self, temperature: float, m: float) -> Coefficients:
         q, b = (t.value(temperature, m) for t in self.negative)
         slope = self.negative[1]._replace(fixed=0.0).value(temperature, m)
-        return Coefficients(*(t.value(temperature, m) for t in self.positive), q, b, slope, *self.own)
+        positive_q, positive_b, positive_c = (t.value(temperature, m) for t in self.positive)
+        return Coefficients(positive_q, positive_b, positive_c, q, b, slope, *self.own)
 
     def coefficients_on_device(self, temperature: Number, m: Number, like: Tensor, dtype: torch.dtype) -> Tensor:
         """(8,) coefficients for kernels, where a number is a tensor that nobody reads. A temperature <= 0 gives NaN."""

@@ -75,6 +75,7 @@ class Pairs(Rows):
     symmetric: bool = False
     excludes = False  # keys by a threshold from their row's positive
     one_positive = False  # a row: its similarity may be wanted before the panel
+    positives: Tensor | None = None  # (B,) which key that is; None: key i
     gradients = 0  # of the logit's numbers, row by row
 
     @property

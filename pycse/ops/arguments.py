@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-TYPES = {
+TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
@@ -23,7 +23,7 @@ TYPES = {
     bool: "bool",
     str: "str",
 }
-NUMBERS = {float | Tensor: "float", int | Tensor: "int"}
+NUMBERS: dict[Any, str] = {float | Tensor: "float", int | Tensor: "int"}
 NOT_GIVEN = ("need", "needs")  # fields that say which gradients are wanted
 
 
@@ -32,7 +32,8 @@ class Arguments:
 
     def __init__(self, *problems: type, optional: tuple[str, ...] = (), **others: type) -> None:
         self.problems = problems
-        tensors, options = {}, {}
+        tensors: dict[str, str] = {}
+        options: dict[str, str] = {}
         self.parts: dict[type, list[Field]] = {}
         for problem in problems:
             hints = get_type_hints(problem)

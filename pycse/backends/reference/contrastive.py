@@ -9,6 +9,8 @@ This is the oracle that every kernel is tested against.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,9 @@ def contrastive(p: Contrastive) -> Result:
     def losses(s_pos: Tensor, dim: int) -> Tensor:
         dropped = same_id
         if p.excludes:
-            above = p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
+            above: Any = (
+                p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
+            )
             at = s_pos.detach()
             bound = {"absolute": at + above, "relative": at + above * at.abs(), "constant": at * 0 + above}
             dropped = dropped | (s.detach() > bound[p.exclude_by])
