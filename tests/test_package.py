@@ -180,8 +180,8 @@ def test_no_backend_imports_another():
             assert name in (own, "addresses", "forks") or not (folder / name).is_dir(), f"{path} imports {name}"
 
 
-# From low to high: what imports stand in an earlier line, or in the importer's own. Modules that are not named are plain:
-# they know no kernels. pycse/__init__.py imports what is public, and nothing imports it.
+# From low to high: what is imported stands in an earlier line than the importer, or in its own. Modules that are not
+# named are plain: they know no kernels. pycse/__init__.py imports what is public, and nothing imports it.
 LAYERS = (
     "problem transforms grouping validation pattern",
     "kernels",
@@ -211,7 +211,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(tree: ast.AST) -> list[tuple[str, str | None]]:
-    """(module, name taken from it or None) of every import of pycse's, inside functions too, but not for types alone."""
+    """(module, name taken from it or None) of every import of pycse's, in functions too, but not for types alone."""
     found: list[tuple[str, str | None]] = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
