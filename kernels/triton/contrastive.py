@@ -3,30 +3,31 @@
 Symbols (kernels/README.md), panel of c rows from row i0, formulas in logit.py:
     S (c, N)      S_ij = z1hat_i . z2_j, in z's type      r2 (N,) inverse norms of the keys     s_ij = S_ij r2_j
     L_i  = log(1 + sum_neg exp(l_ij - l_i,pos))
-    G_ij = e_ij slope_ij r2_j                  negatives, in units of f_i = coef_i / (z_i tau), e_ij = exp2(l_ij - shift_i)
-    G_ip = -z_neg,i slope_pos r2_p             the positive
-    dL/dtau = -f (sum_neg e l - z_neg l_pos),  dL/dm = f sum_neg e s       the l without its hard weight
+    G_ij = e_ij l'(s_ij) r2_j                  negatives, in units of f_i = coef_i / z_i, e_ij = exp2(l_ij - shift_i)
+    G_ip = -z_neg,i l'_pos(s_ip) r2_p          the positive
+    dlogit (5, B): P_pos s_pos^2, P_pos s_pos, P_pos, f sum_neg e s^2, f sum_neg e s,   P_pos = -f z_neg
 ``positives`` makes s_pos (B,) from the embeddings, for panels that round it. Logits and ``shift`` are in
 bits (logit.py), lpos and lneg are not.
-Stored: loss, optionally lpos, lneg, dtau, dm (B,); with f (c,) given also G over S and f. Memory: O(1) beyond that.
-One visit where ``shift`` bounds the logits; where it is None a visit for the row's exact maximum goes before.
+Stored: loss, optionally lpos, lneg (B,); with f (c,) given also G over S, f and optionally dlogit. Memory: O(1) beyond
+that. One visit where ``shift`` bounds the logits; where it is None a visit for the row's exact maximum goes before.
 """
 
 import triton
 import triton.language as tl
 from pycse.kernels.triton.logit import (
-    BIT,
     LOG2,
-    inverse,
+    derivative,
     logit,
     negatives,
     number,
     number_at,
     positive_cosine,
+    positive_logit,
     positive_of,
     resolved,
     row_results,
-    slope,
+    store_gradients,
+    threshold_of,
 )
 
 
@@ -38,38 +39,42 @@ def rows(
     positives,
     query_ids,
     key_ids,
+    exclude,
     coef,
     loss,
     lpos,
     lneg,
-    dtau,
-    dm,
+    dlogit,
     f,
-    tau,
-    m,
+    pos_q,
+    pos_b,
+    pos_c,
+    q,
+    b,
+    slope,
+    own_b,
+    own_c,
     shift,
-    hard_weight,
-    exclude_above,
     i0,
     B,
     N,
     ld,
-    FOCAL: tl.constexpr,
+    LINEAR: tl.constexpr,
+    EXCLUDE_BY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = r2.dtype.element_ty
     k = tl.program_id(0)
     i = i0 + k
     S += k.to(tl.int64) * ld
-    inv_tau = inverse(tau, ACC)
-    m = number(m, ACC)
+    pos_q, pos_b, pos_c = number(pos_q, ACC), number(pos_b, ACC), number(pos_c, ACC)
+    q, b, slope = number(q, ACC), number(b, ACC), number(slope, ACC)
     pos = positive_of(positives, i, i < B, N)
     r_pos = tl.load(r2 + pos, mask=pos >= 0, other=0)
     s_pos = positive_cosine(S, s_pos, i, pos, r_pos)
-    bits = inv_tau * BIT
     threshold = None
-    if exclude_above is not None:
-        threshold = s_pos + number(exclude_above, ACC)
+    if exclude is not None:
+        threshold = threshold_of(s_pos, exclude, i, i < B, EXCLUDE_BY)
 
     if shift is not None:
         top = number(shift, ACC)
@@ -78,30 +83,32 @@ def rows(
         for a in range(0, N, BLOCK):
             j = a + tl.arange(0, BLOCK)
             s = tl.load(S + j, mask=j < N, other=0).to(ACC) * tl.load(r2 + j, mask=j < N, other=0)
-            l = logit(s, m, bits, FOCAL)
-            best = tl.maximum(best, negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N, i < B))
-        top = resolved(tl.maximum(tl.max(best, 0), logit(s_pos, 0.0, bits, FOCAL)))
+            l = logit(s, q, b, LINEAR)
+            l = negatives(l, s, j, i, pos, threshold, query_ids, key_ids, own_b, own_c, B, N, i < B)
+            best = tl.maximum(best, l)
+        top = resolved(tl.maximum(tl.max(best, 0), positive_logit(s_pos, pos_q, pos_b, pos_c, LINEAR)))
 
     z = tl.zeros([BLOCK], ACC)
-    el = tl.zeros([BLOCK], ACC)
+    ess = tl.zeros([BLOCK], ACC)
     es = tl.zeros([BLOCK], ACC)
     for a in range(0, N, BLOCK):
         j = a + tl.arange(0, BLOCK)
         r = tl.load(r2 + j, mask=j < N, other=0)
         s = tl.load(S + j, mask=j < N, other=0).to(ACC) * r
-        l = logit(s, m, bits, FOCAL)
-        e = tl.exp2(negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N, i < B) - top)
+        l = logit(s, q, b, LINEAR)
+        l = negatives(l, s, j, i, pos, threshold, query_ids, key_ids, own_b, own_c, B, N, i < B)
+        e = tl.exp2(l - top)
         z += e
-        if dtau is not None:
-            el += e * l
-        if dm is not None:
+        if dlogit is not None:
+            ess += e * s * s
             es += e * s
         if f is not None:
-            tl.store(S + j, (e * slope(s, m, FOCAL) * r).to(S.dtype.element_ty), mask=j < N)
+            g = e * (derivative(s, q, slope, LINEAR) * r)
+            tl.store(S + j, g.to(S.dtype.element_ty), mask=j < N)
 
     z_neg = tl.sum(z, 0)
     coef_i = number_at(coef, i, i < B, ACC)
-    l_pos, loss_i, f_i, g_pos = row_results(z_neg, s_pos, r_pos, top, coef_i, inv_tau, FOCAL)
+    l_pos, loss_i, f_i, g_pos = row_results(z_neg, s_pos, r_pos, top, coef_i, pos_q, pos_b, pos_c, LINEAR)
     tl.store(loss + i, loss_i)
     if lpos is not None:
         tl.store(lpos + i, l_pos * LOG2)
@@ -110,10 +117,8 @@ def rows(
         tl.debug_barrier()  # G at the positive is written last
         tl.store(S + pos, g_pos.to(S.dtype.element_ty), mask=pos >= 0)
         tl.store(f + k, f_i)
-        if dtau is not None:
-            tl.store(dtau + i, -f_i * (tl.sum(el, 0) - z_neg * l_pos) * LOG2)
-        if dm is not None:
-            tl.store(dm + i, f_i * tl.sum(es, 0))
+        if dlogit is not None:
+            store_gradients(dlogit, i, B, -f_i * z_neg, s_pos, f_i * tl.sum(ess, 0), f_i * tl.sum(es, 0))
 
 
 @triton.jit

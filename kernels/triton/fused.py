@@ -2,7 +2,7 @@
 
 Symbols (kernels/README.md) and formulas as in contrastive.py, for a shift (in bits) that bounds the logits beforehand:
     fused_rows    a tile of S = z1hat z2^T stays in registers: s = S r2, e = exp2(l - shift)
-                  G_ij = e slope r2                                    written once, in z's type; the positive 0
+                  G_ij = e l' r2                                       written once, in z's type; the positive 0
                   partial_tk = sum of e over row k's negatives in column tile t,   s_pos,k by the tile that holds it
     finish_rows   z_neg,k = sum_t partial_tk;  loss, f_k and G at the positive
 Stored: G (c, N) (not in forward only), partial (tiles, c), s_pos, f (c,), loss (B,). S is never written. No atomics:
@@ -12,8 +12,7 @@ tiles are summed in a fixed order. fused_symmetric.py shares the product.
 import triton
 import triton.language as tl
 from pycse.kernels.triton.logit import (
-    BIT,
-    inverse,
+    logit,
     negatives,
     number,
     number_at,
@@ -72,49 +71,40 @@ def product(
 
 
 @triton.jit
-def exponent(s, m, bits, shift, FOCAL: tl.constexpr):
-    """l - shift, in two fused multiply-adds."""
-    if FOCAL:
-        return (bits * s + bits * m) * s - shift
+def derivative_times(r, s, q, slope, LINEAR: tl.constexpr):
+    """l' r, in one fused multiply-add; what is constant along a column is multiplied once."""
+    if LINEAR:
+        return slope * r
     else:
-        return bits * s - shift
-
-
-@triton.jit
-def slope_times(r, s, m, FOCAL: tl.constexpr):
-    """slope r, in one fused multiply-add."""
-    if FOCAL:
-        return (2.0 * r) * s + m * r
-    else:
-        return r
+        return (2.0 * q * r) * s + slope * r
 
 
 @triton.jit
 def epilogue(
-    S, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
-    FOCAL: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    S, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, q, b, slope, own_b, own_c, shift, i0, c, B, N, ld,
+    LINEAR: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Stores G and s_pos of the WIDTH columns from j0; returns their sums of e, one a row. The tile's positives are
     between ``lowest`` and ``highest``."""
     if WIDTH > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(S, (BLOCK_M, 2, WIDTH // 2)), (0, 2, 1)))  # no data moves
         z = epilogue(
-            left, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N, ld,
-            FOCAL, BLOCK_M, WIDTH // 2,
+            left, j0, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, q, b, slope, own_b, own_c, shift,
+            i0, c, B, N, ld, LINEAR, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
         return z + epilogue(
-            right, j0 + WIDTH // 2, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, m, bits, shift, hard_weight, i0, c, B, N,
-            ld, FOCAL, BLOCK_M, WIDTH // 2,
+            right, j0 + WIDTH // 2, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, q, b, slope, own_b,
+            own_c, shift, i0, c, B, N, ld, LINEAR, BLOCK_M, WIDTH // 2,
         )  # fmt: skip
     else:
         j = j0 + tl.arange(0, WIDTH)
         inside = k < c
         r = tl.load(r2 + j, mask=j < N, other=0)[None, :]
         s = S * r
-        l = exponent(s, m, bits, shift, FOCAL)
-        if query_ids is not None or hard_weight is not None:
+        l = logit(s, q, b, LINEAR) - shift  # fused multiply-adds: one, or two
+        if query_ids is not None or own_c is not None:
             l = negatives(
-                l, s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids, hard_weight, B, N,
+                l, s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids, own_b, own_c, B, N,
                 inside[:, None],
             )  # fmt: skip
         e = tl.exp2(l)
@@ -127,7 +117,7 @@ def epilogue(
             e = tl.where((j[None, :] != pos[:, None]) & (j < N)[None, :], e, 0.0)
         if G is not None:
             at = G + k.to(tl.int64)[:, None] * ld + j[None, :]
-            g = e * slope_times(r, s, m, FOCAL)
+            g = e * derivative_times(r, s, q, slope, LINEAR)
             tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (j < N)[None, :])
         return tl.sum(e, 1)
 
@@ -143,10 +133,12 @@ def fused_rows(
     key_ids,
     partial,
     s_pos,
-    tau,
-    m,
+    q,
+    b,
+    slope,
+    own_b,
+    own_c,
     shift,
-    hard_weight,
     i0,
     c,
     B,
@@ -155,7 +147,7 @@ def fused_rows(
     ld1,
     ld2,
     ld,
-    FOCAL: tl.constexpr,
+    LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -175,8 +167,8 @@ def fused_rows(
         lowest = tl.min(tl.where(pos >= 0, pos, N), 0)
         highest = tl.max(pos, 0)
     z = epilogue(
-        S, tile_n * BLOCK_N, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, number(m, ACC), inverse(tau, ACC) * BIT,
-        number(shift, ACC), hard_weight, i0, c, B, N, ld, FOCAL, BLOCK_M, BLOCK_N,
+        S, tile_n * BLOCK_N, k, pos, lowest, highest, G, r2, query_ids, key_ids, s_pos, number(q, ACC), number(b, ACC),
+        number(slope, ACC), own_b, own_c, number(shift, ACC), i0, c, B, N, ld, LINEAR, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(partial + tile_n.to(tl.int64) * c + k, z, mask=k < c)
 
@@ -202,14 +194,16 @@ def finish_rows(
     coef,
     loss,
     f,
-    tau,
+    pos_q,
+    pos_b,
+    pos_c,
     shift,
     i0,
     c,
     N,
     ld,
     tiles,
-    FOCAL: tl.constexpr,
+    LINEAR: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -222,8 +216,9 @@ def finish_rows(
     s = tl.where(pos >= 0, tl.load(s_pos + k, mask=pos >= 0, other=0), float("nan"))
     r_pos = tl.load(r2 + pos, mask=pos >= 0, other=0)
     _, loss_i, f_i, g_pos = row_results(
-        z, s, r_pos, number(shift, ACC), number_at(coef, i, inside, ACC), inverse(tau, ACC), FOCAL
-    )
+        z, s, r_pos, number(shift, ACC), number_at(coef, i, inside, ACC),
+        number(pos_q, ACC), number(pos_b, ACC), number(pos_c, ACC), LINEAR,
+    )  # fmt: skip
     tl.store(loss + i, loss_i, mask=inside)
     if G is not None:
         tl.store(f + k, f_i, mask=inside)

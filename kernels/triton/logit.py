@@ -1,16 +1,20 @@
 """What the Triton kernels of the contrastive losses share, on scalars or tensors of any shape (kernels/README.md names
 them).
 
-    l(s)  = s (s + m) / tau     slope = tau l' = 2 s + m     negatives of Focal-InfoNCE (arXiv 2310.06918, eq. 5)
-    l_pos = s^2 / tau           slope = 2 s                  its positive: m = 0
-    l(s)  = s / tau             slope = 1                    InfoNCE, both
-    L     = log(1 + z_neg / e_pos)                           a row's loss
-    f     = coef / ((z_neg + e_pos) tau)                     its factor
-    G_pos = -z_neg slope_pos r_pos        in units of f: from the negatives' sum, so that a confident row keeps its digits
+A logit is data, quadratics of the cosine similarity s; pycse/logits.py says which loss has which numbers:
 
-Exponentials are powers of 2, one instruction on a GPU: inside the kernels logits are in bits, l / log 2 (``bits`` is
-1 / (tau log 2)). Nothing is stored here. Numbers (tau, m, ...) are Python floats or 0-d tensors, which the kernel reads
-itself; optional arguments are None.
+    positive             l = (pos_q s + pos_b) s + pos_c      l' = 2 pos_q s + pos_b
+    negative             l = (q s + b) s                      l' = 2 q s + slope
+    own hard negative    l = (q s + b) s + own_b s + own_c    l' = 2 q s + slope
+    L     = log(1 + z_neg / e_pos)        a row's loss
+    f     = coef / (z_neg + e_pos)        its factor: G = e l' r in units of it
+    G_pos = -z_neg l'_pos r_pos           the same, from the negatives' sum: a confident row keeps its digits
+    dL/dq = sum P s^2, dL/db = sum P s    over the negatives, P = dL/dl;  P s^2, P s, P of the positive for its q, b, c
+
+LINEAR: pos_q = q = 0 is known, so that l is one multiplication and l' a number. Exponentials are powers of 2, one
+instruction on a GPU: inside the kernels logits are in bits, l / log 2. Nothing is stored here. Numbers (coefficients,
+shift, ...) are Python floats or 0-d tensors, which the kernel reads itself; optional arguments are None: own_c
+where own hard negatives have no more than others, own_b where it is 0.
 """
 
 import triton
@@ -45,27 +49,40 @@ def number_at(x, i, inside, ACC: tl.constexpr):
 
 
 @triton.jit
-def inverse(tau, ACC: tl.constexpr):
-    """1/tau; NaN for a temperature <= 0, whose value no host has seen."""
-    tau = number(tau, ACC)
-    return tl.where(tau > 0, 1.0 / tau, float("nan"))
+def logit(s, q, b, LINEAR: tl.constexpr):
+    """(q s + b) s in bits."""
+    if LINEAR:
+        return s * (b * BIT)
+    else:
+        return (s * (q * BIT) + b * BIT) * s
 
 
 @triton.jit
-def logit(s, m, bits, FOCAL: tl.constexpr):
-    if FOCAL:
-        return s * (s + m) * bits
-    else:
-        return s * bits
+def positive_logit(s, pos_q, pos_b, pos_c, LINEAR: tl.constexpr):
+    """In bits."""
+    return logit(s, pos_q, pos_b, LINEAR) + pos_c * BIT
 
 
 @triton.jit
-def slope(s, m, FOCAL: tl.constexpr):
-    """tau l'(s): the factor 1/tau is the same for a whole row and is applied once, with the row's other factors."""
-    if FOCAL:
-        return 2.0 * s + m
+def derivative(s, q, slope, LINEAR: tl.constexpr):
+    """l' of a negative; of the positive with pos_q and pos_b."""
+    if LINEAR:
+        return slope
     else:
-        return s * 0.0 + 1.0
+        return s * (2.0 * q) + slope
+
+
+@triton.jit
+def threshold_of(s_pos, exclude, i, inside, EXCLUDE_BY: tl.constexpr):
+    """Above which similarity a key is no negative of row i, or a row none of column i: s_pos + d, s_pos + d |s_pos| or
+    d, with d = ``exclude``."""
+    d = number_at(exclude, i, inside, s_pos.dtype)
+    if EXCLUDE_BY == "relative":
+        return s_pos + d * tl.abs(s_pos)
+    elif EXCLUDE_BY == "constant":
+        return tl.zeros_like(s_pos) + d
+    else:
+        return s_pos + d
 
 
 @triton.jit
@@ -91,8 +108,8 @@ def positive_cosine(S, s_pos, i, pos, r_pos):
 
 
 @triton.jit
-def negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N, rows_inside):
-    """l plus the weight of row i's own hard negatives (keys k B + i); -inf where key j is no negative of row i."""
+def negatives(l, s, j, i, pos, threshold, query_ids, key_ids, own_b, own_c, B, N, rows_inside):
+    """l with what row i's own hard negatives (keys k B + i) have more; -inf where key j is no negative of row i."""
     keep = (j < N) & (j != pos)
     if query_ids is not None:
         id_i = tl.load(query_ids + i, mask=rows_inside, other=0)
@@ -100,9 +117,11 @@ def negatives(l, s, j, i, pos, threshold, query_ids, key_ids, hard_weight, B, N,
         keep = keep & (id_i != id_j)
     if threshold is not None:
         keep = keep & ~(s > threshold)  # a NaN stays
-    if hard_weight is not None:
-        own = tl.where(j >= B, j % B, -1) == i
-        l = tl.where(own, l + number(hard_weight, l.dtype) * BIT, l)
+    if own_c is not None:
+        more = number(own_c, l.dtype) * BIT
+        if own_b is not None:
+            more = s * (number(own_b, l.dtype) * BIT) + more
+        l = tl.where(tl.where(j >= B, j % B, -1) == i, l + more, l)
     return tl.where(keep, l, float("-inf"))
 
 
@@ -139,9 +158,9 @@ def sigmoid(x):
 
 
 @triton.jit
-def row_results(z_neg, s_pos, r_pos, top, coef, inv_tau, FOCAL: tl.constexpr):
+def row_results(z_neg, s_pos, r_pos, top, coef, pos_q, pos_b, pos_c, LINEAR: tl.constexpr):
     """l_pos in bits, the row's loss, f and G_pos / f, from the sum over its negatives of exp2(l - top)."""
-    l_pos = logit(s_pos, 0.0, inv_tau * BIT, FOCAL)
+    l_pos = positive_logit(s_pos, pos_q, pos_b, pos_c, LINEAR)
     e_pos = tl.exp2(l_pos - top)
     ratio = z_neg / e_pos
     loss = tl.where(
@@ -149,6 +168,22 @@ def row_results(z_neg, s_pos, r_pos, top, coef, inv_tau, FOCAL: tl.constexpr):
         (tl.log2(z_neg) + (top - l_pos)) * LOG2 + log1p(e_pos / z_neg),  # the ratio itself may overflow
         log1p(ratio),
     )
-    f = coef / (z_neg + e_pos) * inv_tau
-    g_pos = -z_neg * slope(s_pos, 0.0, FOCAL) * r_pos
+    f = coef / (z_neg + e_pos)
+    g_pos = -z_neg * derivative(s_pos, pos_q, pos_b, LINEAR) * r_pos
     return l_pos, loss, f, g_pos
+
+
+@triton.jit
+def store_gradients(dlogit, i, B, P_pos, s_pos, P_ss, P_s):
+    """Row i of dlogit (5, B): of pos_q, pos_b, pos_c from the positive's P; of q, b from the sums over the negatives of
+    P s^2 and P s."""
+    at = dlogit + i
+    tl.store(at, P_pos * s_pos * s_pos)
+    at += B
+    tl.store(at, P_pos * s_pos)
+    at += B
+    tl.store(at, P_pos)
+    at += B
+    tl.store(at, P_ss)
+    at += B
+    tl.store(at, P_s)

@@ -84,26 +84,31 @@ def source(fn: Any, given: dict[str, Any]) -> ASTSource:
 def problems(dtype: torch.dtype) -> dict[str, Contrastive]:
     def problem(B: int, N: int, D: int, **options: Any) -> Contrastive:
         z1, z2 = torch.randn(B, D).to(dtype), torch.randn(N, D).to(dtype)
-        base: dict[str, Any] = {"temperature": 0.05, "m": 0.3, "focal": True, "needs": Needs(True, True)}
+        base: dict[str, Any] = {"temperature": 0.05, "m": 0.3, "form": "focal", "needs": Needs(True, True)}
         return Contrastive(z1, z2, **{**base, **options})
 
     ids = {"query_ids": torch.arange(32), "key_ids": torch.arange(512)}
     tensors = {"temperature": torch.tensor(0.05), "m": torch.tensor(0.3), "needs": Needs(True, True, True, True, True)}
+    hardness: dict[str, Any] = {"hardness": 1.0, "hardness_mode": "in_batch_negatives", "positive_margin": 0.1}
+    each = {"exclude_each": torch.zeros(32), "exclude_by": "relative"}
     square = {"query_ids": torch.arange(32), "key_ids": torch.arange(32), "symmetric": True, "exclude_above": 0.1}
     return {
         "plain": problem(32, 512, 64),
-        "ragged": problem(33, 515, 35, focal=False),
+        "ragged": problem(33, 515, 35, form="infonce"),
         "odd N": problem(32, 515, 64),
         "forward": problem(32, 512, 64, needs=Needs()),
         "options": problem(
             32, 512, 64, **ids, positives=torch.arange(32), hard_negative_weight=1.0, weight=torch.ones(32)
         ),
         "exclude": problem(32, 512, 64, **ids, exclude_above=0.1, hard_negative_weight=1.0),
+        "hardness": problem(32, 512, 64, form="infonce", hard_negative_weight=1.0, **hardness),
+        "exclude each": problem(32, 512, 64, **each, **hardness),
         "maximum": problem(32, 512, 64, temperature=0.01),
         "tensors": problem(32, 512, 64, **tensors),
         "many keys": problem(8, 4096, 1024, temperature=0.01),
         "one": problem(1, 1, 1),
         "symmetric": problem(32, 32, 64, symmetric=True),
+        "symmetric infonce": problem(32, 32, 64, symmetric=True, form="infonce", hardness=1.0, **each),
         "symmetric ids": problem(32, 32, 64, symmetric=True, query_ids=square["query_ids"], key_ids=square["key_ids"]),
         "symmetric options": problem(32, 32, 64, **{**tensors, **square}),
     }

@@ -15,6 +15,7 @@ from pycse.backends import interpreted
 from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
 from pycse.kernels.triton import contrastive as row_kernels
 from pycse.kernels.triton import fused, fused_symmetric, symmetric
+from pycse.logits import Coefficients
 from pycse.panels import contrastive as panel
 from pycse.problem import Contrastive, Result
 
@@ -34,7 +35,8 @@ class Tile(NamedTuple):
 
 # Tiles of the fused GEMM by operand type and compute capability (at least), largest first: the first that gives every
 # multiprocessor a tile is taken, or the last. Bounds: 163 KB of shared memory on sm_80, 99 on sm_86 and sm_89, 227 on
-# sm_90; m n / (32 warps) registers for the accumulator beside the operands, without spilling (tests/helpers/triton_compile.py).
+# sm_90; m n / (32 warps) registers for the accumulator beside the operands, without spilling
+# (tests/helpers/triton_compile.py).
 TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("bf16", 90): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
     ("bf16", 86): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4)),
@@ -96,26 +98,35 @@ class Kernels(Norms, panel.Kernels):
         self.p, self.state = p, state
         self.B, self.N = p.z1.shape[0], p.z2.shape[0]
         self.coef = self.number(state.coef, self.B)  # row by row where it is a tensor
-        self.tau, self.m = self.number(p.temperature), self.number(p.m)
+        form = p.logit
+        # Float arguments of a kernel are float32: as Norms.number, all of them from the device in double precision.
+        c = p.coefficients() if p.acc != torch.float64 else form.coefficients_on_device(p.temperature, p.m, p.z1, p.acc)
+        c = Coefficients(*c)  # of a tensor its elements, which stay on the device
+        self.pos_q, self.pos_b, self.pos_c = c.positive_q, c.positive_b, c.positive_c
+        self.q, self.b, self.slope = c.q, c.b, c.slope
+        own_b, own_c = form.own
+        self.own_b = self.number(own_b) if own_b else None
+        self.own_c = self.number(own_c) if form.has_own else None
+        self.linear = form.linear
         self.shift = None if p.shift is None else self.number(p.shift / math.log(2))
-        self.hard_weight = self.number(p.hard_negative_weight) if p.hard_negative_weight else None
-        self.exclude_above = None if p.exclude_above is None else self.number(p.exclude_above)
+        self.exclude: float | Tensor | None = None
+        if p.exclude_each is not None:
+            self.exclude = p.exclude_each.to(p.acc).contiguous()
+        elif p.exclude_above is not None:
+            self.exclude = self.number(p.exclude_above, self.B)
         self.block = block_of(self.N)
         self.s_ii = self.new(self.B) if state.sums is not None else None
 
     def _fuses(self) -> bool:
         """Whether rows, columns and gradients are epilogues of the GEMM that makes S. An epilogue sees a tile at a
         time: not the row's maximum (a shift must bound the logits), nor a threshold from its positive, and sums for the
-            gradients of
-        temperature and m would be two more."""
-        p, out = self.p, self.state
-        if self.shift is None or p.exclude_above is not None or p.acc == torch.float64:
+        gradients of the coefficients would be two more."""
+        p = self.p
+        if self.shift is None or p.excludes or p.trained or p.acc == torch.float64:
             return False
         # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match
         # for cuBLAS.
-        if dot_kind(p.z1.dtype) == ("bf16" if interpreted() else "ieee"):
-            return False
-        return out.dtau is None and out.dm is None
+        return dot_kind(p.z1.dtype) != ("bf16" if interpreted() else "ieee")
 
     def _plan(self, z1hat: Tensor) -> tuple[int, int, tuple[Any, Any], tuple[int, ...], dict[str, Any]]:
         """The fused GEMM's tiles down and along a panel; its operands; D and strides; what every launch of it takes."""
@@ -125,7 +136,7 @@ class Kernels(Norms, panel.Kernels):
         strides = z1hat.stride(0), z2.stride(0)
         t = tile(kind, *device_properties(z2.device), c, N, aligned=not any(n % 16 for n in (D, *strides)))
         options = dict(
-            FOCAL=self.p.focal, PRECISION="tf32" if kind == "tf32" else "ieee", WHOLE=D % t.k == 0,
+            LINEAR=self.linear, PRECISION="tf32" if kind == "tf32" else "ieee", WHOLE=D % t.k == 0,
             BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, GROUP=GROUP, num_warps=t.warps, num_stages=t.stages,
             enable_fp_fusion=True,  # an epilogue is counted in instructions; Triton 3.10 will not fuse unasked
         )  # fmt: skip
@@ -144,12 +155,12 @@ class Kernels(Norms, panel.Kernels):
         f = self.new(c) if grad else None
         G = S if grad else None
         fused.fused_rows[(down * along,)](
-            *operands, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.tau, self.m, self.shift,
-            self.hard_weight, i0, c, self.B, self.N, *sizes, S.stride(0), **options,
+            *operands, G, out.r2, p.positives, p.query_ids, p.key_ids, partial, s_pos, self.q, self.b, self.slope,
+            self.own_b, self.own_c, self.shift, i0, c, self.B, self.N, *sizes, S.stride(0), **options,
         )  # fmt: skip
         fused.finish_rows[(triton.cdiv(c, 32),)](
-            partial, s_pos, G, out.r2, p.positives, self.coef, out.loss, f, self.tau, self.shift, i0, c, self.N,
-            S.stride(0), along, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
+            partial, s_pos, G, out.r2, p.positives, self.coef, out.loss, f, self.pos_q, self.pos_b, self.pos_c,
+            self.shift, i0, c, self.N, S.stride(0), along, LINEAR=self.linear, ROWS=32, TILES=32, num_warps=4,
         )  # fmt: skip
         return f
 
@@ -161,12 +172,13 @@ class Kernels(Norms, panel.Kernels):
         down, along, operands, sizes, options = self._plan(z1hat)
         rows, columns = self.new(along, c), self.new(down, self.N)
         fused_symmetric.fused_sums[(down * along,)](
-            *operands, out.r2, p.query_ids, p.key_ids, rows, columns, self.s_ii, self.tau, self.m, self.shift,
+            *operands, out.r2, p.query_ids, p.key_ids, rows, columns, self.s_ii, self.q, self.b, self.shift,
             i0, c, self.N, *sizes, **options,
         )  # fmt: skip
         fused_symmetric.finish_sums[(triton.cdiv(self.N, 32),)](
-            rows, columns, self.s_ii, out.loss, sums.lpos, sums.lneg, sums.column_max, sums.column_sum, self.tau,
-            self.shift, i0, c, self.N, down, along, FOCAL=p.focal, ROWS=32, TILES=32, num_warps=4,
+            rows, columns, self.s_ii, out.loss, sums.lpos, sums.lneg, sums.column_max, sums.column_sum,
+            self.pos_q, self.pos_b, self.pos_c, self.shift, i0, c, self.N, down, along,
+            LINEAR=self.linear, ROWS=32, TILES=32, num_warps=4,
         )  # fmt: skip
 
     def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
@@ -177,7 +189,8 @@ class Kernels(Norms, panel.Kernels):
         down, along, operands, sizes, options = self._plan(z1hat)
         fused_symmetric.fused_gradients[(down * along,)](
             *operands, S, out.r2, p.query_ids, p.key_ids, self.coef, sums.lpos, sums.lneg, sums.lneg_column,
-            sums.lse_column, self.tau, self.m, self.shift, i0, c, self.N, *sizes, S.stride(0), **options,
+            sums.lse_column, self.pos_q, self.pos_b, self.q, self.b, self.slope, self.shift, i0, c, self.N, *sizes,
+            S.stride(0), **options,
         )  # fmt: skip
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
@@ -185,11 +198,11 @@ class Kernels(Norms, panel.Kernels):
         f = self.new(S.shape[0]) if grad else None
         sums = out.sums
         row_kernels.rows[(S.shape[0],)](
-            S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.coef, out.loss,
-            None if sums is None else sums.lpos, None if sums is None else sums.lneg,
-            out.dtau if grad else None, out.dm if grad else None, f, self.tau, self.m, self.shift, self.hard_weight,
-            self.exclude_above, i0, self.B, self.N, S.stride(0),
-            FOCAL=p.focal, BLOCK=self.block, num_warps=warps_of(self.block),
+            S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.exclude, self.coef, out.loss,
+            None if sums is None else sums.lpos, None if sums is None else sums.lneg, out.dlogit if grad else None, f,
+            self.pos_q, self.pos_b, self.pos_c, self.q, self.b, self.slope, self.own_b, self.own_c, self.shift,
+            i0, self.B, self.N, S.stride(0),
+            LINEAR=self.linear, EXCLUDE_BY=p.exclude_by, BLOCK=self.block, num_warps=warps_of(self.block),
         )  # fmt: skip
         return f
 
@@ -208,18 +221,19 @@ class Kernels(Norms, panel.Kernels):
         assert sums is not None
         width = 64  # columns of a program: 128 bytes of a bf16 row
         symmetric.columns[(triton.cdiv(self.N, width),)](
-            S, out.r2, p.query_ids, p.key_ids, out.s_pos, sums.column_max, sums.column_sum, self.tau, self.m,
-            self.shift, self.exclude_above, i0, S.shape[0], self.N, S.stride(0),
-            FOCAL=p.focal, ROWS=32, COLUMNS=width, num_warps=4,
+            S, out.r2, p.query_ids, p.key_ids, out.s_pos, self.exclude, sums.column_max, sums.column_sum,
+            self.q, self.b, self.shift, i0, S.shape[0], self.N, S.stride(0),
+            LINEAR=self.linear, EXCLUDE_BY=p.exclude_by, ROWS=32, COLUMNS=width, num_warps=4,
         )  # fmt: skip
 
     def symmetric(self, S: Tensor, i0: int) -> None:
         p, out, sums = self.p, self.state, self.state.sums
         assert sums is not None
         symmetric.symmetric[(S.shape[0],)](
-            S, out.r2, p.query_ids, p.key_ids, self.coef, out.s_pos, sums.lpos, sums.lneg, sums.lneg_column,
-            sums.lse_column, out.dtau, out.dm, self.tau, self.m, self.exclude_above, i0, self.N, S.stride(0),
-            FOCAL=p.focal, BLOCK=self.block, num_warps=warps_of(self.block),
+            S, out.r2, p.query_ids, p.key_ids, self.exclude, self.coef, out.s_pos, sums.lpos, sums.lneg,
+            sums.lneg_column, sums.lse_column, out.dlogit, self.pos_q, self.pos_b, self.q, self.b, self.slope,
+            i0, self.N, S.stride(0),
+            LINEAR=self.linear, EXCLUDE_BY=p.exclude_by, BLOCK=self.block, num_warps=warps_of(self.block),
         )  # fmt: skip
 
 
