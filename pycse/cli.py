@@ -90,9 +90,9 @@ def is_local(model: str | None, teachers: tuple[str, ...] = ()) -> bool:
 @app.command()
 def info() -> None:
     """List the backends, usable or why not, with versions."""
-    import pycse
+    from pycse.report import info
 
-    typer.echo(str(pycse.info()))
+    typer.echo(str(info()))
 
 
 @app.command()

@@ -52,6 +52,11 @@ def fused_distillcse(
     key_ids: Tensor | None = None,
     exclude_above: float | Tensor | None = None,
     exclude_by: str = "absolute",
+    guides: Sequence[tuple[Tensor, Tensor]] | None = None,
+    guide_weights: Sequence[float] | None = None,
+    guide_logits: Tensor | None = None,
+    guide_above: float = 0.0,
+    guide_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -95,8 +100,9 @@ def fused_distillcse(
         "infonce" if m is None else "focal", z1, z2, temperature, 0.0 if m is None else m,
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
-        reduction=reduction, backend=backend, validate=validate,
+        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
+        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
+        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
     d = _distillation(
         z1, "z1", teachers,

@@ -3,6 +3,7 @@ pycse/distillation.py.)"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def fused_focal_infonce(
     key_ids: Tensor | None = None,
     exclude_above: float | Tensor | None = None,
     exclude_by: str = "absolute",
+    guides: Sequence[tuple[Tensor, Tensor]] | None = None,
+    guide_weights: Sequence[float] | None = None,
+    guide_logits: Tensor | None = None,
+    guide_above: float = 0.0,
+    guide_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -67,6 +73,13 @@ def fused_focal_infonce(
             is no negative (cosine units; compared in float32, not differentiated).
         exclude_by: "absolute" s_i,pos + d_i, "relative" s_i,pos + d_i |s_i,pos|, or "constant" d_i. In a symmetric loss
             a column's bound is its own row's.
+        guides: [(gq, gk), ...]: embeddings of the same rows (B, D_k) and keys (N, D_k) by other models, any width, no
+            gradient. Their averaged cosines t_ij say which keys are no negatives (GISTEmbed): those with t_ij above the
+            bound that ``guide_by`` makes of guide_above and t_i,pos, as ``exclude_by`` does. Products of their own, a
+            panel at a time.
+        guide_weights: one number >= 0 a guide, normalised to sum 1; default: equal.
+        guide_logits: instead of ``guides``, (B, N) averaged cosines made elsewhere.
+        guide_above, guide_by: GISTEmbed's margin is -guide_above; KDMCSE's threshold is guide_by="constant".
         symmetric: mean of the row and column losses; N = B and default positives only.
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
@@ -84,6 +97,8 @@ def fused_focal_infonce(
         TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
         RuntimeError: the backend named cannot run here; or a double backward (use backend="reference").
 
+    ``docs/losses.md`` has a table of the arguments that exclude each other.
+
     Source: Hou & Li, "Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE", Findings of EMNLP 2023
     (arXiv 2310.06918), eq. 5. The modulation is differentiated through.
     """
@@ -91,8 +106,9 @@ def fused_focal_infonce(
         "focal", z1, z2, temperature, m,
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
-        reduction=reduction, backend=backend, validate=validate,
+        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
+        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
+        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -111,6 +127,11 @@ def fused_infonce(
     key_ids: Tensor | None = None,
     exclude_above: float | Tensor | None = None,
     exclude_by: str = "absolute",
+    guides: Sequence[tuple[Tensor, Tensor]] | None = None,
+    guide_weights: Sequence[float] | None = None,
+    guide_logits: Tensor | None = None,
+    guide_above: float = 0.0,
+    guide_by: str = "absolute",
     symmetric: bool = False,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -134,8 +155,9 @@ def fused_infonce(
         "infonce", z1, z2, temperature, 0.0,
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, symmetric=symmetric, normalize=normalize, weight=weight,
-        reduction=reduction, backend=backend, validate=validate,
+        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
+        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
+        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -150,6 +172,9 @@ def problem_of(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     exclude_above: float | Tensor | None,
+    guides: Sequence[tuple[Tensor, Tensor]] | None,
+    guide_weights: Sequence[float] | None,
+    guide_logits: Tensor | None,
     backend: str,
     validate: bool,
     **options: Any,
@@ -157,12 +182,13 @@ def problem_of(
     """The problem that a public function's arguments state, once they are checked."""
     validation.contrastive(
         z1, z2, temperature, m,
-        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, backend=backend,
-        validate=validate, **options,
+        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=guides,
+        guide_weights=guide_weights, guide_logits=guide_logits, backend=backend, validate=validate, **options,
     )  # fmt: skip
-    for name in ("positive_margin", "hard_negative_weight", "hardness"):
+    for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above"):
         options[name] = float(options[name])
     each = isinstance(exclude_above, Tensor)
+    queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)
     return Contrastive(
         z1,
         z2,
@@ -172,10 +198,33 @@ def problem_of(
         query_ids=as_long(query_ids),
         key_ids=as_long(key_ids),
         exclude_each=exclude_above.detach() if each else None,  # type: ignore[union-attr]
+        guide_queries=queries,
+        guide_keys=keys,
+        guide_logits=guide_logits,
         form=form,
         exclude_above=None if each or exclude_above is None else float(exclude_above),
         **options,
     )
+
+
+@torch.no_grad()
+def side_by_side(guides: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """sqrt(w_k) ghat^k along features, of rows and of keys: their product is the weighted mean of the cosines."""
+    given = [1.0] * len(guides) if weights is None else [float(w) for w in weights]
+    embeddings = [z for pair in guides for z in pair]
+    # Similarities of 16 bits would be rounded before they are compared; a GPU's products of 16 bits are worth it.
+    dtype = embeddings[0].dtype if embeddings[0].is_cuda else torch.float32
+    for z in embeddings:
+        dtype = torch.promote_types(dtype, z.dtype)
+
+    def side(k: int) -> Tensor:
+        units = [
+            torch.nn.functional.normalize(pair[k].to(dtype), dim=1, eps=1e-12) * (w / sum(given)) ** 0.5
+            for pair, w in zip(guides, given)
+        ]
+        return units[0] if len(units) == 1 else torch.cat(units, 1)
+
+    return side(0), side(1)
 
 
 def number_or_tensor(value: Any) -> float | Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pycse import backends
+from pycse.problem import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def info() -> Info:
     Returns:
         An :class:`Info`; print it for a table.
     """
-    states = {name: backends.unusable(name) or "usable" for name in backends.NAMES}
+    states = {name: backends.unusable(name) or "usable" for name in BACKENDS}
     hardware = {"CPU": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if states["cpu"] == "usable":
         from pycse.kernels import native

@@ -192,12 +192,6 @@ LAYERS = (
     "cli",
     "__init__",
 )
-# Imports that are to go, of a module or of what a package holds: the line goes with them.
-KNOWN = {
-    ("pycse.backends.triton.contrastive", "pycse.backends"),
-    ("pycse.cli", "pycse"),
-    ("pycse.validation", "pycse.backends"),
-}
 
 
 def modules() -> dict[str, Path]:
@@ -246,15 +240,10 @@ def layer(module: str) -> int:
     return next((k for k, line in enumerate(LAYERS) if part in line.split()), 0)
 
 
-def excused(module: str, target: str) -> set[tuple[str, str]]:
-    return {(of, target) for of in (module, *packages(module))} & KNOWN
-
-
 def test_imports_are_not_circular():
     """Whichever module is imported first, the others are complete when it reads them."""
     graph = {}
     for module, targets in import_graph().items():
-        targets = {target for target in targets if not excused(module, target)}
         # Importing a module runs the __init__ of its packages; those of one's own have begun before.
         runs = targets | set().union(*map(packages, targets))
         graph[module] = runs - packages(module) - {module} | targets
@@ -271,6 +260,4 @@ def test_imports_go_down_the_layers():
         for target in targets
         if layer(target) > layer(module) or target in packages(module)
     }
-    assert sorted(one for one in wrong if not excused(*one)) == [], "they go up, or to the importer's own package"
-    gone = KNOWN.difference(*(excused(*one) for one in wrong))
-    assert sorted(gone) == [], "these imports are gone: take them out of KNOWN"
+    assert sorted(wrong) == [], "they go up, or to the importer's own package"

@@ -36,6 +36,7 @@ struct ContrastiveOf {
   double shift = 0;  // subtracted from every logit when fixed_shift; else the row's own maximum
   bool fixed_shift = false;
   Bound exclude;  // of s
+  Bound guide;  // of a guide's similarity, which a panel has beside s
   const void* r2 = nullptr;  // (N) acc: 1/|z2_j|, 0 for a zero vector
   void* s_pos = nullptr;  // (B) acc: s of the positives from the embeddings; null: from the panel
   const int64_t* positives = nullptr;  // (B) or null: i
@@ -54,7 +55,7 @@ struct ContrastiveOf {
   void* lse_column = nullptr;  // (N) acc: log(exp(lneg_column) + exp(lpos))
 
   // Whether every key has to be asked if it is a negative.
-  PYCSE_HD bool masked() const { return query_ids || exclude.given; }
+  PYCSE_HD bool masked() const { return query_ids || exclude.given || guide.given; }
 
   template <class A>
   PYCSE_HD A coefficient(Index i) const {
@@ -94,6 +95,27 @@ struct DistillOf {
   const void* coef = nullptr;  // (B) acc: dLoss/dL_i, or null: coef_all for every row
   double coef_all = 1;
   void* loss = nullptr;  // (B) acc
+};
+
+// One problem of the sigmoid loss; formulas in sigmoid.h of either folder.
+template <class Index>
+struct SigmoidOf {
+  Index B = 0, N = 0;
+  double scale = 10, bias = -10;
+  const void* r2 = nullptr;  // (N) acc: 1/|z2_j|, 0 for a zero vector
+  const void* s_pos = nullptr;  // (B) acc: s of the positives from the embeddings; null: from the panel
+  const int64_t* positives = nullptr;  // (B) or null: i
+  const int64_t* query_ids = nullptr;  // (B) or null; instead of positives: the keys of the row's id
+  const int64_t* key_ids = nullptr;  // (N) or null
+  const void* coef = nullptr;  // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;  // (B) acc
+  void* dlogit = nullptr;  // (2, B) acc or null: of scale and bias
+
+  template <class A>
+  PYCSE_HD A coefficient(Index i) const {
+    return coef ? static_cast<const A*>(coef)[i] : A(coef_all);
+  }
 };
 
 struct Uniformity {

@@ -33,11 +33,33 @@ struct alignas(64) Bias {
   }
 };
 
+// A row's similarities by a guide, and the bound above which a key is no negative.
+struct GuideRow {
+  const void* T = nullptr;
+  DType dtype = DType::f32;
+  double bound = 0;
+
+  GuideRow() = default;
+  GuideRow(const Contrastive& p, const Panel& panel, int64_t i, int64_t positive) : dtype(panel.dtype_T) {
+    if (!p.guide.given) return;
+    const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    T = static_cast<const char*>(panel.T) + (i - panel.i0) * panel.ld_T * size;
+    with([&](const auto* t) { bound = p.guide.of(i, load(t[positive])); });
+  }
+  template <class F>
+  void with(F run) const {
+    if (dtype == DType::f64) run(static_cast<const double*>(T));
+    else if (dtype == DType::f32) run(static_cast<const float*>(T));
+    else run(static_cast<const bf16*>(T));
+  }
+};
+
 // The bias of row i's keys [a, a + n); no negatives are the positive, a key with the row's id, a key above the
-// threshold, and the padding [n, padded).
+// threshold or, by a guide, above its own, and the padding [n, padded).
 template <class T, class A>
 PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive, const T* S, const A* r2, A threshold,
-                              int64_t a, int64_t n, int64_t padded, const Logit<A>& logit, Bias<A>& bias) {
+                              int64_t a, int64_t n, int64_t padded, const Logit<A>& logit, const GuideRow& guide,
+                              Bias<A>& bias) {
   const A minus_inf = -INFINITY;
   int64_t hard = p.N;  // the first own hard negative at or after a: kB + i with k >= 1
   if (logit.has_own()) hard = std::max<int64_t>(1, (a - i + p.B - 1) / p.B) * p.B + i;
@@ -53,6 +75,12 @@ PYCSE_INLINE const A* bias_of(const Contrastive& p, int64_t i, int64_t positive,
   }
   if (p.exclude.given)
     for (int64_t k = 0; k < n; ++k) v[k] = load(S[k]) * r2[k] > threshold ? minus_inf : v[k];
+  if (guide.T)
+    guide.with([&](const auto* t) {
+      using U = decltype(load(*t));
+      const U bound = U(guide.bound);
+      for (int64_t k = 0; k < n; ++k) v[k] = load(t[a + k]) > bound ? minus_inf : v[k];
+    });
   for (; hard < a + n; hard += p.B) v[hard - a] += logit.own(load(S[hard - a]) * r2[hard - a]) * A(kLog2e);
   if (has_positive) v[positive - a] = minus_inf;
   for (int64_t k = n; k < padded; ++k) v[k] = minus_inf;
@@ -99,11 +127,11 @@ PYCSE_NOINLINE A block_max(const T* S, const A* r2, const A* bias, int64_t n, Bi
 // run on padded copies. Writes: to S.
 template <bool Writes, class T, class A, class F>
 PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive, T* S, const A* r2, A threshold,
-                              const Logit<A>& logit, Bias<A>& bias, F body) {
+                              const Logit<A>& logit, const GuideRow& guide, Bias<A>& bias, F body) {
   const int64_t whole = p.N / kLane * kLane;
   for (int64_t a = 0; a < whole; a += kBlock) {
     int64_t n = std::min(kBlock, whole - a);
-    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, logit, bias));
+    body(n, S + a, r2 + a, bias_of(p, i, positive, S + a, r2 + a, threshold, a, n, n, logit, guide, bias));
   }
   if (int64_t n = p.N - whole; n > 0) {
     T tail[kLane] = {};
@@ -112,7 +140,7 @@ PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive,
       tail[k] = S[whole + k];
       r_tail[k] = r2[whole + k];
     }
-    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, logit, bias));
+    body(kLane, tail, r_tail, bias_of(p, i, positive, tail, r_tail, threshold, whole, n, kLane, logit, guide, bias));
     for (int64_t k = 0; Writes && k < n; ++k) S[whole + k] = tail[k];
   }
 }
@@ -120,7 +148,7 @@ PYCSE_INLINE void over_blocks(const Contrastive& p, int64_t i, int64_t positive,
 // One row: the loss (through p), and with Grad G in place of S; returns the row's factor f. bias.offset is -shift in
 // bits where the shift is fixed.
 template <bool Grad, bool Params, class T>
-PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>& bias) {
+PYCSE_INLINE acc_t<T> row(const Contrastive& p, const Panel& panel, int64_t i, T* S, Bias<acc_t<T>>& bias) {
   using A = acc_t<T>;
   const A* r2 = static_cast<const A*>(p.r2);
   const Logit<A> logit = p.logit.logit<A>();
@@ -128,18 +156,19 @@ PYCSE_INLINE acc_t<T> row(const Contrastive& p, int64_t i, T* S, Bias<acc_t<T>>&
   const int64_t pos = p.positives ? p.positives[i] : i;
   const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[pos]) * r2[pos];
   const A threshold = p.exclude.of(i, s_pos);
+  const GuideRow guide(p, panel, i, pos);
 
   if (!p.fixed_shift) {
     bias.set(0);
     A top = logit.positive(s_pos) * A(kLog2e);
-    over_blocks<false>(p, i, pos, S, r2, threshold, logit, bias,
+    over_blocks<false>(p, i, pos, S, r2, threshold, logit, guide, bias,
                        [&](int64_t n, const T* s, const A* r, const A* b)
                            __attribute__((always_inline)) { top = block_max(s, r, b, n, bits, top); });
     bias.set(-resolved(top));
   }
 
   Sums sums;
-  over_blocks<Grad>(p, i, pos, S, r2, threshold, logit, bias,
+  over_blocks<Grad>(p, i, pos, S, r2, threshold, logit, guide, bias,
                     [&](int64_t n, T* s, const A* r, const A* b)
                         __attribute__((always_inline)) { visit<Grad, Params>(s, r, b, n, logit, bits, sums); });
 
@@ -164,7 +193,7 @@ void rows_of(const Contrastive& p, const Panel& panel) {
     bias.set(A(-p.shift * kLog2e));
     const int64_t begin = panel.c * t / panel.threads, end = panel.c * (t + 1) / panel.threads;
     for (int64_t k = begin; k < end; ++k) {
-      const A f = row<Grad, Params, T>(p, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, bias);
+      const A f = row<Grad, Params, T>(p, panel, panel.i0 + k, static_cast<T*>(panel.S) + k * panel.ld, bias);
       if constexpr (Grad) static_cast<A*>(panel.f)[k] = f;
     }
   }

@@ -198,9 +198,9 @@ bool small_of(Contrastive p, const Small& q) {
     }
     for (int64_t i = i0; ok && i < i1; ++i) {
       float* s = S + i * N;
-      if (!grad || q.symmetric) row<false, false, float>(p, i, s, bias);
-      else if (params) f[i] = row<true, true, float>(p, i, s, bias);
-      else f[i] = row<true, false, float>(p, i, s, bias);
+      if (!grad || q.symmetric) row<false, false, float>(p, Panel(), i, s, bias);
+      else if (params) f[i] = row<true, true, float>(p, Panel(), i, s, bias);
+      else f[i] = row<true, false, float>(p, Panel(), i, s, bias);
     }
     if (q.symmetric && ok) {  // B = N: this thread has the rows and the columns i0 to i1
       for (int64_t a = i0; a < i1; a += kBlock)

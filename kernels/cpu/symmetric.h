@@ -152,9 +152,9 @@ void symmetric_row(const Contrastive& p, int64_t i, T* S) {
     const int64_t n = std::min(kBlock, p.N - a);
     for (int64_t k = 0; k < n; ++k) offset[k] = -lse_column[a + k] * A(kLog2e);
     column_bias(p, i, S + a, a, n, offset, bias);
-    symmetric_block<Params>(S + a, r2 + a,
-                            bias_of(p, i, i, S + a, r2 + a, p.exclude.of(i, s_pos), a, n, n, logit, row_bias), bias, n,
-                            logit, bits, coef[i], coef + a, Pss, Ps);
+    symmetric_block<Params>(
+        S + a, r2 + a, bias_of(p, i, i, S + a, r2 + a, p.exclude.of(i, s_pos), a, n, n, logit, GuideRow(), row_bias),
+        bias, n, logit, bits, coef[i], coef + a, Pss, Ps);
   }
   const double P_pos = -0.5 * double(coef[i]) * (sigmoid(l_neg - l_pos) + sigmoid(l_neg_column - l_pos));
   store(S[i], A(P_pos * double(logit.positive_derivative(s_pos)) * double(r2[i])));

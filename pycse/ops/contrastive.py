@@ -26,7 +26,7 @@ def compute(a: Mapping[str, Any], needs: list[bool]) -> tuple[Contrastive, Resul
     if backend not in backends.DIFFERENTIABLE:
         p.z1, p.z2 = fused.rows(z1), fused.rows(p.z2)
         p.temperature, p.m = fused.number(p.temperature), fused.number(p.m)
-        for name in ("positives", "query_ids", "key_ids"):
+        for name in ("positives", "query_ids", "key_ids", "guide_queries", "guide_keys"):
             if (t := getattr(p, name)) is not None:
                 setattr(p, name, t.contiguous())
     return p, run(p)

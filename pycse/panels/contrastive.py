@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pycse.panels import products
 from pycse.panels.products import Products
-from pycse.problem import Pairs, Result
+from pycse.problem import Contrastive, Pairs, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
 INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
@@ -57,6 +57,7 @@ class State:
     # s_i,pos straight from the embeddings: a 16-bit panel has rounded it, and the loss is most sensitive there; and the
     # columns of a symmetric loss compare with s_jj before their panel comes. None: taken from the panel.
     s_pos: Tensor | None = None
+    T: Tensor | None = None  # the panel's similarities by a guide (c, N)
     dlogit: Tensor | None = None  # (p.gradients, B): of the logit's numbers
     sums: LogSums | None = None
 
@@ -119,7 +120,7 @@ def panel_rows(B: int, N: int, p: Pairs, temporaries: int) -> int:
     """c: how many rows fit in a panel's bytes, between 64 and 2048; on a GPU, products.panel_rows."""
     if p.z1.is_cuda:
         return products.panel_rows(B, N, p.z1.shape[1], p.z1.element_size())
-    row_bytes = N * (p.z1.element_size() + temporaries * p.acc.itemsize)
+    row_bytes = N * (p.z1.element_size() + (temporaries + p.guided) * p.acc.itemsize)
     most = max(PANEL_BYTES, (B + N) * p.z1.shape[1] * p.z1.element_size() // INPUT_SHARE)
     c = max(64, min(2048 if p.z1.dtype == torch.bfloat16 else 1024, most // row_bytes))
     return B if c >= B else c
@@ -148,6 +149,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
 
     c = panel_rows(B, N, p, k.temporaries)
     r1, panel = new(c), k.empty(c, products.row_stride(N, z1.device, z1.element_size()), dtype=z1.dtype)[:, :N]
+    guide = Guide(p, k, c) if isinstance(p, Contrastive) and p.guided else None
     z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
 
     def panels():
@@ -161,6 +163,8 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
                 k.normalize(z, r1[:n], z1hat)
             if state.s_pos is not None:
                 k.positives(z1hat, i0)
+            if guide is not None:
+                state.T = guide.panel(i0, n)
             yield i0, z, z1hat, r1[:n], panel[:n]
 
     if p.symmetric:
@@ -196,6 +200,29 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
         elif dz2 is not total:
             dz2.copy_(total)
     return p.result(state.loss, dz1, dz2, state.dlogit)
+
+
+class Guide:
+    """Panels of T, similarities by guides: a product of their own, or rows of what was given."""
+
+    def __init__(self, p: Contrastive, k: Kernels, c: int) -> None:
+        self.p, self.k = p, k
+        self.memory: Tensor | None = None
+        if p.guide_logits is not None:
+            in_place = p.guide_logits.stride(1) == 1 and p.guide_logits.dtype in (torch.float32, p.acc)
+            if not in_place:
+                self.memory = k.empty(c, p.z2.shape[0], dtype=p.acc)
+        else:
+            assert p.guide_queries is not None
+            self.memory = k.empty(c, p.z2.shape[0], dtype=p.guide_queries.dtype)
+
+    def panel(self, i0: int, n: int) -> Tensor:
+        p = self.p
+        if p.guide_logits is not None:
+            rows = p.guide_logits[i0 : i0 + n]
+            return rows if self.memory is None else self.memory[:n].copy_(rows)
+        assert p.guide_queries is not None and p.guide_keys is not None and self.memory is not None
+        return self.k.product(p.guide_queries[i0 : i0 + n], p.guide_keys.t(), self.memory[:n])
 
 
 class KeyGradient:

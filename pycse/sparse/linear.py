@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pycse import transforms, validation
-from pycse.backends import CHOICES
 from pycse.ops import sparse as ops
 from pycse.pattern import Pattern, pack_mask, unpack_mask
+from pycse.problem import BACKEND_CHOICES
 from pycse.sparse import weight as weights
 from pycse.sparse.choice import PATTERNS, resolve
 from pycse.sparse.derived import BITS, Derived, agreed, derive, written
@@ -85,7 +85,7 @@ class SparseLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         validation.choice("pattern", pattern, PATTERNS)
-        validation.choice("backend", backend, CHOICES)
+        validation.choice("backend", backend, BACKEND_CHOICES)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.pattern, self.backend = pattern, backend
         if mask is None:

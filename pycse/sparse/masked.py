@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pycse import transforms, validation
-from pycse.backends import CHOICES
 from pycse.ops import sparse as ops
 from pycse.pattern import pack_mask, unpack_mask
+from pycse.problem import BACKEND_CHOICES
 
 _is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
 
@@ -53,7 +53,7 @@ def masked_linear(
     if not ops.traced():  # whose sizes warn when they are compared
         validation.linear(x, weight, bias)
         (validation.packed_mask if packed else validation.linear_mask)("mask", mask, weight)
-        validation.choice("backend", backend, CHOICES)
+        validation.choice("backend", backend, BACKEND_CHOICES)
     if composed():
         return dense(x, weight, unpack_mask(mask, weight.shape[1]) if packed else mask, bias)
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():

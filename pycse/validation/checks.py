@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
-from pycse.backends import CHOICES
-from pycse.problem import REDUCTIONS
+from pycse.problem import BACKEND_CHOICES, REDUCTIONS
 
 
 def _short(value: object) -> str:
@@ -131,9 +130,35 @@ def fits_64_bits(name: str, value: Any) -> None:
         raise ValueError(f"{name} must fit 64 bits, got {value!r}")
 
 
+def matrix(name: str, value: Any, shape: tuple[int, int]) -> None:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a float tensor of shape {shape}, got {what(value)}")
+    dense(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def weights_of(name: str, weights: Any, count: int, of: str) -> None:
+    """None, or a number >= 0 for each of ``count``, with a finite sum."""
+    if weights is None:
+        return
+    if isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be numbers, one a {of}, got {what(weights)}; use .tolist()")
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"{name} must be a list of numbers, one a {of}, got {what(weights)}")
+    if len(weights) != count:
+        raise ValueError(f"{name} must be {count} numbers, one a {of}, got {weights!r}")
+    for k, w in enumerate(weights):
+        number(f"{name}[{k}]", w)
+        if w < 0:
+            raise ValueError(f"{name}[{k}] must be >= 0, got {w!r}")
+    if not 0 < sum(weights) < math.inf:
+        raise ValueError(f"{name} must have a finite sum > 0, got {weights!r}")
+
+
 def detached(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, and teachers are not trained: pass {name}.detach()")
+        raise ValueError(f"{name} requires grad, and guides and teachers are not trained: pass {name}.detach()")
 
 
 def seed(value: Any) -> None:
@@ -155,4 +180,4 @@ def rows_and_choices(z: Any, name: str, normalize: Any, weight: Any, reduction: 
     same_device(z, name, weight=weight)
     flag("normalize", normalize)
     choice("reduction", reduction, REDUCTIONS)
-    choice("backend", backend, CHOICES)
+    choice("backend", backend, BACKEND_CHOICES)

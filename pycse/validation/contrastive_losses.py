@@ -9,13 +9,35 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
-from pycse.backends import CHOICES
 from pycse.logits import FORMS, HARDNESS_MODES
-from pycse.problem import EXCLUDE_BY, REDUCTIONS, Contrastive
-from pycse.validation.checks import choice, embeddings, flag, number, real, same_device, same_dtype, vector
+from pycse.problem import BACKEND_CHOICES, EXCLUDE_BY, REDUCTIONS, Contrastive
+from pycse.validation.checks import (
+    choice,
+    detached,
+    embeddings,
+    flag,
+    matrix,
+    number,
+    real,
+    same_device,
+    same_dtype,
+    vector,
+    weights_of,
+    what,
+)
 
 # What cannot be given together, and why. The table of docs/losses.md; tests/test_bad_input.py goes through it.
 EXCLUSIVE = {
+    ("guides", "guide_logits"): "the logits are the guides' averaged similarities",
+    ("guide_weights", "guide_logits"): "the logits are averaged already",
+    (
+        "symmetric",
+        "guides",
+    ): "a guide says which keys are a row's negatives; for columns call the loss with the sides swapped",
+    (
+        "symmetric",
+        "guide_logits",
+    ): "a guide says which keys are a row's negatives; for columns call the loss with the sides swapped",
     ("symmetric", "positives"): "a column's positive is the row of its own number",
     ("symmetric", "hard_negative_weight"): "a symmetric loss has as many keys as rows, and so no hard negatives",
 }
@@ -31,6 +53,9 @@ def contrastive(
     query_ids: Any,
     key_ids: Any,
     weight: Any,
+    guides: Any,
+    guide_weights: Any,
+    guide_logits: Any,
     **options: Any,
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
@@ -67,8 +92,16 @@ def contrastive(
     if options["normalize"]:  # else similarities may be as small as the temperature
         numbers = (options[name] for name in ("hard_negative_weight", "positive_margin", "hardness"))
         resolvable(z1, temperature, m, *numbers)
+    guide(z1, z2, guides, guide_weights, guide_logits)
+    given_arguments = {
+        **options,
+        "positives": positives,
+        "guides": guides,
+        "guide_weights": guide_weights,
+        "guide_logits": guide_logits,
+    }
     for names, why in EXCLUSIVE.items():
-        if all(_given({**options, "positives": positives}[name]) for name in names):
+        if all(_given(given_arguments[name]) for name in names):
             raise ValueError(f"{' and '.join(names)} exclude each other ({why}); give one of them")
     if options["symmetric"] and N != B:
         raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
@@ -93,6 +126,9 @@ def contrastive_options(
     hardness_mode: Any = "all_negatives",
     exclude_above: Any = None,
     exclude_by: Any = "absolute",
+    guide_weights: Any = None,  # their number is the batch's
+    guide_above: Any = 0.0,
+    guide_by: Any = "absolute",
     symmetric: Any = False,
     normalize: Any = True,
     reduction: Any = "mean",
@@ -111,15 +147,49 @@ def contrastive_options(
     if exclude_above is not None and not isinstance(exclude_above, Tensor):
         number("exclude_above", exclude_above)
     choice("exclude_by", exclude_by, EXCLUDE_BY)
+    number("guide_above", guide_above)
+    choice("guide_by", guide_by, EXCLUDE_BY)
     flag("symmetric", symmetric)
     flag("normalize", normalize)
     choice("reduction", reduction, REDUCTIONS)
-    choice("backend", backend, CHOICES)
+    choice("backend", backend, BACKEND_CHOICES)
     flag("validate", validate)
 
 
 def _given(value: Any) -> bool:
-    return value is not None and (isinstance(value, Tensor) or bool(value != 0))
+    return value is not None and (isinstance(value, (Tensor, list, tuple)) or bool(value != 0))
+
+
+def guide(z1: Tensor, z2: Tensor, guides: Any, weights: Any, logits: Any) -> None:
+    """Guides of z1's rows and z2's keys: pairs of embeddings, or their averaged similarities."""
+    B, N = z1.shape[0], z2.shape[0]
+    if logits is not None:
+        matrix("guide_logits", logits, (B, N))
+        detached("guide_logits", logits)
+        same_device(z1, guide_logits=logits)
+    if guides is None:
+        if weights is not None and logits is None:
+            raise ValueError("guide_weights must be given together with guides, got None")
+        return
+    if isinstance(guides, Tensor) or not isinstance(guides, (list, tuple)):
+        raise TypeError(f"guides must be a list of pairs of embeddings, one pair (gq, gk) a guide, got {what(guides)}")
+    if len(guides) == 0:
+        raise ValueError("guides must hold at least one guide's embeddings, got an empty list")
+    for k, pair in enumerate(guides):
+        if isinstance(pair, Tensor) or not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise TypeError(f"guides[{k}] must be a pair (gq, gk) of embeddings, got {what(pair)}")
+        for side, (g, n, of) in enumerate(zip(pair, (B, N), ("z1", "z2"))):
+            name = f"guides[{k}][{side}]"
+            embeddings(name, g)
+            if g.shape[0] != n:
+                raise ValueError(f"{name} must have {of}'s {n} rows, got shape {tuple(g.shape)}")
+            detached(name, g)
+            same_device(z1, **{name: g})
+        if pair[0].shape[1] != pair[1].shape[1]:
+            raise ValueError(
+                f"guides[{k}] must have equal widths on both sides, got {pair[0].shape[1]} and {pair[1].shape[1]}"
+            )
+    weights_of("guide_weights", weights, len(guides), "guide")
 
 
 # Logits beyond this are noise: float32 similarities are off by 1e-7, and that over the temperature.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 from torch import Tensor
 
-from pycse.backends import CHOICES
-from pycse.problem import DIVERGENCES, REDUCTIONS, SHUFFLES
+from pycse.problem import BACKEND_CHOICES, DIVERGENCES, REDUCTIONS, SHUFFLES
 from pycse.validation.checks import (
     choice,
     dense,
@@ -20,6 +18,7 @@ from pycse.validation.checks import (
     real,
     same_device,
     seed,
+    weights_of,
     what,
     whole,
 )
@@ -56,7 +55,7 @@ def distillation_options(
     number("distill_weight", distill_weight)
     flag("normalize", normalize)
     choice("reduction", reduction, REDUCTIONS)
-    choice("backend", backend, CHOICES)
+    choice("backend", backend, BACKEND_CHOICES)
     choice("shuffle", shuffle, SHUFFLES)
     choice("divergence", divergence, DIVERGENCES)
     given = [name for name, v in (("group_p", group_p), ("group_size", group_size), ("span", span)) if v is not None]
@@ -108,20 +107,7 @@ def teachers(z1: Tensor, name: str, embedded: Any, logits: Any, weights: Any) ->
             raise ValueError(f"teachers[{k}] must have {name}'s {B} rows, got shape {tuple(e.shape)}")
         detached(f"teachers[{k}]", e)
         same_device(z1, name, **{f"teachers[{k}]": e})
-    if weights is None:
-        return
-    if isinstance(weights, Tensor):
-        raise TypeError(f"teacher_weights must be numbers, one a teacher, got {what(weights)}; use .tolist()")
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"teacher_weights must be a list of numbers, one a teacher, got {what(weights)}")
-    if len(weights) != len(embedded):
-        raise ValueError(f"teacher_weights must be {len(embedded)} numbers, one a teacher, got {weights!r}")
-    for k, w in enumerate(weights):
-        number(f"teacher_weights[{k}]", w)
-        if w < 0:
-            raise ValueError(f"teacher_weights[{k}] must be >= 0, got {w!r}")
-    if not 0 < sum(weights) < math.inf:
-        raise ValueError(f"teacher_weights must have a finite sum > 0, got {weights!r}")
+    weights_of("teacher_weights", weights, len(embedded), "teacher")
 
 
 def distillation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pycse.backends import CHOICES
+from pycse.problem import BACKEND_CHOICES
 from pycse.validation.checks import choice, embeddings, flag, number, real, same_device, same_dtype
 
 SHARPEST = 1e6  # t of the uniformity
@@ -18,7 +18,7 @@ def alignment(x: Any, y: Any, normalize: Any, backend: Any) -> None:
     same_dtype("x", x, "y", y)
     same_device(x, "x", y=y)
     flag("normalize", normalize)
-    choice("backend", backend, CHOICES)
+    choice("backend", backend, BACKEND_CHOICES)
 
 
 def uniformity(x: Any, t: Any, normalize: Any, backend: Any) -> None:
@@ -30,4 +30,4 @@ def uniformity(x: Any, t: Any, normalize: Any, backend: Any) -> None:
     if t > SHARPEST:
         raise ValueError(f"t must be at most {SHARPEST:g}, beyond which float32 has no digits of exp(-t d), got {t!r}")
     flag("normalize", normalize)
-    choice("backend", backend, CHOICES)
+    choice("backend", backend, BACKEND_CHOICES)

@@ -47,7 +47,7 @@ class Case:
         parts += ["tensors"] if self.tensors else []
         parts += [f"m{self.m}"] if self.m != 0.3 else []
         for name, value in self.options.items():
-            parts.append(name if isinstance(value, Tensor) else f"{name}={value}")
+            parts.append(name if isinstance(value, (Tensor, list)) else f"{name}={value}")
         return "-".join(parts)
 
     def embeddings(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -94,6 +94,13 @@ class Outcome:
         return result
 
 
+def placed(value: Any, device: str) -> Any:
+    """A copy on the device, also of tensors in lists and pairs."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(placed(v, device) for v in value)
+    return value.clone().to(device) if isinstance(value, Tensor) else value
+
+
 def run(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", exact: bool = False) -> Outcome:
     """Loss and all gradients for an upstream gradient that is not 1. ``exact`` promotes the dtype's values to
     float64."""
@@ -101,7 +108,7 @@ def run(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", exact
     if exact:
         z1, z2 = z1.double(), z2.double()
     z1, z2 = (z.detach().clone().to(device).requires_grad_() for z in (z1, z2))
-    options = {name: v.clone().to(device) if isinstance(v, Tensor) else v for name, v in case.options.items()}
+    options = {name: placed(v, device) for name, v in case.options.items()}
     leaves = {"dz1": z1, "dz2": z2}
     tau: Any = case.temperature
     m: Any = case.m

@@ -28,6 +28,8 @@ def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, 
         exclude_by=EXCLUDE_BY.index(p.exclude_by) if p.excludes else None,
         exclude_above=p.exclude_above or 0.0,
         exclude_each=pointer(exclude_each),
+        guide_by=EXCLUDE_BY.index(p.guide_by) if p.guided else None,
+        guide_above=p.guide_above,
         positives=pointer(p.positives),
         query_ids=pointer(p.query_ids),
         key_ids=pointer(p.key_ids),
@@ -63,7 +65,9 @@ class Kernels(Products, panel.Kernels):
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> Tensor | None:
         f = torch.empty(S.shape[0], dtype=self.p.acc, device=S.device) if grad else None
-        self.native.rows(self.problem, *self._panel(S, i0), pointer(f), self.threads, grad)
+        T = self.state.T
+        guide = () if T is None else (T.data_ptr(), T.stride(0), CODES[T.dtype])
+        self.native.rows(self.problem, *self._panel(S, i0), pointer(f), self.threads, grad, *guide)
         return f
 
     def positives(self, z1hat: Tensor, i0: int) -> None:
@@ -114,6 +118,6 @@ def _small(p: Contrastive) -> Result | None:
 
 def contrastive(p: Contrastive) -> Result:
     work = p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1]
-    if work <= SMALL.get(p.z1.dtype, 0) and (result := _small(p)) is not None:
+    if work <= SMALL.get(p.z1.dtype, 0) and not p.guided and (result := _small(p)) is not None:
         return result
     return panel.contrastive(p, Kernels)

@@ -56,6 +56,13 @@ def contrastive(p: Contrastive) -> Result:
     if p.query_ids is not None and p.key_ids is not None:
         same_id = p.query_ids[:, None] == p.key_ids
 
+    if p.guided:
+        t = p.guide_queries @ p.guide_keys.t() if p.guide_logits is None else p.guide_logits
+        t = t.detach().to(s.dtype)
+        t_pos = t.gather(1, pos[:, None])
+        bound = {"absolute": t_pos, "relative": t_pos, "constant": t_pos * 0}[p.guide_by]
+        same_id = same_id | (t > bound + p.guide_above * (t_pos.abs() if p.guide_by == "relative" else 1))
+
     def losses(s_pos: Tensor, dim: int) -> Tensor:
         dropped = same_id
         if p.excludes:

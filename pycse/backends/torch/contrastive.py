@@ -86,10 +86,12 @@ class Kernels(Norms, panel.Kernels):
         return self.p.threshold(self.state.s_pos)
 
     def rows(self, S: Tensor, i0: int, grad: bool) -> None:
-        out = self.state
+        p, out = self.p, self.state
         part = slice(i0, i0 + S.shape[0])
         s, pos, s_pos, i = self._panel(S, i0)
         l = self._negatives(s, pos, i, self._row_threshold(s_pos, part))
+        if out.T is not None:
+            l.masked_fill_(p.guide_threshold(out.T.gather(1, pos)) < out.T, -torch.inf)
         l_pos = self.positive_logit(s_pos)
         shift = torch.maximum(l.amax(1, keepdim=True), l_pos)
         e = l.sub_(shift).exp_()
