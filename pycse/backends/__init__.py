@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import torch as pytorch  # the name torch becomes this package's backend once that is imported
 
 from pycse.backends import forks
+from pycse.backends.interpreter import interpreted
+from pycse.problem import BACKENDS
 
-NAMES = ("reference", "torch", "cpu", "triton", "cuda")
-CHOICES = ("auto", *NAMES)
 DIFFERENTIABLE = ("reference",)  # plain PyTorch: its own autograd, to any order
 # For "auto", best first.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -75,11 +74,6 @@ def _installed(name: str) -> bool:
         return False
 
 
-def interpreted() -> bool:
-    """True where Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 def wrong_device(name: str, device: str) -> str | None:
     """Why a usable backend cannot take tensors on this device."""
     if name == "cpu" and device != "cpu":
@@ -90,10 +84,19 @@ def wrong_device(name: str, device: str) -> str | None:
 
 
 @functools.cache
-def _auto(device: str) -> str:
+def lacks(name: str, op: str) -> str | None:
+    """Why a backend has no module for an op; None if it has one."""
+    if importlib.util.find_spec(f"pycse.backends.{name}.{op}") is not None:
+        return None
+    having = [x for x in BACKENDS if importlib.util.find_spec(f"pycse.backends.{x}.{op}") is not None]
+    return f"it has no kernels for the op {op!r}; {', '.join(having)} have"
+
+
+@functools.cache
+def _auto(device: str, op: str) -> str:
     reasons = []
     for name in PREFERENCE.get(device, ()):
-        problem = unusable(name)
+        problem = unusable(name) or lacks(name, op)
         if problem is None:
             return name
         reasons.append(f"{name}: {problem}")
@@ -118,8 +121,8 @@ def module(name: str, device: str, op: str) -> Any:
 @functools.cache
 def _module(name: str, device: str, op: str) -> Any:
     if name == "auto":
-        name = _auto(device)
-    problem = unusable(name) or wrong_device(name, device)
+        name = _auto(device, op)
+    problem = lacks(name, op) or unusable(name) or wrong_device(name, device)
     if problem is not None:
         raise RuntimeError(f"backend={name!r} cannot run here: {problem}")
     return importlib.import_module(f"pycse.backends.{name}.{op}")
