@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from pycse import fused_focal_infonce, fused_infonce
 from pycse.losses import FocalInfoNCELoss, InfoNCELoss
+from pycse.validation.contrastive_losses import EXCLUSIVE
 
 z = torch.randn(4, 6)
 long = torch.arange(4)
@@ -53,6 +55,43 @@ BAD = [
     ({"hard_negative_weight": torch.tensor(1.0)}, TypeError, r"hard_negative_weight must be a number"),
     ({"exclude_above": math.nan}, ValueError, r"exclude_above must be a finite number"),
     ({"exclude_above": "x"}, TypeError, r"exclude_above must be a number"),
+    ({"exclude_above": torch.zeros(3)}, ValueError, r"exclude_above must have shape \(4,\), got \(3,\)"),
+    ({"exclude_above": long}, TypeError, r"exclude_above must be a float tensor, got torch.int64"),
+    ({"exclude_by": "ratio"}, ValueError, r"exclude_by must be one of 'absolute', 'relative', 'constant', got 'ratio'"),
+    ({"positive_margin": math.inf}, ValueError, r"positive_margin must be a finite number, got inf"),
+    ({"positive_margin": torch.tensor(0.1)}, TypeError, r"positive_margin must be a number"),
+    ({"positive_margin": 1e9}, ValueError, r"positive_margin, hardness or hard_negative_weight smaller.* 1e\+06"),
+    ({"hardness": -1.0}, ValueError, r"hardness must be >= 0, got -1.0"),
+    ({"hardness": "5"}, TypeError, r"hardness must be a number, got '5'"),
+    (
+        {"hardness": 5.0, "hardness_mode": "all"},
+        ValueError,
+        r"hardness_mode must be one of 'all_negatives', .* got 'all'",
+    ),
+    (
+        {"hardness": 5.0, "hardness_mode": "hard_negatives"},
+        ValueError,
+        r"'hard_negatives' needs K >= 1 .* N = 4, B = 4",
+    ),
+    (
+        {"hardness": 5.0, "hardness_mode": "in_batch_negatives", "z2": torch.randn(6, 6)},
+        ValueError,
+        r"'in_batch_negatives' needs N = \(K \+ 1\) B keys.* N = 6, B = 4",
+    ),
+    ({"guides": z}, TypeError, r"guides must be a list of pairs of embeddings"),
+    ({"guides": []}, ValueError, r"guides must hold at least one guide's embeddings"),
+    ({"guides": [z]}, TypeError, r"guides\[0\] must be a pair \(gq, gk\)"),
+    ({"guides": [(z, torch.randn(5, 6))]}, ValueError, r"guides\[0\]\[1\] must have z2's 4 rows, got shape \(5, 6\)"),
+    ({"guides": [(z, z), (z[:3], z)]}, ValueError, r"guides\[1\]\[0\] must have z1's 4 rows, got shape \(3, 6\)"),
+    ({"guides": [(z, z[:, :5])]}, ValueError, r"guides\[0\] must have equal widths on both sides, got 6 and 5"),
+    ({"guides": [(z, z.clone().requires_grad_())]}, ValueError, r"guides\[0\]\[1\] requires grad"),
+    ({"guides": [(z, z)], "guide_weights": [1, 2]}, ValueError, r"guide_weights must be 1 numbers, one a guide"),
+    ({"guides": [(z, z)], "guide_weights": [-1]}, ValueError, r"guide_weights\[0\] must be >= 0, got -1"),
+    ({"guide_weights": [1]}, ValueError, r"guide_weights must be given together with guides, got None"),
+    ({"guide_logits": torch.zeros(4, 5)}, ValueError, r"guide_logits must have shape \(4, 4\), got \(4, 5\)"),
+    ({"guide_logits": long}, TypeError, r"guide_logits must be a float tensor of shape \(4, 4\)"),
+    ({"guides": [(z, z)], "guide_above": math.nan}, ValueError, r"guide_above must be a finite number, got nan"),
+    ({"guides": [(z, z)], "guide_by": "cos"}, ValueError, r"guide_by must be one of 'absolute', .* got 'cos'"),
     ({"symmetric": True, "z2": torch.randn(8, 6)}, ValueError, r"symmetric=True needs as many keys as rows.* 4 .* 8"),
     ({"symmetric": True, "positives": long}, ValueError, r"symmetric and positives exclude each other"),
     ({"symmetric": 1}, TypeError, r"symmetric must be True or False, got 1"),
@@ -63,6 +102,30 @@ BAD = [
     ({"reduction": "avg"}, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     ({"backend": "gpu"}, ValueError, r"backend must be one of 'auto', .* got 'gpu'"),
 ]
+
+
+# Something of each argument that another excludes.
+GIVEN = {
+    "symmetric": True,
+    "positives": long,
+    "hard_negative_weight": 1.0,
+    "guides": [(z, z)],
+    "guide_weights": [1.0],
+    "guide_logits": torch.zeros(4, 4),
+}
+
+
+@pytest.mark.parametrize("names", EXCLUSIVE, ids="+".join)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_arguments_that_exclude_each_other(names, backend):
+    with pytest.raises(ValueError, match=f"{names[0]} and {names[1]} exclude each other"):
+        fused_infonce(z, z, backend=backend, **{name: GIVEN[name] for name in names})
+
+
+def test_the_documentation_lists_what_excludes_each_other():
+    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    for names, why in EXCLUSIVE.items():
+        assert f"| `{names[0]}` | `{names[1]}` | {why} |" in text
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=[str(k) + next(iter(c)) for k, (c, _, _) in enumerate(BAD)])

@@ -30,14 +30,8 @@ from pycse.validation.checks import (
 EXCLUSIVE = {
     ("guides", "guide_logits"): "the logits are the guides' averaged similarities",
     ("guide_weights", "guide_logits"): "the logits are averaged already",
-    (
-        "symmetric",
-        "guides",
-    ): "a guide says which keys are a row's negatives; for columns call the loss with the sides swapped",
-    (
-        "symmetric",
-        "guide_logits",
-    ): "a guide says which keys are a row's negatives; for columns call the loss with the sides swapped",
+    ("symmetric", "guides"): "a guide speaks of rows; for columns call the loss with the sides swapped",
+    ("symmetric", "guide_logits"): "a guide speaks of rows; for columns call the loss with the sides swapped",
     ("symmetric", "positives"): "a column's positive is the row of its own number",
     ("symmetric", "hard_negative_weight"): "a symmetric loss has as many keys as rows, and so no hard negatives",
 }
