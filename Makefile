@@ -24,9 +24,8 @@ train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--
 SANITIZE := build/sanitize
 CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPYCSE_CHECKS=ON -B
 sanitize: $(VENV)/test  ## the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; under 6 minutes
-	$(PIP) cmake ninja pybind11
 	$(CONFIGURE) $(SANITIZE)/thread -DPYCSE_SANITIZE=thread -DPYCSE_MODULE=OFF
-	$(CONFIGURE) $(SANITIZE)/address -DPYCSE_SANITIZE=address -DPython_EXECUTABLE=$(abspath $(RUN)) \
+	$(CONFIGURE) $(SANITIZE)/address -DPYCSE_SANITIZE=address -DPYCSE_EMULATED=ON -DPython_EXECUTABLE=$(abspath $(RUN)) \
 	  -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 	$(VENV)/bin/cmake --build $(SANITIZE)/thread
 	$(VENV)/bin/cmake --build $(SANITIZE)/address

@@ -246,11 +246,6 @@ PYCSE_BODY int head_of(const T* row) {
   return int((0 - reinterpret_cast<uintptr_t>(row) / sizeof(T)) % unsigned(kWidth<T>));
 }
 
-template <class A>
-PYCSE_BODY A number(const Number& n) {
-  return n.at ? *static_cast<const A*>(n.at) : A(n.value);
-}
-
 // Calls run with a value of the storage type.
 template <class Run>
 void with_type(DType dtype, Run run) {

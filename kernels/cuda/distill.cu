@@ -3,7 +3,6 @@
 // atomic is two.)
 #include <algorithm>
 
-#include "device.h"
 #include "distill.h"
 #include "launch.cuh"
 

@@ -1,7 +1,6 @@
 // Device side of fused.h: its machine. Compiled for sm_90a alone. It has not yet run on a GPU.
 #include <algorithm>
 
-#include "device.h"
 #include "fused.h"
 #include "hopper.cuh"
 #include "launch.cuh"

@@ -2,7 +2,7 @@
 // only.
 //
 // Symbols and formulas as in rows.h. Of a tile of kTileM rows x kTileN keys:
-//   G_ij       = e_ij tau l'_ij r_j over the negatives, 0 at the positive          written once, bf16
+//   G_ij       = e_ij l'(s_ij) r_j over the negatives, 0 at the positive          written once, bf16
 //   partial_tk = sum of e over row k's negatives in column tile t                  s_pos,i by the tile that holds it
 //   finish_row z_neg = sum_t partial_tk in order; loss, f, and G at the positive
 // A thread block of three warpgroups takes tiles in turn. One thread of the first has the copy engine (TMA) fetch
@@ -14,7 +14,7 @@
 // from L2, G to memory. No atomics.
 //
 // A block's program is a template over its machine: Hopper's instructions (fused.cu), or models of them by the PTX
-// manual, on which the host runs whole clusters thread by thread (emulated.cpp).
+// manual, on which the host runs whole clusters thread by thread (tests/kernels/emulation).
 #pragma once
 #include "rows.h"
 
@@ -59,12 +59,19 @@ PYCSE_HD TileAt tile_at(int tile, int down, int across) {
   return {first + within % rows, within / rows};
 }
 
+// The numbers are the host's: a fixed shift came from them.
+PYCSE_BODY Logit<float> known_logit(const Contrastive& p) {
+  Coefficients known = p.logit;
+  known.at = nullptr;
+  return known.logit<float>();
+}
+
 // A thread's two rows; k0: its warpgroup's first row of the panel.
 template <bool Masked>
 struct FusedRows {
   Negatives<float, Masked> of[2];  // positive -1 also behind the panel's last row
 
-  PYCSE_BODY FusedRows(const Contrastive& p, const Fused& q, int thread, int k0) {
+  PYCSE_BODY FusedRows(const Contrastive& p, const Fused& q, const Logit<float>& logit, int thread, int k0) {
     PYCSE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int k = k0 + sums_row(thread, 2 * half), i = q.i0 + k;
@@ -74,7 +81,8 @@ struct FusedRows {
                   here && Masked ? p.query_ids[i] : 0,
                   false,
                   0.0f,
-                  float(p.hard_weight * kLog2e),
+                  logit.own_b * float(kLog2e),
+                  logit.own_c * float(kLog2e),
                   i,
                   p.B};
     }
@@ -100,7 +108,7 @@ struct Exceptions {
     const int left = N - j0;  // a multiple of 8
     bool some = Masked || left < kChunk;
     PYCSE_UNROLL
-    for (const auto& row : rows.of) some |= row.hard != 0 || unsigned(row.positive - j0) < unsigned(kChunk);
+    for (const auto& row : rows.of) some |= row.owns() || unsigned(row.positive - j0) < unsigned(kChunk);
     if (!some) return;  // most chunks
     const auto bit = [&](int column) {
       return unsigned(column) < unsigned(kChunk) && column / 2 % 4 == thread % 4 ? 1u << (column / 8 * 2 + column % 2)
@@ -111,7 +119,7 @@ struct Exceptions {
       const auto& row = rows.of[half];
       positive[half] = bit(row.positive - j0);
       gone[half] = positive[half] | (left >= kChunk ? 0 : left <= 0 ? 0xffffu : 0xffffu << left / 4);
-      if (row.hard != 0)
+      if (row.owns())
         for (int column = row.until_own(j0); column < kChunk; column += row.B) own[half] |= bit(column);
       if constexpr (Masked) {
         PYCSE_UNROLL
@@ -149,12 +157,12 @@ PYCSE_BODY void fused_chunk(Machine& on, const Logit<float>& logit, float top, c
         float x = bits(s) - top;
         if constexpr (!Plain) {
           const uint32_t bit = 1u << (n / 2 + w);
-          if (but.own[half] & bit) x += rows.of[half].hard;
+          if (but.own[half] & bit) x += rows.of[half].own_b * s + rows.of[half].own_c;
           if (but.gone[half] & bit) x = -infinity<float>();
           if (but.positive[half] & bit) s_pos[half] = s;
         }
         e[w] = exp2_(x);
-        G[w] = e[w] * logit.slope(s) * r[w];
+        G[w] = e[w] * logit.derivative(s) * r[w];
       }
       sums[half] += e[0] + e[1];
       if constexpr (Grad) on.put(at + half * 8 * 2 * kChunk, pack_bf16(G[0], G[1]));
@@ -214,7 +222,7 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
     on.template take_registers<kConsumerRegisters>();
     const int group = warpgroup - 1, thread = on.thread() % 128;
     const bool leads = thread == 0;
-    const Logit<float> logit = negative_logit<float>(p.focal, float(p.m.value), inverse(float(p.tau.value)));
+    const Logit<float> logit = known_logit(p);
     const float top = float(p.shift * kLog2e), *r2 = static_cast<const float*>(p.r2);
     float acc[128];
     uint32_t step = 0;
@@ -243,7 +251,7 @@ PYCSE_BODY void fused_block(Machine& on, const Contrastive& p, const Fused& q) {
       release((step - 1) % kSteps);
 
       const int k0 = at.m + group * kGroupRows;
-      const FusedRows<Masked> rows(p, q, thread, k0);
+      const FusedRows<Masked> rows(p, q, logit, thread, k0);
       float sums[2] = {0, 0};
       PYCSE_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -299,11 +307,9 @@ PYCSE_BODY void finish_row(Block block, const Contrastive& p, const Panel& panel
   z_neg = block.sum(z_neg);
   if (!inside || block.index() != 0) return;
   const int i = panel.i0 + k, positive = positive_of(p, i);
-  const float inv_tau = inverse(float(p.tau.value)),
-              r_pos = positive >= 0 ? static_cast<const float*>(p.r2)[positive] : 0;
+  const float r_pos = positive >= 0 ? static_cast<const float*>(p.r2)[positive] : 0;
   const float s_pos = positive >= 0 ? static_cast<const float*>(p.s_pos)[i] : nan<float>();
-  const RowLoss<float> result(z_neg, float(p.shift * kLog2e), s_pos, r_pos, positive_logit<float>(p.focal, inv_tau),
-                              coef_of<float>(p, i));
+  const RowLoss<float> result(z_neg, float(p.shift * kLog2e), s_pos, r_pos, known_logit(p), p.coefficient<float>(i));
   static_cast<float*>(p.loss)[i] = result.loss;
   if constexpr (Grad) {
     if (positive >= 0) store(static_cast<bf16*>(panel.S)[k * panel.ld + positive], result.g_pos);

@@ -1,5 +1,4 @@
-// Device side of norms.h: a warp for a row, kRows rows in a thread block. And the table of all device kernels.
-#include "device.h"
+// Device side of norms.h: a warp for a row, kRows rows in a thread block.
 #include "launch.cuh"
 #include "norms.h"
 
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(32 * kRows, kBlocks)
   if (warp_row() < z1hat.n) positive_row<T>(Warp(), p, z1hat, z2, i0, warp_row());
 }
 
-static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue queue) {
+void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out, double factor, Queue queue) {
   with_type(dtype, [&](auto type) {
     launch_on(queue, "normalize", [&](cudaStream_t stream) {
       normalize_kernel<decltype(type)><<<ceil_div(z.n, kRows), dim3(32, kRows), 0, stream>>>(z, r, out, ld_out, factor);
@@ -37,8 +36,8 @@ static void normalize(DType dtype, Vectors z, void* r, void* out, int64_t ld_out
   });
 }
 
-static void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled,
-                    void* out, Queue queue) {
+void project(DType z_type, DType g_type, Vectors z, const void* g, const void* r, const void* f, bool scaled, void* out,
+             Queue queue) {
   project_variant(z_type, g_type, [&](auto type, auto gradient) {
     launch_on(queue, "project", [&](cudaStream_t stream) {
       project_kernel<decltype(type), decltype(gradient)>
@@ -47,25 +46,12 @@ static void project(DType z_type, DType g_type, Vectors z, const void* g, const 
   });
 }
 
-static void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors z2, int i0, Queue queue) {
+void positives(const Contrastive& p, DType dtype, Vectors z1hat, Vectors z2, int i0, Queue queue) {
   with_type(dtype, [&](auto type) {
     launch_on(queue, "positives", [&](cudaStream_t stream) {
       positives_kernel<decltype(type)><<<ceil_div(z1hat.n, kRows), dim3(32, kRows), 0, stream>>>(p, z1hat, z2, i0);
     });
   });
-}
-
-#ifndef PYCSE_HOPPER
-void fused(const Contrastive&, Vectors, Vectors, const Panel&, void*, bool, int, Queue) {
-  throw std::logic_error("pycse: fused was not compiled: no 90a among the architectures");
-}
-bool fused_runs(Queue) { return false; }
-#endif
-
-const Kernels& device_kernels() {
-  static const Kernels table = {rows,    columns,    symmetric, positives, normalize,  project,   distill,
-                                scratch, uniformity, small,     fused,     fused_runs, small_runs};
-  return table;
 }
 
 }  // namespace pycse::cuda

@@ -1,7 +1,6 @@
 // Device side of rows.h: a thread block for a row. Bound by the panel's traffic, half of it stores: 2.2 TB/s of reads
 // at
 // 0.7 us take 12 KB in flight on each of 132 multiprocessors, 768 threads with 16 bytes each.
-#include "device.h"
 #include "launch.cuh"
 #include "rows.h"
 
@@ -26,5 +25,12 @@ void rows(const Contrastive& p, DType dtype, const Panel& panel, bool grad, Queu
     });
   });
 }
+
+#ifndef PYCSE_HOPPER  // fused.cu
+void fused(const Contrastive&, Vectors, Vectors, const Panel&, void*, bool, int, Queue) {
+  throw std::logic_error("pycse: fused was not compiled: no 90a among the architectures");
+}
+bool fused_runs(Queue) { return false; }
+#endif
 
 }  // namespace pycse::cuda

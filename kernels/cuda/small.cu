@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "device.h"
 #include "launch.cuh"
 #include "small.h"
 

@@ -36,12 +36,22 @@ inline int64_t small_work(Contrastive& p, Small& q, bool bf16) {
   q.g1 = bf16 && q.dz1 ? take(4 * B * D) : q.dz1;
   q.g2 = bf16 && q.dz2 ? take(4 * N * D) : q.dz2;
   p.r2 = q.r2;
-  p.s_pos = q.symmetric && p.exclude ? take(4 * B) : nullptr;  // S has them in full, but columns ask before their row
+  p.s_pos = q.symmetric && p.exclude.given ? take(4 * B) : nullptr;  // in S too, but columns ask before their row
   if (q.symmetric) {
     p.lpos = take(4 * B), p.lneg = take(4 * B), p.column_max = take(4 * B), p.column_sum = take(4 * B);
     p.lneg_column = take(4 * B), p.lse_column = take(4 * B);
   }
   return bytes;
+}
+
+inline int64_t small_work_size(int B, int N, int D, DType dtype, bool normalize, bool symmetric, bool dz1, bool dz2) {
+  Contrastive p;
+  Small q;
+  char any;  // of the gradients only whether they are wanted
+  p.B = B, p.N = N, p.exclude.given = true;
+  q.z1.D = D, q.normalize = normalize, q.symmetric = symmetric;
+  q.dz1 = dz1 ? &any : nullptr, q.dz2 = dz2 ? &any : nullptr;
+  return small_work(p, q, dtype == DType::bf16);
 }
 
 constexpr int kSmallTile = 64;
@@ -191,20 +201,15 @@ PYCSE_BODY void finish_column(const Contrastive& p, int j) {
   *loss = (*loss + log_add(l_neg - l_pos, 0.0f)) / 2;
 }
 
-// total = sum_i coef_i L_i, and the sums of dtau and dm over rows.
+// total = sum_i coef_i L_i.
 template <class Block>
-PYCSE_BODY void small_totals(Block block, const Contrastive& p, const Small& q) {
-  const auto sum = [&](const void* x, bool weighted, void* to) {
-    if (!to) return;
-    float total = 0;
-    for (int i = block.index(); i < p.B; i += block.size())
-      total += static_cast<const float*>(x)[i] * (weighted ? coef_of<float>(p, i) : 1.0f);
-    total = block.sum(total);
-    if (block.index() == 0) *static_cast<float*>(to) = total;
-  };
-  sum(p.loss, true, q.total);
-  sum(p.dtau, false, q.total_dtau);
-  sum(p.dm, false, q.total_dm);
+PYCSE_BODY void small_total(Block block, const Contrastive& p, void* to) {
+  if (!to) return;
+  float total = 0;
+  for (int i = block.index(); i < p.B; i += block.size())
+    total += static_cast<const float*>(p.loss)[i] * p.coefficient<float>(i);
+  total = block.sum(total);
+  if (block.index() == 0) *static_cast<float*>(to) = total;
 }
 
 // Row i of dz1, or row i - B of dz2.
@@ -244,7 +249,7 @@ PYCSE_BODY void small(Grid& grid, const Contrastive& p, const Small& q) {
   grid.sync();
   const int tiles = q.grad ? small_gradient_tiles(p, q) : 0;
   grid.tiles(tiles, [&](auto& tile, int k) { gradient_tile<T>(tile, p, q, k); });
-  grid.blocks(1, [&](auto block, int) { small_totals(block, p, q); });
+  grid.blocks(1, [&](auto block, int) { small_total(block, p, q.total); });
   if (tiles == 0) return;
   grid.sync();
   grid.warps(p.B + p.N, [&](auto warp, int i) { small_project<T>(warp, p, q, i); });
@@ -259,7 +264,7 @@ inline int small_items(const Contrastive& p, const Small& q) {
 
 template <class Run>
 void small_variant(const Contrastive& p, DType dtype, Run run) {
-  with_flag(p.query_ids || p.exclude, [&](auto masked) {
+  with_flag(p.masked(), [&](auto masked) {
     if (dtype == DType::f32) run(float(), masked);
     else if (dtype == DType::bf16) run(bf16(), masked);
     else throw std::logic_error("pycse: small takes float32 and bfloat16");

@@ -48,7 +48,7 @@ static void launch(const Sparse& p, const char* name, void (*kernel)(Sparse), in
   });
 }
 
-static void run(Which which, Sparse p, Storage storage, int pieces, Queue queue) {
+void sparse(Which which, Sparse p, Storage storage, int pieces, Queue queue) {
   sparse_variant(storage, p.kept.block, [&](auto type, auto side) {
     using T = decltype(type);
     constexpr int B = decltype(side)::value, M = kTokens<T>, N = kSide<B>;
@@ -72,14 +72,9 @@ static void run(Which which, Sparse p, Storage storage, int pieces, Queue queue)
   });
 }
 
-static void mark(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue queue) {
+void mark(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue queue) {
   if (rows == 0 || words == 0) return;
   launch_on(queue, "mark", [&](cudaStream_t stream) { mark_kernel<<<rows, 64, 0, stream>>>(ptr, index, bits, words); });
-}
-
-const SparseKernels& device_sparse() {
-  static const SparseKernels table = {run, mark};
-  return table;
 }
 
 }  // namespace pycse::cuda

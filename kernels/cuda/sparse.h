@@ -319,13 +319,8 @@ void set_wide(Sparse& p, int columns) {
   p.wide_a = wide<T>(p.a.at, p.a.ld), p.wide_b = wide<T>(p.b.at, p.b.ld), p.wide_c = wide<T>(p.c, columns);
 }
 
-// Pieces that add_splits takes: kept blocks, or rows under bits.
-struct SparseKernels {
-  void (*run)(Which, Sparse, Storage, int pieces, Queue);
-  void (*mark)(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue);
-};
-
-const SparseKernels& emulated_sparse();
-const SparseKernels& device_sparse();
+// One launch each, as those in contrastive.h. Pieces that add_splits takes: kept blocks, or rows under bits.
+void sparse(Which, Sparse, Storage, int pieces, Queue);
+void mark(const int* ptr, const int* index, uint32_t* bits, int rows, int words, Queue);
 
 }  // namespace pycse::cuda

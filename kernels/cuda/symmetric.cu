@@ -1,6 +1,5 @@
 // Device side of symmetric.h: a thread block for a row; for the columns 32 of them side by side (whole sectors of a
 // row) times kSlices of the panel's rows.
-#include "device.h"
 #include "launch.cuh"
 #include "symmetric.h"
 

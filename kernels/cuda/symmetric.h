@@ -3,7 +3,7 @@
 //   L_i  = (row_i + column_i) / 2,   row_i = log(1 + sum_{j != i} exp(l_ij - l_ii)),   column_j likewise over i
 //   P_ij = (coef_i exp(l_ij - lse_i) + coef_j exp(l_ij - lse^c_j)) / 2                     i != j
 //   P_ii = -coef_i (sigma(lneg_i - l_ii) + sigma(lneg^c_i - l_ii)) / 2
-//   G    = P l' r_j,     dL/dtau = -sum P l / tau,     dL/dm = sum_{i != j} P s / tau
+//   G    = P l' r_j;     of the logit's coefficients: sum_{j != i} P s^2, sum_{j != i} P s, and P s^2, P s, P at j = i
 // Two sweeps over the panels: row (no gradient) and column gather the log-sums, then symmetric_row writes G over S.
 // Stored between the sweeps: O(N). Traffic: S is read once by each, and written by symmetric_row.
 #pragma once
@@ -22,13 +22,14 @@ PYCSE_BODY void column(Block block, const Contrastive& p, const Panel& panel, in
   j = inside ? j : p.N - 1;
   const T* S = static_cast<const T*>(panel.S) + j;
   const A r = static_cast<const A*>(p.r2)[j];
-  const Bits<A> bits(negative_logit<A>(p.focal, number<A>(p.m), inverse(number<A>(p.tau))));
+  const Bits<A> bits(p.logit.logit<A>());
   // The column's positive is row j, its threshold starts from s_jj, its candidates are rows.
   const Negatives<A, Masked> negatives = {j,
                                           p.query_ids,
                                           p.key_ids ? p.key_ids[j] : 0,
-                                          p.exclude,
-                                          p.exclude ? static_cast<const A*>(p.s_pos)[j] + A(p.exclude_above) : A(0),
+                                          p.exclude.given,
+                                          p.exclude.given ? p.exclude.of(j, static_cast<const A*>(p.s_pos)[j]) : A(0),
+                                          A(0),
                                           A(0),
                                           j,
                                           p.B};
@@ -69,20 +70,18 @@ PYCSE_BODY void symmetric_row(Block block, const Contrastive& p, const Panel& pa
   const A* r2 = static_cast<const A*>(p.r2);
   const A* lse_column = static_cast<const A*>(p.lse_column);
   const A* coef_column = static_cast<const A*>(p.coef);
-  const A inv_tau = inverse(number<A>(p.tau));
-  const Logit<A> logit = negative_logit<A>(p.focal, number<A>(p.m), inv_tau);
-  const Logit<A> logit_pos = positive_logit<A>(p.focal, inv_tau);
+  const Logit<A> logit = p.logit.logit<A>();
   const Bits<A> bits(logit);
 
   const A s_pos = p.s_pos ? static_cast<const A*>(p.s_pos)[i] : load(S[i]) * r2[i];
   const A l_pos = static_cast<const A*>(p.lpos)[i], l_neg = static_cast<const A*>(p.lneg)[i];
-  const A lse = log_add(l_neg, l_pos) * A(kLog2e), coef = A(0.5) * coef_of<A>(p, i);
-  const auto negatives = negatives_of<Masked>(p, i, i, s_pos);
+  const A lse = log_add(l_neg, l_pos) * A(kLog2e), coef = A(0.5) * p.coefficient<A>(i);
+  const auto negatives = negatives_of<Masked>(p, logit, i, i, s_pos);
   const int head = head_of(S);
   const bool wide = aligned(r2 + head) && aligned(lse_column + head) && aligned(coef_column + head);
 
   block.sync();  // every thread has read s_pos before one writes G over it
-  A el = 0, es = 0;
+  A Ps = 0, Pss = 0;
   each<V>(block, p.N, head, [&](int j, auto width) {
     constexpr int W = decltype(width)::value;
     A s[W], r[W], row[W], column[W], coef_j[W];
@@ -98,46 +97,44 @@ PYCSE_BODY void symmetric_row(Block block, const Contrastive& p, const Panel& pa
     if (Masked || negatives.template special<W>(j))
       for (int n = 0; n < W; ++n) {
         auto of_column = negatives;  // all but the threshold is symmetric
-        if (p.exclude) of_column.threshold = static_cast<const A*>(p.s_pos)[j + n] + A(p.exclude_above);
+        if (p.exclude.given) of_column.threshold = p.exclude.of(j + n, static_cast<const A*>(p.s_pos)[j + n]);
         if (!negatives.has(s[n], j + n)) row[n] = -infinity<A>();
         if (!of_column.has(s[n], j + n)) column[n] = -infinity<A>();
       }
     for (int n = 0; n < W; ++n) {
       const A P = coef * exp2_(row[n]) + (coef_column ? A(0.5) * coef_j[n] : coef) * exp2_(column[n]);
       if constexpr (Params) {
-        el += P * logit(s[n]);
-        es += P * s[n];
+        Ps += P * s[n];
+        Pss += P * s[n] * s[n];
       }
-      s[n] = P * logit.slope(s[n]) * inv_tau * r[n];  // G over s
+      s[n] = P * logit.derivative(s[n]) * r[n];  // G over s
     }
     write<W>(S + j, true, s);
   });
 
   if constexpr (Params) {
-    el = block.sum(el);
-    es = block.sum(es);
+    Ps = block.sum(Ps);
+    Pss = block.sum(Pss);
   }
   block.sync();  // the entry at the positive is written last
   if (block.index() != 0) return;
   const A P_pos = -coef * (sigmoid(l_neg - l_pos) + sigmoid(static_cast<const A*>(p.lneg_column)[i] - l_pos));
-  store(S[i], P_pos * inv_tau * logit_pos.slope(s_pos) * r2[i]);
-  if constexpr (Params) {
-    if (p.dtau) static_cast<A*>(p.dtau)[i] = -inv_tau * (el + P_pos * l_pos);
-    if (p.dm) static_cast<A*>(p.dm)[i] = inv_tau * es;
-  }
+  const Logit<A> again = p.logit.logit<A>();  // asked for again, not kept in registers
+  store(S[i], P_pos * again.positive_derivative(s_pos) * r2[i]);
+  if constexpr (Params)
+    if (p.dlogit) p.store_gradients(i, Pss, Ps, P_pos, s_pos);
 }
 
 template <class Run>
 void columns_variant(const Contrastive& p, DType dtype, Run run) {
-  with_type(dtype, [&](auto type) { with_flag(p.query_ids || p.exclude, [&](auto masked) { run(type, masked); }); });
+  with_type(dtype, [&](auto type) { with_flag(p.masked(), [&](auto masked) { run(type, masked); }); });
 }
 
 template <class Run>
 void symmetric_variant(const Contrastive& p, DType dtype, Run run) {
   with_type(dtype, [&](auto type) {
-    with_flag(p.dtau || p.dm, [&](auto params) {
-      with_flag(p.query_ids || p.exclude, [&](auto masked) { run(type, params, masked); });
-    });
+    with_flag(p.dlogit != nullptr,
+              [&](auto params) { with_flag(p.masked(), [&](auto masked) { run(type, params, masked); }); });
   });
 }
 

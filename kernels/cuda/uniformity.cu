@@ -1,5 +1,4 @@
 // Device side of uniformity.h: a thread block for a row, as rows.cu.
-#include "device.h"
 #include "launch.cuh"
 #include "uniformity.h"
 

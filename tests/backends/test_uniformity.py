@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
+import emulation
 import instruction_sets
 import pytest
 import torch
-from pycse.kernels import native
 
 from pycse import alignment, fused_infonce, uniformity
 from pycse.backends.cuda import norms
@@ -30,7 +30,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def emulated(monkeypatch, request):
     """backend="torch" runs the emulated CUDA kernels for the tests of "emulated"."""
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "emulated":
-        monkeypatch.setattr(norms.Norms, "native", staticmethod(lambda: native().emulated))
+        monkeypatch.setattr(norms.Norms, "native", staticmethod(emulation.kernels))
         monkeypatch.setattr(plain, "uniformity", cuda.uniformity)
         monkeypatch.setattr(plain, "alignment", cuda.alignment)
 

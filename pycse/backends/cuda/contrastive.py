@@ -4,16 +4,17 @@ for the device, so calls can be captured in a CUDA graph; numbers in tensors are
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pycse.backends.addresses import pointer
 from pycse.backends.cuda.norms import Norms
+from pycse.logits import GRADIENTS, Coefficients
 from pycse.panels import contrastive as panel
-from pycse.problem import Contrastive, Result
+from pycse.problem import EXCLUDE_BY, Contrastive, Result
 
 # Multiply-adds B N D of a product up to which one launch does everything (kernels/cuda/small.h): its tiles of 64 x 64
 # are no match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates,
@@ -26,21 +27,33 @@ FUSED = 0
 FUSED_COLUMNS = 256  # of its tile
 
 
-def _problem(
-    kernels: Any, p: Contrastive, numbers: Sequence[float | Tensor], coef: Tensor | float, **tensors: Any
-) -> Any:
-    (tau, tau_at), (m, m_at) = ((0.0, n.data_ptr()) if isinstance(n, Tensor) else (n, 0) for n in numbers)
+NO_NUMBERS = (math.nan,) * len(Coefficients._fields)  # the kernels read others
+
+
+class Numbers(NamedTuple):
+    """What the kernels read of the logit and of the bounds on negatives: alive as long as they run."""
+
+    coefficients: Coefficients | Tensor
+    exclude_each: Tensor | None
+
+    @classmethod
+    def of(cls, p: Contrastive) -> Numbers:
+        if p.guided:
+            raise RuntimeError("backend='cuda' cannot run here: it has no kernels for guides; torch has")
+        return cls(p.coefficients(), None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous())
+
+
+def _problem(kernels: Any, p: Contrastive, numbers: Numbers, coef: Tensor | float, **tensors: Tensor | None) -> Any:
+    coefficients, exclude_each = numbers
     return kernels.Contrastive(
         B=p.z1.shape[0],
         N=p.z2.shape[0],
-        focal=p.focal,
-        tau=tau,
-        tau_at=tau_at,
-        m=m,
-        m_at=m_at,
+        logit=NO_NUMBERS if isinstance(coefficients, Tensor) else coefficients,
+        logit_at=pointer(coefficients) if isinstance(coefficients, Tensor) else 0,
         shift=p.shift,
-        hard_weight=p.hard_negative_weight,
-        exclude_above=p.exclude_above,
+        exclude_by=EXCLUDE_BY.index(p.exclude_by) if p.excludes else None,
+        exclude_above=p.exclude_above or 0.0,
+        exclude_each=pointer(exclude_each),
         positives=pointer(p.positives),
         query_ids=pointer(p.query_ids),
         key_ids=pointer(p.key_ids),
@@ -50,29 +63,17 @@ def _problem(
     )
 
 
-def _numbers(p: Contrastive) -> list[float | Tensor]:
-    """Temperature and m, in memory as the kernels read them."""
-    return [t.to(p.acc) if isinstance(t, Tensor) else t for t in (p.temperature, p.m)]
-
-
 class Kernels(Norms, panel.Kernels):
+    p: Contrastive
+
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         super().__init__(p.z1, p.z2.shape[0])
-        self.p, self.state = p, state
-        self.kept = _numbers(p)  # alive for the kernels
+        self.p, self.state, self.numbers = p, state, Numbers.of(p)
+        sums = {} if state.sums is None else vars(state.sums)
         self.problem = _problem(
-            self.kernels, p, self.kept, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dtau=state.dtau,
-            dm=state.dm,
+            self.kernels, p, self.numbers, state.coef, r2=state.r2, s_pos=state.s_pos, loss=state.loss,
+            dlogit=state.dlogit, **sums,
         )  # fmt: skip
-        if (s := state.sums) is not None:
-            self.problem.symmetric_state(
-                lpos=s.lpos.data_ptr(),
-                lneg=s.lneg.data_ptr(),
-                column_max=s.column_max.data_ptr(),
-                column_sum=s.column_sum.data_ptr(),
-                lneg_column=s.lneg_column.data_ptr(),
-                lse_column=s.lse_column.data_ptr(),
-            )
 
     def _panel(self, S: Tensor, i0: int) -> tuple[int, ...]:
         return self.code, S.data_ptr(), S.stride(0), i0, S.shape[0]
@@ -92,9 +93,9 @@ class Kernels(Norms, panel.Kernels):
         """The epilogue sees a tile at a time: no row maximum, no threshold. The copy engine takes rows at 16-byte
         addresses."""
         p, out = self.p, self.state
-        if not FUSED or p.z1.dtype != torch.bfloat16 or p.shift is None or p.exclude_above is not None:
+        if not FUSED or p.z1.dtype != torch.bfloat16 or p.shift is None or p.excludes:
             return False
-        if out.dtau is not None or out.dm is not None or out.sums is not None or p.z2.shape[0] % 8:
+        if out.dlogit is not None or out.sums is not None or p.z2.shape[0] % 8:
             return False
         wide = all(z.data_ptr() % 16 == 0 and z.stride(0) % 8 == 0 for z in (z1hat, p.z2))
         return wide and self.kernels.fused_runs(self.queue)
@@ -138,20 +139,18 @@ def small(p: Contrastive, k: Norms) -> Result:
     (B, D), N = p.z1.shape, p.z2.shape[0]
     needs = p.needs
     new = lambda *shape: torch.empty(shape, dtype=p.acc, device=p.z1.device)  # noqa: E731
-    rows, total, numbers, coef = new(B), new(), _numbers(p), p.row_coefficients()
+    rows, total, numbers, coef = new(B), new(), Numbers.of(p), p.row_coefficients()
     dz1 = k.empty(B, D, dtype=p.z1.dtype) if needs.z1 else None
     dz2 = k.empty(N, D, dtype=p.z1.dtype) if needs.z2 else None
-    dtau, dm = (new(B) if needed else None for needed in (needs.temperature, needs.m))
-    dtau_total, dm_total = (new() if needed else None for needed in (needs.temperature, needs.m))
+    dlogit = new(GRADIENTS, B) if p.trained else None
     size = k.kernels.small_work_size(B, N, D, k.code, p.normalize, p.symmetric, needs.z1, needs.z2)
     work = k.empty(size, dtype=torch.uint8)
-    problem = _problem(k.kernels, p, numbers, coef, r2=None, s_pos=None, loss=rows, dtau=dtau, dm=dm)
+    problem = _problem(k.kernels, p, numbers, coef, loss=rows, dlogit=dlogit)
     k.kernels.small(
         problem, k.code, p.z1.data_ptr(), p.z1.stride(0), p.z2.data_ptr(), p.z2.stride(0), D, p.normalize, p.symmetric,
-        any(needs[:4]), work.data_ptr(), pointer(dz1), pointer(dz2), [pointer(t) for t in (total, dtau_total, dm_total)],
-        k.queue,
+        needs.z1 or needs.z2 or p.trained, work.data_ptr(), pointer(dz1), pointer(dz2), total.data_ptr(), k.queue,
     )  # fmt: skip
-    return Result(rows, dz1, dz2, dtau_total, dm_total, total)
+    return p.result(rows, dz1, dz2, dlogit, loss=total)
 
 
 def contrastive(p: Contrastive) -> Result:

@@ -1,4 +1,4 @@
-"""The CUDA backend. Its kernels' bodies run everywhere, on one host thread (kernels/cuda/emulated.cpp), and are held to
+"""The CUDA backend. Its kernels' bodies run everywhere, on one host thread (tests/kernels/emulation), and are held to
 the float64 reference over the same table as every backend; with a GPU the table runs on the device as well. The
 compiled kernels themselves are looked at without a GPU: no spills, no library that a machine without CUDA lacks."""
 
@@ -40,13 +40,13 @@ MORE = [
                       "key_ids": torch.arange(37) % 7, "weight": cases._weights(37)}, tensors=True),
     Case(19, options={"symmetric": True, "normalize": False}, D=8, temperature=1.0),
 ]  # fmt: skip
-TABLE = [*cases.ALL, *MORE]
+TABLE = [*filter(emulation.takes, cases.ALL), *MORE]
 
 
 class Emulated(cuda.Kernels):
     @staticmethod
     def native():
-        return native().emulated
+        return emulation.kernels()
 
 
 def emulate(p: Contrastive):
@@ -72,7 +72,7 @@ def test_emulated_kernels_in_panels_of_13_rows(case, dtype, emulated, monkeypatc
 
 
 def problem(z1, z2, **options):
-    return Contrastive(z1, z2, options.pop("temperature", 0.05), options.pop("m", 0.3), True, **options)
+    return Contrastive(z1, z2, options.pop("temperature", 0.05), options.pop("m", 0.3), form="focal", **options)
 
 
 def embeddings(B, N, D=16, dtype=torch.float64):
@@ -161,6 +161,12 @@ def test_strided_rows(emulated):
         packed = torch.autograd.grad(fused_focal_infonce(a, b, backend="cpu"), (a, b))
         for x, y in zip(strided, packed):
             torch.testing.assert_close(x, y, rtol=10 * BAND[dtype], atol=1e-6)
+
+
+def test_guides_are_refused_by_name(emulated):
+    z1, z2 = embeddings(6, 9)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: it has no kernels for guides; torch has"):
+        fused_focal_infonce(z1, z2, guide_logits=torch.zeros(6, 9), backend="cpu")
 
 
 # --- the compiled kernels, with no GPU ---

@@ -10,7 +10,6 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from pycse.kernels import native
 
 from pycse import fused_distill, fused_distillcse, grouping
 from pycse.backends.cpu import distill as cpu
@@ -38,7 +37,7 @@ GROUPINGS = (
 class Emulated(cuda.Kernels):
     @staticmethod
     def native():
-        return native().emulated
+        return emulation.kernels()
 
 
 @pytest.fixture
@@ -215,7 +214,7 @@ def test_long_rows(dtype):
 def drawn(kernels: Emulated, i: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The row's columns but i by group, and the column that q of each came from, out of the scratch of the last row."""
     B = kernels.d.z1.shape[0]
-    column, ends, index = native().emulated.row_layout(kernels.problem, kernels.code)
+    column, ends, index = emulation.kernels().row_layout(kernels.problem, kernels.code)
     dtype = torch.uint16 if index == 2 else torch.int32
     arrays = (kernels.scratch[0, at : at + index * (B - 1)].view(dtype).long() for at in (column, ends))
     order, source = arrays
@@ -263,9 +262,9 @@ def test_a_long_row(B, cut, kind):
 @pytest.fixture(params=[(64, False), (96, True)], ids=str)
 def thread_block(request):
     """The bodies run by a block of fibers (kernels/cuda/fibers.h): a barrier that is missing shows."""
-    native().emulated.emulate_with(*request.param)
+    emulation.kernels().emulate_with(*request.param)
     yield
-    native().emulated.emulate_with(0, True)
+    emulation.kernels().emulate_with(0, True)
 
 
 @pytest.mark.parametrize("cut", [Grouping("mass", 0.1), Grouping("mass", 1.0), Grouping("mass", 0.003),

@@ -30,7 +30,7 @@ class Emulated(cuda.Kernels):
 
     @staticmethod
     def native():
-        return native().emulated
+        return emulation.kernels()
 
     def empty(self, *shape, dtype):
         return emulation.poisoned(*shape, dtype=dtype)
@@ -53,9 +53,9 @@ def emulated(request, monkeypatch):
     monkeypatch.setattr(cpu, "contrastive", emulate)
     monkeypatch.setattr(cuda, "FUSED", cluster)
     Emulated.used = 0
-    native().emulated.emulate_with(0, early_copies)
+    emulation.kernels().emulate_with(0, early_copies)
     yield
-    native().emulated.emulate_with(0, True)
+    emulation.kernels().emulate_with(0, True)
 
 
 # Rows around the tile's 128 and a warpgroup's 64; keys around 256 and a store's 64; features around a step's 64.
@@ -102,7 +102,7 @@ def test_forward_alone(emulated):
 def test_a_positive_out_of_range_gives_a_nan_row(bad, monkeypatch):
     monkeypatch.setattr(cuda, "FUSED", 1)
     z1, z2 = (z.bfloat16() for z in Case(6, 16, 16).embeddings())
-    result = emulate(Contrastive(z1, z2, 0.05, 0.3, True, positives=torch.tensor([0, 1, bad, 3, 8, 5])))
+    result = emulate(Contrastive(z1, z2, 0.05, 0.3, form="focal", positives=torch.tensor([0, 1, bad, 3, 8, 5])))
     assert result.rows.isnan().tolist() == [k == 2 for k in range(6)]
 
 

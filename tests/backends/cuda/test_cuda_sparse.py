@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import types
 
+import emulation
 import pytest
 import torch
-from pycse.kernels import native
 
 from pycse.backends.cpu import sparse as cpu
 from pycse.backends.cuda import sparse as cuda
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 class Emulated(cuda.Kernels):
     @staticmethod
     def native():
-        return native().emulated
+        return emulation.kernels()
 
 
 class Split(Emulated):
