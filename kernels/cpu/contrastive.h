@@ -66,33 +66,44 @@ struct SparsePattern {
 constexpr int64_t kSparseChunk = 128;  // features that single weights are planned by: with their tokens at most 32 KB
 constexpr int kAtStep = 32;  // a feature's place in a plan: the processor multiplies it by up to 8
 
-// The table that each instruction-set variant fills.
+// The kernels of an instruction set, X(name, result, arguments). From this list come the table's members and what fills
+// them (isa.cpp), each by its name.
+//   positives        s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings
+//   distill          rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows
+//   uniformity       rows [i0, i0 + c) of S against the n keys from i0 on
+//   sparse_product   y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx)
+#define PYCSE_CPU_KERNELS(X)                                                                                         \
+  X(rows, void, (const Contrastive&, const Panel&, bool grad))                                                       \
+  X(columns, void, (const Contrastive&, const Panel&))                                                               \
+  X(symmetric, void, (const Contrastive&, const Panel&))                                                             \
+  X(normalize, bool,                                                                                                 \
+    (DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out, double factor,      \
+     int threads))                                                                                                   \
+  X(project, void,                                                                                                   \
+    (DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n, int64_t D,       \
+     const void* r, const void* f, bool scaled, void* out, int threads))                                             \
+  X(positives, void,                                                                                                 \
+    (const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D, int64_t i0,  \
+     int64_t n, int threads))                                                                                        \
+  X(small, bool, (const Contrastive&, const Small&))                                                                 \
+  X(distill, void, (const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad))  \
+  X(small_distill, bool, (const Distill&, const SmallDistill&))                                                      \
+  X(uniformity, void, (const Uniformity&, const Panel&, int64_t n, bool grad))                                       \
+  X(sparse_product, void,                                                                                            \
+    (const SparsePattern&, DType, const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* y, \
+     int64_t n, bool transposed, int threads))                                                                       \
+  X(sparse_outer, void,                                                                                              \
+    (const SparsePattern&, DType, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw, int64_t n,      \
+     int threads))                                                                                                   \
+  X(sparse_pack, void, (const SparsePattern&, DType, const void* w, int64_t ldw, void* packed, int threads))         \
+  X(mask_weight, void,                                                                                               \
+    (DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result, int threads))
+
 struct Kernels {
-  const char* isa;
-  void (*rows)(const Contrastive&, const Panel&, bool grad);
-  void (*columns)(const Contrastive&, const Panel&);
-  void (*symmetric)(const Contrastive&, const Panel&);
-  bool (*normalize)(DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out,
-                    double factor, int threads);
-  void (*project)(DType z_type, DType g_type, const void* z, int64_t ld, const void* g, int64_t g_ld, int64_t n,
-                  int64_t D, const void* r, const void* f, bool scaled, void* out, int threads);
-  // s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings.
-  void (*positives)(const Contrastive&, DType, const void* z1hat, int64_t ld1, const void* z2, int64_t ld2, int64_t D,
-                    int64_t i0, int64_t n, int threads);
-  bool (*small)(const Contrastive&, const Small&);
-  // Rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows.
-  void (*distill)(const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad);
-  bool (*small_distill)(const Distill&, const SmallDistill&);
-  // Rows [i0, i0 + c) of S against the n keys from i0 on.
-  void (*uniformity)(const Uniformity&, const Panel&, int64_t n, bool grad);
-  // y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx).
-  void (*sparse_product)(const SparsePattern&, DType, const void* x, int64_t ldx, const void* w, int64_t ldw,
-                         const void* bias, void* y, int64_t n, bool transposed, int threads);
-  void (*sparse_outer)(const SparsePattern&, DType, const void* dy, int64_t ldy, const void* x, int64_t ldx, void* dw,
-                       int64_t n, int threads);
-  void (*sparse_pack)(const SparsePattern&, DType, const void* w, int64_t ldw, void* packed, int threads);
-  void (*mask_weight)(DType, const void* w, int64_t ldw, const int32_t* bits, int64_t out, int64_t in, void* result,
-                      int threads);
+  const char* isa = nullptr;
+#define PYCSE_MEMBER(name, result, arguments) result(*name) arguments = nullptr;
+  PYCSE_CPU_KERNELS(PYCSE_MEMBER)
+#undef PYCSE_MEMBER
   // Dense products in fp32, faster than the fp32 units'; null where the processor has no means for them. w is (out,
   // in), both multiples of 32: y (+)= x w^T or, `transposed`, x w; and dw (+)= dy^T x, contiguous.
   void (*dense_product)(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t out, int64_t in, float* y,

@@ -14,20 +14,11 @@
 
 namespace pycse::PYCSE_ISA {
 Kernels kernels() {
-  return {PYCSE_STRING(PYCSE_ISA),
-          rows,
-          columns,
-          symmetric,
-          normalize,
-          project,
-          positives,
-          small,
-          distill,
-          small_distill,
-          uniformity,
-          sparse_product,
-          sparse_outer,
-          sparse_pack,
-          mask_weight};
+  Kernels table;
+  table.isa = PYCSE_STRING(PYCSE_ISA);
+#define PYCSE_FILL(name, result, arguments) table.name = name;
+  PYCSE_CPU_KERNELS(PYCSE_FILL)
+#undef PYCSE_FILL
+  return table;
 }
 }  // namespace pycse::PYCSE_ISA
