@@ -25,6 +25,17 @@ static Panel panel_of(int64_t B, int64_t n, int dtype, Address S, int64_t ld, in
   return {{at(S), ld, i0, c, at(f)}, type_of("dtype", dtype), threads};
 }
 
+static void check_supervised(const Supervised& p, int64_t class_count) {
+  at_least("B", p.B, 0);
+  at_least("N", p.N, 0);
+  numbers("B", p.B, p.N);
+  if (p.same && p.N != p.B) refuse("N", "be B where the keys are the rows", p.N);
+  in_range("class_count", class_count, 1, p.N + 1);
+  needed("ptr", p.ptr), needed("keys", p.keys, p.N), needed("classes", p.classes, p.B);
+  in_range("ptr[-1]", p.ptr[class_count], 0, p.N);
+  needed("r2", p.r2, p.N), needed("loss", p.loss, p.B);
+}
+
 static void check_pattern(const SparsePattern& p) {
   at_least("out", p.out, 0);
   at_least("in", p.in, 0);
@@ -76,6 +87,41 @@ PYBIND11_MODULE(_native, m) {
         check_symmetric(p);
         needed("coef", p.coef, p.B);
         cpu_kernels().symmetric(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, 0, true, threads));
+      },
+      nogil());
+  py::class_<Supervised>(m, "SupervisedProblem");
+  m.def(
+      "Supervised",
+      [](int64_t B, int64_t N, double b, std::optional<double> shift, bool same, bool inside, Address ptr, Address keys,
+         Address classes, int64_t class_count, Address r2, Address coef, double coef_all, Address loss,
+         Address dlogit) {
+        const Supervised p{B,
+                           N,
+                           b,
+                           shift.value_or(0),
+                           shift.has_value(),
+                           same,
+                           inside,
+                           at<int64_t>(ptr),
+                           at<int64_t>(keys),
+                           at<int64_t>(classes),
+                           at(r2),
+                           at(coef),
+                           coef_all,
+                           at(loss),
+                           at(dlogit)};
+        check_supervised(p, class_count);
+        return p;
+      },
+      py::kw_only(), py::arg("B"), py::arg("N"), py::arg("b"), py::arg("shift") = py::none(), py::arg("same"),
+      py::arg("inside"), py::arg("ptr"), py::arg("keys"), py::arg("classes"), py::arg("class_count"), py::arg("r2"),
+      py::arg("coef") = 0, py::arg("coef_all") = 1, py::arg("loss"), py::arg("dlogit") = 0);
+  m.def(
+      "supervised",
+      [](const Supervised& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, int threads,
+         bool grad) {
+        if (grad) needed("f", f, c);
+        cpu_kernels().supervised(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, f, grad, threads), grad);
       },
       nogil());
   m.def(

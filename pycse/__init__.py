@@ -9,6 +9,7 @@ from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.hypersphere import alignment, uniformity
 from pycse.report import info
+from pycse.supervised import fused_supcon
 
 __all__ = [
     "alignment",
@@ -16,6 +17,7 @@ __all__ = [
     "fused_distillcse",
     "fused_focal_infonce",
     "fused_infonce",
+    "fused_supcon",
     "info",
     "uniformity",
 ]

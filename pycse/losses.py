@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pycse import validation
 from pycse.distillation import DistillCSEOutput, fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.supervised import fused_supcon
 
 
 class Loss(nn.Module):
@@ -149,3 +150,30 @@ class DistillCSELoss(Loss):
             weight=weight,
             **self.fixed(),
         )
+
+
+class SupConLoss(Loss):
+    """Module form of :func:`pycse.fused_supcon`; see there for formula, arguments and errors.
+
+    What belongs to a batch (embeddings, ids, weight) is given to ``forward``. A temperature that is an ``nn.Parameter``
+    is registered and trained.
+    """
+
+    function = staticmethod(fused_supcon)
+    batch = ("z1", "ids1", "z2", "ids2", "weight")
+    numbers = ("temperature",)
+    check = staticmethod(validation.supervised_options)
+
+    def __init__(self, temperature: float | Tensor = 0.05, **options: Any) -> None:
+        super().__init__(temperature=temperature, **options)
+
+    def forward(
+        self,
+        z1: Tensor,
+        ids1: Tensor,
+        z2: Tensor | None = None,
+        ids2: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return fused_supcon(z1, ids1, z2, ids2, weight=weight, **self.fixed())

@@ -171,6 +171,54 @@ class Contrastive(Pairs):
         return Result(rows, dz1, dz2, dtemperature, dm, **more)
 
 
+class SupervisedNeeds(NamedTuple):
+    """Which gradients of a supervised loss to compute."""
+
+    z1: bool = False
+    z2: bool = False
+    temperature: bool = False
+    weight: bool = False
+
+
+@dataclass
+class Supervised(Pairs):
+    """Every key with the row's id is a positive. Field by field the operator's arguments, as those of Contrastive."""
+
+    z1: Tensor  # (B, D)
+    z2: Tensor  # (N, D)
+    temperature: float | Tensor
+    weight: Tensor | None  # (B,)
+    ids1: Tensor  # (B,) int64
+    ids2: Tensor  # (N,) int64
+    same: bool = False  # the keys are the rows, and none is its own key
+    inside: bool = False  # the positives' mean inside the logarithm
+    normalize: bool = True
+    reduction: str = "mean"
+    needs: SupervisedNeeds = SupervisedNeeds()
+
+    gradients = 1  # of 1 / temperature
+
+    def sharpness(self) -> float | Tensor:
+        """1 / temperature; of a tensor, which nobody has read, 0-d in ``acc``, and NaN where it is not > 0."""
+        if not isinstance(self.temperature, Tensor):
+            return 1 / self.temperature
+        return 1 / torch.where(self.temperature > 0, self.temperature.to(self.acc), torch.nan)
+
+    @property
+    def shift(self) -> float | None:
+        """As Contrastive.shift, of logits between -1 / temperature and 1 / temperature."""
+        if not self.normalize or isinstance(self.temperature, Tensor):
+            return None
+        high = 1 / self.temperature
+        return high - FIXED_RANGE / 2 if 2 * high <= FIXED_RANGE else None
+
+    def result(
+        self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
+    ) -> Result:
+        """dlogit: dLoss/d(1 / temperature) of the rows, (1, B)."""
+        return Result(rows, dz1, dz2, None if dlogit is None else -dlogit.sum() / self.temperature**2, **more)
+
+
 class Grouping(NamedTuple):
     """How a teacher's row is cut into groups: by probability mass, by rank, or one span of ranks."""
 

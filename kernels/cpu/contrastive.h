@@ -32,6 +32,28 @@ inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype, boo
   return 3 * B + N + B * N + (symmetric ? 13 * B : 0) + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
 
+// A loss whose rows have all keys of their class as positives: supervised.h.
+struct Supervised {
+  int64_t B = 0, N = 0;
+  double b = 20;  // l = b s: 1/temperature
+  double shift = 0;  // subtracted from every logit when fixed_shift; else the row's own maximum
+  bool fixed_shift = false;
+  bool same = false;  // the keys are the rows, and none is its own key
+  bool inside = false;  // the positives' mean inside the logarithm
+  const int64_t *ptr = nullptr, *keys = nullptr;  // of class k: keys[ptr[k]] to keys[ptr[k + 1] - 1], ascending
+  const int64_t* classes = nullptr;  // (B)
+  const void* r2 = nullptr;  // (N) acc: 1/|z2_j|, 0 for a zero vector
+  const void* coef = nullptr;  // (B) acc: dLoss/dL_i, or null: coef_all for every row
+  double coef_all = 1;
+  void* loss = nullptr;  // (B) acc
+  void* dlogit = nullptr;  // (B) acc or null: coef_i dL_i/db
+
+  template <class A>
+  A coefficient(int64_t i) const {
+    return coef ? static_cast<const A*>(coef)[i] : A(coef_all);
+  }
+};
+
 struct Vectors {  // rows of embeddings, or of a matrix
   DType type = DType::f32;
   const void* x = nullptr;
@@ -76,6 +98,7 @@ constexpr int kAtStep = 32;  // a feature's place in a plan: the processor multi
   X(rows, void, (const Contrastive&, const Panel&, bool grad))                                                       \
   X(columns, void, (const Contrastive&, const Panel&))                                                               \
   X(symmetric, void, (const Contrastive&, const Panel&))                                                             \
+  X(supervised, void, (const Supervised&, const Panel&, bool grad))                                                  \
   X(normalize, bool,                                                                                                 \
     (DType, const void* z, int64_t ld, int64_t n, int64_t D, void* r, void* out, int64_t ld_out, double factor,      \
      int threads))                                                                                                   \

@@ -6,6 +6,7 @@
 #include "small.h"
 #include "small_distill.h"
 #include "sparse.h"
+#include "supervised.h"
 #include "symmetric.h"
 #include "uniformity.h"
 

@@ -15,9 +15,11 @@ from pycse.validation.contrastive_losses import check_values, contrastive, contr
 from pycse.validation.distillation_losses import distillation, distillation_options, distillcse_options
 from pycse.validation.hypersphere import alignment, uniformity
 from pycse.validation.layers import linear, linear_mask, packed_mask
+from pycse.validation.supervised_losses import check_supervised, supervised, supervised_options
 
 __all__ = [
     "alignment",
+    "check_supervised",
     "check_values",
     "choice",
     "contrastive",
@@ -35,6 +37,8 @@ __all__ = [
     "real",
     "rows_and_choices",
     "seed",
+    "supervised",
+    "supervised_options",
     "uniformity",
     "whole",
 ]
