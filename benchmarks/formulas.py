@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.workloads import Inputs, Workload
 
 TAU, M = 0.05, 0.3
+SCALE, BIAS = 10.0, -10.0  # of the sigmoid loss
 STUDENT, TEACHER, P = 0.025, 0.0125, 0.1
 CHUNK = 1024  # rows of the reference at a time
 
@@ -34,6 +35,10 @@ def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: s
     if op == "focal":
         positive = s.diagonal(first) ** 2 / TAU
         return F.cross_entropy((s * (s + M) / TAU).diagonal_scatter(positive, first), target, reduction=reduction)
+    if op == "sigmoid":
+        x = SCALE * s + BIAS
+        rows = -F.logsigmoid((-x).diagonal_scatter(x.diagonal(first), first)).sum(1)
+        return rows.mean() if reduction == "mean" else rows.sum()
     loss = F.cross_entropy(s / TAU, target, reduction=reduction)
     return (loss + F.cross_entropy(s.t() / TAU, target)) / 2 if op == "symmetric" else loss
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pycse
-from benchmarks.formulas import CHUNK, TAU, TEACHER, formula, positives, reference
+from benchmarks.formulas import BIAS, CHUNK, SCALE, TAU, TEACHER, formula, positives, reference
 from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
@@ -102,6 +102,7 @@ def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
         "infonce": lambda: pycse.fused_infonce(*x.leaves, backend=backend),
         "focal": lambda: pycse.fused_focal_infonce(*x.leaves, backend=backend),
         "symmetric": lambda: pycse.fused_infonce(*x.leaves, symmetric=True, backend=backend),
+        "sigmoid": lambda: pycse.fused_sigmoid(*x.leaves, SCALE, BIAS, backend=backend),
         "uniformity": lambda: pycse.uniformity(*x.leaves, backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)
@@ -201,6 +202,11 @@ def _open_clip() -> ModuleType:
 def _clip(w: Workload, x: Inputs) -> Alternative:
     loss = _open_clip().ClipLoss(cache_labels=True)
     return Alternative(lambda: loss(*(F.normalize(z, dim=1) for z in x.leaves), 1 / TAU), x.leaves)
+
+
+def _siglip_of_open_clip(w: Workload, x: Inputs) -> Alternative:
+    loss = _open_clip().SigLipLoss(cache_labels=True)
+    return Alternative(lambda: loss(*(F.normalize(z, dim=1) for z in x.leaves), SCALE, BIAS), x.leaves)
 
 
 def _distill_clip(w: Workload, x: Inputs) -> Alternative:
@@ -340,7 +346,9 @@ def _floor(c: int, wide: bool = False) -> Callable[[Workload, Inputs], Alternati
 def _covers_floor(c: int, wide: bool = False) -> Callable[[Workload], bool]:
     def covers(w: Workload) -> bool:
         gpu = torch.cuda.is_available()
-        if w.op not in (*CONTRASTIVE, "distillcse", "uniformity") or (wide and not (gpu and w.dtype == "bf16")):
+        if w.op not in (*CONTRASTIVE, "distillcse", "sigmoid", "uniformity") or (
+            wide and not (gpu and w.dtype == "bf16")
+        ):
             return False
         if w.N > 8192:
             return c > 512 if gpu else c == (2048 if w.dtype == "bf16" else 1024)
@@ -366,7 +374,7 @@ PYCSE = Peer("pycse", lambda w: True, _pycse, memory=_of_reference)
 PEERS = [
     PYCSE,
     Peer("eager", lambda w: w.op not in ROWS, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
-    Peer("compile", _among(*CONTRASTIVE, "distillcse", "uniformity"), _compile, memory=_matrices(8)),
+    Peer("compile", _among(*CONTRASTIVE, "distillcse", "sigmoid", "uniformity"), _compile, memory=_matrices(8)),
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
     Peer("mnrl", _EITHER, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
     Peer("cached-mnrl", _EITHER, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
@@ -379,6 +387,14 @@ PEERS = [
         memory=lambda w: 24 * w.N**3,
     ),
     Peer("clip", _BOTH_WAYS, _clip, "open_clip", "--no-deps open_clip_torch==3.3.0", memory=_matrices(8)),
+    Peer(
+        "siglip",
+        _among("sigmoid"),
+        _siglip_of_open_clip,
+        "open_clip",
+        "--no-deps open_clip_torch==3.3.0",
+        memory=_matrices(6),
+    ),
     Peer(
         "distill-clip",
         lambda w: w.op == "distillcse" and w.teachers == 1,

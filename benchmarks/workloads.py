@@ -61,7 +61,7 @@ class Workload:
     @property
     def by_rows(self) -> bool:
         """The loss of a row does not depend on other rows, so the formula can be computed in chunks of them."""
-        return self.op in ("infonce", "focal")
+        return self.op in ("infonce", "focal", "sigmoid")
 
     @property
     def measures_memory(self) -> bool:
@@ -155,6 +155,11 @@ def _workloads() -> list[Workload]:
         Workload("distillcse", 4096, teachers=4, shuffle="sample"),
         Workload("distillcse", 16384, teachers=4, shuffle="sample", timed=False),
     ]
+    sigmoid = [
+        Workload("sigmoid", 512, compiled=True),
+        Workload("sigmoid", 4096, allocators=True),
+        Workload("sigmoid", 16384, allocators=True),
+    ]
     uniformity = [
         Workload("uniformity", 512, smallest="short"),
         Workload("uniformity", 2048),
@@ -196,7 +201,7 @@ def _workloads() -> list[Workload]:
     ]
     full.append(Workload("sparse", 2048, 768, "bf16", False, pattern="2:4", zeros=50, out=3072, smallest="full"))
     by_name: dict[str, Workload] = {}
-    for w in (*focal, *others, *distill, *uniformity, *rows, *layers, *full):
+    for w in (*focal, *others, *distill, *sigmoid, *uniformity, *rows, *layers, *full):
         by_name.setdefault(w.name, w)
     return list(by_name.values())
 

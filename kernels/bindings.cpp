@@ -211,6 +211,12 @@ PYBIND11_MODULE(_native, m) {
       },
       nogil());
   m.def(
+      "sigmoid",
+      [](const Sigmoid& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads, bool grad) {
+        cpu_kernels().sigmoid_rows(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, 0, grad, threads), grad);
+      },
+      nogil());
+  m.def(
       "uniformity",
       [](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
          int threads) {

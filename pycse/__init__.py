@@ -9,6 +9,7 @@ from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.hypersphere import alignment, uniformity
 from pycse.report import info
+from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "fused_distillcse",
     "fused_focal_infonce",
     "fused_infonce",
+    "fused_sigmoid",
     "fused_supcon",
     "info",
     "uniformity",

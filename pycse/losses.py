@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pycse import validation
 from pycse.distillation import DistillCSEOutput, fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
 
@@ -86,6 +87,36 @@ class FocalInfoNCELoss(InfoNCELoss):
 
     def __init__(self, temperature: float | Tensor = 0.05, m: float | Tensor = 0.3, **options: Any) -> None:
         super().__init__(temperature, m=m, **options)
+
+
+class SigmoidLoss(Loss):
+    """Module form of :func:`pycse.fused_sigmoid`; see there for formula, arguments and errors.
+
+    What belongs to a batch (positives, query_ids, key_ids, weight) is given to ``forward``; the rest is fixed here.
+    ``scale`` and ``bias`` may be ``nn.Parameter``s, which are registered and trained.
+    """
+
+    function = staticmethod(fused_sigmoid)
+    batch = ("z1", "z2", "positives", "query_ids", "key_ids", "weight")
+    numbers = ("scale", "bias")
+    check = staticmethod(validation.sigmoid_options)
+
+    def __init__(self, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0, **options: Any) -> None:
+        super().__init__(scale=scale, bias=bias, **options)
+
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        positives: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return fused_sigmoid(
+            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **self.fixed()
+        )
 
 
 class DistillLoss(Loss):

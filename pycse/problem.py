@@ -171,6 +171,56 @@ class Contrastive(Pairs):
         return Result(rows, dz1, dz2, dtemperature, dm, **more)
 
 
+class SigmoidNeeds(NamedTuple):
+    """Which gradients of a Sigmoid to compute."""
+
+    z1: bool = False
+    z2: bool = False
+    scale: bool = False
+    bias: bool = False
+    weight: bool = False
+
+
+@dataclass
+class Sigmoid(Pairs):
+    """The sigmoid loss of all pairs: each is one of a positive or of a negative, whatever the row's other keys."""
+
+    z1: Tensor  # (B, D)
+    z2: Tensor  # (N, D)
+    scale: float | Tensor
+    bias: float | Tensor
+    weight: Tensor | None = None  # (B,)
+    positives: Tensor | None = None  # (B,) int64
+    query_ids: Tensor | None = None  # (B,) int64; with them a row's positives are the keys of its id
+    key_ids: Tensor | None = None  # (N,) int64
+    normalize: bool = True
+    reduction: str = "mean"
+    needs: SigmoidNeeds = SigmoidNeeds()
+
+    gradients = 2
+
+    @property
+    def one_positive(self) -> bool:  # type: ignore[override]
+        return self.query_ids is None
+
+    def numbers(self) -> tuple[float | Tensor, float | Tensor]:
+        """scale and bias; of tensors, which nobody has read, 0-d in ``acc``, and NaN for a scale that is not > 0."""
+        scale, bias = (x.to(self.acc) if isinstance(x, Tensor) else x for x in (self.scale, self.bias))
+        if isinstance(scale, Tensor):
+            scale = torch.where(scale > 0, scale, torch.nan)
+        return scale, bias
+
+    def result(
+        self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
+    ) -> Result:
+        """The gradients of scale and bias, (2, B)."""
+        dscale = dbias = None
+        if dlogit is not None:
+            dscale = dlogit[0].sum() if self.needs.scale else None
+            dbias = dlogit[1].sum() if self.needs.bias else None
+        return Result(rows, dz1, dz2, dscale=dscale, dbias=dbias, **more)
+
+
 class SupervisedNeeds(NamedTuple):
     """Which gradients of a supervised loss to compute."""
 
@@ -292,3 +342,5 @@ class Result(NamedTuple):
     dtemperature: Tensor | None = None
     dm: Tensor | None = None
     loss: Tensor | None = None  # the reduced loss, where the kernel has made it already
+    dscale: Tensor | None = None
+    dbias: Tensor | None = None

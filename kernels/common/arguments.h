@@ -68,6 +68,17 @@ void check_contrastive(const Contrastive& p) {
   if (!p.positives && p.N < p.B) refuse("N", "be at least B where positives are not given", p.N);
   if (!p.query_ids != !p.key_ids) throw std::invalid_argument("query_ids and key_ids must be given together");
 }
+template <class Sigmoid>
+void check_sigmoid(const Sigmoid& p) {
+  at_least("B", p.B, 0);
+  at_least("N", p.N, 0);
+  numbers("B", p.B, p.N);
+  if (!p.query_ids != !p.key_ids) throw std::invalid_argument("query_ids and key_ids must be given together");
+  if (p.query_ids && p.positives) throw std::invalid_argument("query_ids and positives exclude each other");
+  if (!p.positives && !p.query_ids && p.N < p.B)
+    refuse("N", "be at least B where neither positives nor ids are given", p.N);
+  needed("r2", p.r2, p.N), needed("loss", p.loss, p.B);
+}
 template <class Contrastive>
 void check_rows(const Contrastive& p) {
   needed("r2", p.r2, p.N);

@@ -74,6 +74,22 @@ void bind_problems(pybind11::module_& m) {
       py::arg("group_end"), py::arg("sample"), py::arg("seed") = 0, py::arg("seed_at") = 0, py::arg("coef") = 0,
       py::arg("coef_all") = 1, py::arg("loss") = 0);
 
+  py::class_<SigmoidOf<Index>>(m, "SigmoidProblem", py::module_local());
+  m.def(
+      "Sigmoid",
+      [](Index B, Index N, double scale, double bias, Address r2, Address s_pos, Address positives, Address query_ids,
+         Address key_ids, Address coef, double coef_all, Address loss, Address dlogit) {
+        SigmoidOf<Index> p;
+        p.B = B, p.N = N, p.scale = scale, p.bias = bias, p.r2 = at(r2), p.s_pos = at(s_pos);
+        p.positives = at<int64_t>(positives), p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
+        p.coef = at(coef), p.coef_all = coef_all, p.loss = at(loss), p.dlogit = at(dlogit);
+        check_sigmoid(p);
+        return p;
+      },
+      py::kw_only(), py::arg("B"), py::arg("N"), py::arg("scale"), py::arg("bias"), py::arg("r2") = 0,
+      py::arg("s_pos") = 0, py::arg("positives") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0,
+      py::arg("coef") = 0, py::arg("coef_all") = 1, py::arg("loss") = 0, py::arg("dlogit") = 0);
+
   m.def(
       "Uniformity", [](double u, Address bias, Address sums) { return Uniformity{u, at(bias), at(sums)}; },
       py::arg("u"), py::arg("bias"), py::arg("sums"));

@@ -3,6 +3,7 @@
 #include "distill.h"
 #include "norms.h"
 #include "rows.h"
+#include "sigmoid.h"
 #include "small.h"
 #include "small_distill.h"
 #include "sparse.h"

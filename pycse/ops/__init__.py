@@ -2,7 +2,8 @@
 
 from pycse.ops.contrastive import loss as contrastive
 from pycse.ops.distill import losses as distill
+from pycse.ops.sigmoid import loss as sigmoid
 from pycse.ops.supervised import loss as supervised
 from pycse.ops.uniformity import alignment, uniformity
 
-__all__ = ["alignment", "contrastive", "distill", "supervised", "uniformity"]
+__all__ = ["alignment", "contrastive", "distill", "sigmoid", "supervised", "uniformity"]

@@ -15,11 +15,13 @@ from pycse.validation.contrastive_losses import check_values, contrastive, contr
 from pycse.validation.distillation_losses import distillation, distillation_options, distillcse_options
 from pycse.validation.hypersphere import alignment, uniformity
 from pycse.validation.layers import linear, linear_mask, packed_mask
+from pycse.validation.sigmoid_losses import check_sigmoid_values, sigmoid, sigmoid_options
 from pycse.validation.supervised_losses import check_supervised, supervised, supervised_options
 
 __all__ = [
     "alignment",
     "check_supervised",
+    "check_sigmoid_values",
     "check_values",
     "choice",
     "contrastive",
@@ -37,6 +39,8 @@ __all__ = [
     "real",
     "rows_and_choices",
     "seed",
+    "sigmoid",
+    "sigmoid_options",
     "supervised",
     "supervised_options",
     "uniformity",

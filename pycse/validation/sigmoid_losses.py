@@ -1,0 +1,116 @@
+"""Checks of the sigmoid loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycse import transforms
+from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Sigmoid
+from pycse.validation.checks import choice, embeddings, flag, real, same_device, same_dtype, vector
+from pycse.validation.contrastive_losses import LARGEST_LOGIT
+
+
+def sigmoid(
+    z1: Any,
+    z2: Any,
+    scale: Any,
+    bias: Any,
+    *,
+    positives: Any,
+    query_ids: Any,
+    key_ids: Any,
+    weight: Any,
+    **options: Any,
+) -> None:
+    """Everything that can be checked without reading a tensor's values."""
+    embeddings("z1", z1)
+    embeddings("z2", z2)
+    same_dtype("z1", z1, "z2", z2)
+    (B, D), N = z1.shape, z2.shape[0]
+    if z2.shape[1] != D:
+        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    sigmoid_options(scale, bias, **options)
+    vector("positives", positives, B, "integer")
+    vector("query_ids", query_ids, B, "integer")
+    vector("key_ids", key_ids, N, "integer")
+    vector("weight", weight, B, "float")
+    tensors = dict(scale=scale, bias=bias, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
+    same_device(z1, z2=z2, **tensors)
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if positives is not None and query_ids is not None:
+        raise ValueError(
+            "positives and query_ids exclude each other (a row's positives are one key, or the keys of its id); "
+            "give one of them"
+        )
+    if positives is None and query_ids is None and N < B:
+        raise ValueError(
+            f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives, or "
+            "query_ids and key_ids"
+        )
+    if options["normalize"]:  # else similarities may be as small as the scale is large
+        resolvable(z1, scale, bias)
+
+
+def sigmoid_options(
+    scale: Any = 10.0,
+    bias: Any = -10.0,
+    *,
+    normalize: Any = True,
+    reduction: Any = "mean",
+    backend: Any = "auto",
+    validate: Any = False,
+) -> None:
+    """What does not depend on a batch."""
+    real("scale", scale, positive=True)
+    real("bias", bias)
+    flag("normalize", normalize)
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, BACKEND_CHOICES)
+    flag("validate", validate)
+
+
+def resolvable(z: Tensor, scale: Any, bias: Any) -> None:
+    """That numbers (tensors are looked at later, if at all) do not make logits which are rounding errors."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return 0.0
+        return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)  # a symbol would be fixed
+
+    largest = LARGEST_LOGIT.get(z.dtype, 1e6)
+    logit = abs(value(scale)) + abs(value(bias))
+    if logit > largest:
+        raise ValueError(
+            f"scale and bias must be smaller: scale + |bias| may be {largest:g} at most for {z.dtype} embeddings, "
+            f"which resolve no larger logits; it is {logit:g} (scale={scale!r}, bias={bias!r})"
+        )
+
+
+def check_sigmoid_values(p: Sigmoid) -> None:
+    """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    scale, bias, positives = (
+        t.detach() if isinstance(t, Tensor) and not transforms.batched(t) else None
+        for t in (p.scale, p.bias, p.positives)
+    )
+    values = [p.scale, p.bias]
+    if scale is not None:
+        values[0] = scale.item()
+        if not (math.isfinite(values[0]) and values[0] > 0):
+            raise ValueError(f"scale must be a finite number > 0, got a tensor holding {values[0]!r}")
+    if bias is not None:
+        values[1] = bias.item()
+        if not math.isfinite(values[1]):
+            raise ValueError(f"bias must be a finite number, got a tensor holding {values[1]!r}")
+    if (scale is not None or bias is not None) and p.normalize:
+        resolvable(p.z1, *values)
+    if positives is not None:
+        low, high = (x.item() for x in positives.aminmax())
+        if low < 0 or high >= p.z2.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
