@@ -12,6 +12,7 @@ tiles are summed in a fixed order. fused_symmetric.py shares the product.
 import triton
 import triton.language as tl
 from pycse.kernels.triton.logit import (
+    BIT,
     logit,
     negatives,
     number,
@@ -71,6 +72,15 @@ def product(
 
 
 @triton.jit
+def exponent(S, s, r, q, b, shift, LINEAR: tl.constexpr):
+    """l - shift: one fused multiply-add of S, with b r multiplied once along a column; or two of s."""
+    if LINEAR:
+        return S * (r * (b * BIT)) - shift
+    else:
+        return logit(s, q, b, LINEAR) - shift
+
+
+@triton.jit
 def derivative_times(r, s, q, slope, LINEAR: tl.constexpr):
     """l' r, in one fused multiply-add; what is constant along a column is multiplied once."""
     if LINEAR:
@@ -101,7 +111,7 @@ def epilogue(
         inside = k < c
         r = tl.load(r2 + j, mask=j < N, other=0)[None, :]
         s = S * r
-        l = logit(s, q, b, LINEAR) - shift  # fused multiply-adds: one, or two
+        l = exponent(S, s, r, q, b, shift, LINEAR)
         if query_ids is not None or own_c is not None:
             l = negatives(
                 l, s, j[None, :], (i0 + k)[:, None], pos[:, None], None, query_ids, key_ids, own_b, own_c, B, N,

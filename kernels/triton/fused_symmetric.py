@@ -14,12 +14,12 @@ summed in a fixed order, panels one after the other.
 
 import triton
 import triton.language as tl
-from pycse.kernels.triton.fused import COLUMNS, derivative_times, product, sum_tiles, tile_of
+from pycse.kernels.triton.fused import COLUMNS, derivative_times, exponent, product, sum_tiles, tile_of
 from pycse.kernels.triton.logit import (
     BIT,
     LOG2,
+    derivative,
     log_add,
-    logit,
     negatives,
     number,
     number_at,
@@ -41,7 +41,7 @@ def exponentials(
     j = (j0 + tl.arange(0, WIDTH))[None, :]
     r = tl.load(r2 + j, mask=j < N, other=0)
     s = S * r
-    l = logit(s, q, b, LINEAR) - shift  # fused multiply-adds: one, or two
+    l = exponent(S, s, r, q, b, shift, LINEAR)
     if query_ids is not None:
         l = negatives(l, s, j, i, i, None, query_ids, key_ids, None, None, N, N, inside)
     e = tl.exp2(l)
@@ -190,7 +190,7 @@ def gradients_of(
         column = 0.5 * number_at(coef, j, j < N, S.dtype) * tl.exp2(shift - lse_j)
         g = e * (row[:, None] + column[None, :]) * derivative_times(r, s, q, slope, LINEAR)
         if diagonal:
-            g_ii = P_ii[:, None] * derivative_times(r, s, pos_q, pos_b, LINEAR)
+            g_ii = derivative(s, (pos_q * P_ii)[:, None], (pos_b * P_ii)[:, None], LINEAR) * r  # P_ii l' r
             g = tl.where(j[None, :] == (i0 + k)[:, None], g_ii, g)
         at = G + k.to(tl.int64)[:, None] * ld + j[None, :]
         tl.store(at, g.to(G.dtype.element_ty), mask=(k < c)[:, None] & (j < N)[None, :])
