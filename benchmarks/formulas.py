@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import Inputs, Workload
+from benchmarks.workloads import CLASSES, Inputs, Workload
 
 TAU, M = 0.05, 0.3
 SCALE, BIAS = 10.0, -10.0  # of the sigmoid loss
@@ -24,6 +24,11 @@ def positives(s: Tensor, first: int = 0) -> Tensor:
     return torch.arange(first, first + len(s), device=s.device)
 
 
+def classes(rows: Tensor, first: int = 0) -> Tensor:
+    """Of the rows of a supervised loss."""
+    return positives(rows, first) % CLASSES
+
+
 def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
     """Mean loss of rows whose positives are the keys from ``first`` on: what people write."""
     s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t()
@@ -32,6 +37,13 @@ def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
 
 def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: str = "mean") -> Tensor:
     target = positives(s, first)
+    if op == "supcon":  # the row itself out
+        positive = classes(s, first)[:, None] == classes(s.t())
+        positive = positive.diagonal_scatter(torch.zeros_like(s.diagonal(first), dtype=torch.bool), first)
+        alone = torch.full_like(s.diagonal(first), -torch.inf)
+        log_p = (s / TAU).diagonal_scatter(alone, first).log_softmax(1)
+        rows = -log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+        return rows.mean() if reduction == "mean" else rows.sum()
     if op == "focal":
         positive = s.diagonal(first) ** 2 / TAU
         return F.cross_entropy((s * (s + M) / TAU).diagonal_scatter(positive, first), target, reduction=reduction)
@@ -89,6 +101,8 @@ def formula(w: Workload, x: Inputs, shuffle: str = "") -> Callable[..., Tensor]:
         return lambda z1, z2: distillcse(z1, z2, x.teachers, shuffle)
     if w.op == "uniformity":
         return uniformity
+    if w.op == "supcon":
+        return lambda z: contrastive("supcon", z, z)
     if w.op == "sparse":
         return F.linear
     if w.op == "contrastive-rows":
@@ -107,7 +121,7 @@ def reference(w: Workload, x: Inputs) -> list[Tensor]:
     leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
     if (w.by_rows or w.op == "symmetric") and w.N > CHUNK:
         total = torch.zeros((), device=leaves[0].device)
-        directions = [leaves, leaves[::-1]] if w.op == "symmetric" else [leaves]
+        directions = [leaves, leaves[::-1]] if w.op == "symmetric" else [leaves if len(leaves) == 2 else leaves * 2]
         one_way = "infonce" if w.op == "symmetric" else w.op
         for (queries, keys), i in product(directions, range(0, CHUNK if in_part(w) else w.N, CHUNK)):
             rows = queries[i : i + CHUNK]

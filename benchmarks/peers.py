@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pycse
-from benchmarks.formulas import BIAS, CHUNK, SCALE, TAU, TEACHER, formula, positives, reference
+from benchmarks.formulas import BIAS, CHUNK, SCALE, TAU, TEACHER, classes, formula, positives, reference
 from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
@@ -103,6 +103,7 @@ def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
         "focal": lambda: pycse.fused_focal_infonce(*x.leaves, backend=backend),
         "symmetric": lambda: pycse.fused_infonce(*x.leaves, symmetric=True, backend=backend),
         "sigmoid": lambda: pycse.fused_sigmoid(*x.leaves, SCALE, BIAS, backend=backend),
+        "supcon": lambda: pycse.fused_supcon(*x.leaves, classes(x.leaves[0]), temperature=TAU, backend=backend),
         "uniformity": lambda: pycse.uniformity(*x.leaves, backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)
@@ -186,6 +187,13 @@ def _ntxent(w: Workload, x: Inputs) -> Alternative:
     target = positives(z1, 0)
     other = target.clone()  # the same tensor would say: one set of embeddings, no pairs on the diagonal
     return Alternative(lambda: loss(z1, target, ref_emb=z2, ref_labels=other), x.leaves)
+
+
+def _supcon(w: Workload, x: Inputs) -> Alternative:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss, (z,) = SupConLoss(TAU), x.leaves
+    return Alternative(lambda: loss(z, classes(z)), x.leaves)
 
 
 def _open_clip() -> ModuleType:
@@ -374,7 +382,9 @@ PYCSE = Peer("pycse", lambda w: True, _pycse, memory=_of_reference)
 PEERS = [
     PYCSE,
     Peer("eager", lambda w: w.op not in ROWS, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
-    Peer("compile", _among(*CONTRASTIVE, "distillcse", "sigmoid", "uniformity"), _compile, memory=_matrices(8)),
+    Peer(
+        "compile", _among(*CONTRASTIVE, "distillcse", "sigmoid", "supcon", "uniformity"), _compile, memory=_matrices(8)
+    ),
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
     Peer("mnrl", _EITHER, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
     Peer("cached-mnrl", _EITHER, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
@@ -385,6 +395,14 @@ PEERS = [
         "pytorch_metric_learning",
         "pytorch-metric-learning==2.9.0",
         memory=lambda w: 24 * w.N**3,
+    ),
+    Peer(
+        "supcon",
+        _among("supcon"),
+        _supcon,
+        "pytorch_metric_learning",
+        "pytorch-metric-learning==2.9.0",
+        memory=_matrices(16),
     ),
     Peer("clip", _BOTH_WAYS, _clip, "open_clip", "--no-deps open_clip_torch==3.3.0", memory=_matrices(8)),
     Peer(

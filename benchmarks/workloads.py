@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTRASTIVE = ("infonce", "focal", "symmetric")
 ROWS = ("contrastive-rows", "distill-rows")
 SIDES = {"block16": 16, "block32": 32, "block64": 64, "unstructured": 1}
+CLASSES = 64  # of the supervised loss: row i is of class i modulo that
 PANEL = 32  # rows of the panel that a row kernel is timed on: 1 MB at N = 8192, so caches and not memory decide
 HUGE = 32768  # keys from which a call on a CPU takes so long that it is timed once, in a process of its own
 
@@ -61,7 +62,7 @@ class Workload:
     @property
     def by_rows(self) -> bool:
         """The loss of a row does not depend on other rows, so the formula can be computed in chunks of them."""
-        return self.op in ("infonce", "focal", "sigmoid")
+        return self.op in ("infonce", "focal", "sigmoid", "supcon")
 
     @property
     def measures_memory(self) -> bool:
@@ -115,6 +116,8 @@ def inputs(w: Workload, device: str = "cpu") -> Inputs:
     z1 = new(w.N, w.D)
     if w.op == "uniformity":
         return Inputs([leaf(z1)])
+    if w.op == "supcon":  # the classes of formulas.classes, whose rows meet at a cosine of 0.5
+        return Inputs([leaf(z1 + new(CLASSES, w.D)[torch.arange(w.N) % CLASSES])])
     if w.op == "distillcse":
         z2, base = z1 + 2 * new(w.N, w.D), z1 + new(w.N, w.D)
         given = w.torch_dtype if device == "cuda" else torch.float32  # as an encoder there makes them
@@ -160,6 +163,11 @@ def _workloads() -> list[Workload]:
         Workload("sigmoid", 4096, allocators=True),
         Workload("sigmoid", 16384, allocators=True),
     ]
+    supcon = [
+        Workload("supcon", 512, compiled=True),
+        Workload("supcon", 4096, allocators=True),
+        Workload("supcon", 16384, allocators=True),
+    ]
     uniformity = [
         Workload("uniformity", 512, smallest="short"),
         Workload("uniformity", 2048),
@@ -201,7 +209,7 @@ def _workloads() -> list[Workload]:
     ]
     full.append(Workload("sparse", 2048, 768, "bf16", False, pattern="2:4", zeros=50, out=3072, smallest="full"))
     by_name: dict[str, Workload] = {}
-    for w in (*focal, *others, *distill, *sigmoid, *uniformity, *rows, *layers, *full):
+    for w in (*focal, *others, *distill, *sigmoid, *supcon, *uniformity, *rows, *layers, *full):
         by_name.setdefault(w.name, w)
     return list(by_name.values())
 

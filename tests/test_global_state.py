@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pycse
-from pycse import fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce
+from pycse import fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, fused_supcon
 from pycse.sparse import SparseLinear, masked_linear
 
 ROOT = Path(pycse.__file__).parent
@@ -108,6 +108,8 @@ def contrastive(dtype, backend, B=8, N=8, tensors=False, **options):
 def calls(dtype, backend):
     weight = torch.linspace(0.5, 2, 8, dtype=torch.float32, device="cpu").requires_grad_()
     ids = torch.arange(8, dtype=torch.int64, device="cpu") // 2
+    many = torch.arange(300, dtype=torch.int64, device="cpu") % 7
+    tau = torch.tensor(0.07, dtype=torch.float32, device="cpu", requires_grad=True)
     z1, z2, e1, e2 = leaves(dtype, (8, 16), (8, 16), (8, 12), (8, 20))
     e1, e2 = e1.detach(), e2.detach()
     w, x, bias = leaves(dtype, (32, 64), (5, 64), (32,))
@@ -137,6 +139,12 @@ def calls(dtype, backend):
         ),
         "distill, panels": ([big1], lambda: fused_distill(big1, [big2.detach()], seed=2, backend=backend)),
         "distillcse": ([z1, z2], lambda: fused_distillcse(z1, z2, [e1, e2], seed=1, backend=backend).loss),
+        "supcon": ([z1], lambda: fused_supcon(z1, ids, backend=backend)),
+        "supcon, keys": (
+            [z1, z2, weight, tau],
+            lambda: fused_supcon(z1, ids, z2, ids, tau, inside=True, weight=weight, backend=backend),
+        ),
+        "supcon, panels": ([big1], lambda: fused_supcon(big1, many, temperature=0.01, backend=backend)),
         "uniformity": ([z1], lambda: pycse.uniformity(z1, backend=backend)),
         "uniformity, sharp": ([z1], lambda: pycse.uniformity(z1, t=50.0, backend=backend)),
         "alignment": ([z1, z2], lambda: pycse.alignment(z1, z2, backend=backend)),

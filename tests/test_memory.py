@@ -21,7 +21,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads
 PRELUDE = """
 import gc, json, sys, time
 import torch
-from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, uniformity
+from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, fused_supcon, uniformity
 from pycse.sparse import SparseLinear, masked_linear
 
 def status(name):
@@ -75,6 +75,7 @@ OPS = {
     "panels": lambda: fused_infonce(z1.double(), z2.double()).backward(),
     "distill": lambda: fused_distill(z1, [e], seed=1).backward(),
     "distillcse": lambda: fused_distillcse(z1, z2, [e]).loss.backward(),
+    "supcon": lambda: fused_supcon(z1, torch.arange(4) // 2).backward(),
     "uniformity": lambda: uniformity(z1).backward(),
     "alignment": lambda: alignment(z1, z2[:4]).backward(),
     "masked_linear": lambda: masked_linear(x, w, mask, bias).sum().backward(),
@@ -137,6 +138,8 @@ PEAK = {
     "distillcse": (
         "fused_distillcse(*wide, [e], seed=1).loss.backward()", 4 * WIDE + N * 64 * 4 + 48 * MB + PANEL,
     ),
+    # Rows are keys too: two gradients, and their sum.
+    "supcon": ("fused_supcon(wide[0], torch.arange(len(wide[0])) % 64).backward()", 3 * WIDE + PANEL),
     "uniformity": ("uniformity(wide[0]).backward()", 2 * WIDE + PANEL),
     "alignment": ("alignment(*wide).backward()", 2 * WIDE),
     # y, its gradient, dx, dW, and one copy of x or y by panels of tokens.

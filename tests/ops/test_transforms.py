@@ -8,10 +8,19 @@ import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import pycse.losses
-from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, uniformity
+from pycse import (
+    alignment,
+    fused_distill,
+    fused_distillcse,
+    fused_focal_infonce,
+    fused_infonce,
+    fused_supcon,
+    uniformity,
+)
 
 BACKENDS = ["cpu", "torch"]
 B, D, BATCH = 7, 12, 3
+CLASSES = torch.tensor([0, 1, 0, 2, 1, 0, 3])
 
 
 def tensors(*shapes):
@@ -29,6 +38,8 @@ def losses(backend, reduction):
         "symmetric": lambda x, y: fused_focal_infonce(x, y, symmetric=True, **rows),
         "distill": lambda x, y: fused_distill(x, [e1, y.detach()], seed=4, **rows) if backend else None,
         "distillcse": lambda x, y: fused_distillcse(x, y, [e1, e2], seed=4, **rows).loss,
+        "supcon": lambda x, y: fused_supcon(x, CLASSES, y, CLASSES, 0.2, weight=w, **rows),
+        "supcon of rows": lambda x, y: fused_supcon(x, CLASSES, inside=True, **rows) + 0 * y.sum(),
         "alignment": lambda x, y: alignment(x, y, backend=backend),
         "uniformity": lambda x, y: uniformity(x, backend=backend) + 0 * y.sum(),
     }

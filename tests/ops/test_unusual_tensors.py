@@ -6,7 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, uniformity
+from pycse import (
+    alignment,
+    fused_distill,
+    fused_distillcse,
+    fused_focal_infonce,
+    fused_infonce,
+    fused_supcon,
+    uniformity,
+)
 
 BACKENDS = ["cpu", "torch", "reference"]
 
@@ -16,7 +24,7 @@ def randn(*shape, seed=0):
 
 
 def calls(backend):
-    teacher = randn(8, 10, seed=7)
+    teacher, classes = randn(8, 10, seed=7), torch.arange(8) // 3
     return {
         "infonce": lambda x, y, w: fused_infonce(x, y, weight=w, reduction="sum", backend=backend),
         "focal": lambda x, y, w: fused_focal_infonce(x, y, weight=w, symmetric=True, backend=backend),
@@ -24,6 +32,10 @@ def calls(backend):
         "distill": lambda x, y, w: fused_distill(x, [teacher, y.detach()], seed=1, weight=w, backend=backend),
         "distillcse": lambda x, y, w: (
             fused_distillcse(x, y, [y.detach()], seed=1, weight=w, reduction="none", backend=backend).loss
+        ),
+        "supcon": lambda x, y, w: fused_supcon(x, classes, y, classes, weight=w, backend=backend),
+        "supcon of rows": lambda x, y, w: (
+            fused_supcon(x, classes, weight=w, reduction="none", inside=True, backend=backend) + y.sum() * 0
         ),
         "alignment": lambda x, y, w: alignment(x, y, backend=backend) * w.sum(),
         "uniformity": lambda x, y, w: uniformity(x, backend=backend) + (y.sum() + w.sum()) * 0,

@@ -248,6 +248,7 @@ class Table:
         self.constructor(kept)
         if not self.emulated:
             self.alone(d, S, coef, loss, z1)
+            self.supervised()
 
     def constructor(self, kept: list[Tensor]) -> None:
         r2, s_pos, coef, loss = kept
@@ -326,6 +327,34 @@ class Table:
             {"begin": at(S), "bytes": Argument(S.nbytes, st.one_of(ADDRESS, st.integers(2**57, 2**64 - 1)))},
             S,
         )
+
+    def supervised(self) -> None:
+        S, r2, coef, loss, dlogit, f = new(B, N), new(N), new(B), new(B), new(B), new(B)
+        ptr, keys = torch.tensor([0, 2, 6, 6]), torch.arange(N)
+        classes = torch.tensor([0, 1, 2, 1])
+        arguments: dict[str, Argument] = dict(
+            B=Argument(B, outside(0, HUGE), ""),
+            N=Argument(N, outside(N, HUGE), ""),
+            b=Argument(20.0, NUMBER),
+            shift=Argument(None, MAYBE),
+            same=flag(False),
+            inside=flag(True),
+            ptr=at(ptr),
+            keys=at(keys),
+            classes=at(classes),
+            class_count=Argument(3, outside(1, N + 1)),
+            r2=at(r2),
+            coef=optional(coef),
+            coef_all=Argument(1.0, NUMBER),
+            loss=at(loss),
+            dlogit=optional(dlogit),
+        )
+        lists = (ptr, keys, classes)
+        self.add("Supervised", arguments, r2, coef, loss, dlogit, *lists, by_name=True)
+        p = self.module.Supervised(**{name: a.value for name, a in arguments.items()})
+        last = {"threads": Argument(2, THREADS), "grad": flag(True)}
+        buffers = (S, f, coef, loss, dlogit, *lists)
+        self.add("supervised", {"p": self.struct(p), **self.panel(S, True), "f": at(f), **last}, *buffers, kept=r2)
 
     def norms(self) -> None:
         z, r, out, g, f = new(N, D), new(N), new(N, D), new(N, D), new(N)
