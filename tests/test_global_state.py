@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pycse
-from pycse import fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, fused_supcon
+from pycse import fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, fused_sigmoid, fused_supcon
 from pycse.sparse import SparseLinear, masked_linear
 
 ROOT = Path(pycse.__file__).parent
@@ -105,6 +105,12 @@ def contrastive(dtype, backend, B=8, N=8, tensors=False, **options):
     return inputs, lambda: fused_focal_infonce(z1, z2, tau, m, backend=backend, **options)
 
 
+def sigmoid(dtype, backend, **options):
+    z1, z2 = leaves(dtype, (8, 16), (8, 16))
+    numbers = [torch.tensor(x, dtype=torch.float32, device="cpu", requires_grad=True) for x in (10.0, -10.0)]
+    return [z1, z2, *numbers], lambda: fused_sigmoid(z1, z2, *numbers, backend=backend, **options)
+
+
 def calls(dtype, backend):
     weight = torch.linspace(0.5, 2, 8, dtype=torch.float32, device="cpu").requires_grad_()
     ids = torch.arange(8, dtype=torch.int64, device="cpu") // 2
@@ -132,6 +138,9 @@ def calls(dtype, backend):
         ),
         "panels": ([big1, big2], lambda: fused_infonce(big1, big2, backend=backend)),
         "panels, symmetric": ([big1, big2], lambda: fused_infonce(big1, big2, symmetric=True, backend=backend)),
+        "sigmoid": sigmoid(dtype, backend),
+        "sigmoid, ids": sigmoid(dtype, backend, query_ids=ids, key_ids=ids, weight=weight.detach(), reduction="none"),
+        "sigmoid, panels": ([big1, big2], lambda: fused_sigmoid(big1, big2, backend=backend)),
         "distill": ([z1], lambda: fused_distill(z1, [e1, e2], seed=1, backend=backend)),
         "distill, expected": (
             [z1],

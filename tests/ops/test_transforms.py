@@ -14,6 +14,7 @@ from pycse import (
     fused_distillcse,
     fused_focal_infonce,
     fused_infonce,
+    fused_sigmoid,
     fused_supcon,
     uniformity,
 )
@@ -36,6 +37,7 @@ def losses(backend, reduction):
         "infonce": lambda x, y: fused_infonce(x, y, **rows),
         "focal": lambda x, y: fused_focal_infonce(x, y, weight=w, exclude_above=0.4, **rows),
         "symmetric": lambda x, y: fused_focal_infonce(x, y, symmetric=True, **rows),
+        "sigmoid": lambda x, y: fused_sigmoid(x, y, 5.0, -2.0, weight=w, **rows),
         "distill": lambda x, y: fused_distill(x, [e1, y.detach()], seed=4, **rows) if backend else None,
         "distillcse": lambda x, y: fused_distillcse(x, y, [e1, e2], seed=4, **rows).loss,
         "supcon": lambda x, y: fused_supcon(x, CLASSES, y, CLASSES, 0.2, weight=w, **rows),

@@ -12,6 +12,7 @@ from pycse import (
     fused_distillcse,
     fused_focal_infonce,
     fused_infonce,
+    fused_sigmoid,
     fused_supcon,
     uniformity,
 )
@@ -29,6 +30,7 @@ def calls(backend):
         "infonce": lambda x, y, w: fused_infonce(x, y, weight=w, reduction="sum", backend=backend),
         "focal": lambda x, y, w: fused_focal_infonce(x, y, weight=w, symmetric=True, backend=backend),
         "rows": lambda x, y, w: fused_focal_infonce(x, y, weight=w, reduction="none", backend=backend),
+        "sigmoid": lambda x, y, w: fused_sigmoid(x, y, weight=w, reduction="sum", backend=backend),
         "distill": lambda x, y, w: fused_distill(x, [teacher, y.detach()], seed=1, weight=w, backend=backend),
         "distillcse": lambda x, y, w: (
             fused_distillcse(x, y, [y.detach()], seed=1, weight=w, reduction="none", backend=backend).loss

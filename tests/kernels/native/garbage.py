@@ -248,6 +248,7 @@ class Table:
         self.constructor(kept)
         if not self.emulated:
             self.alone(d, S, coef, loss, z1)
+            self.sigmoid()
             self.supervised()
 
     def constructor(self, kept: list[Tensor]) -> None:
@@ -355,6 +356,28 @@ class Table:
         last = {"threads": Argument(2, THREADS), "grad": flag(True)}
         buffers = (S, f, coef, loss, dlogit, *lists)
         self.add("supervised", {"p": self.struct(p), **self.panel(S, True), "f": at(f), **last}, *buffers, kept=r2)
+
+    def sigmoid(self) -> None:
+        S, r2, coef, loss, dlogit = new(B, N), new(N), new(B), new(B), new(2, B)
+        arguments: dict[str, Argument] = dict(
+            B=Argument(B, outside(0, N), ""),
+            N=Argument(N, outside(B, HUGE), ""),
+            scale=Argument(10.0, NUMBER),
+            bias=Argument(-10.0, NUMBER),
+            r2=at(r2),
+            s_pos=Argument(0, ADDRESS),
+            positives=Argument(0, ADDRESS),
+            query_ids=Argument(0, st.one_of(ADDRESS, st.just(r2.data_ptr()))),
+            key_ids=Argument(0, ADDRESS),
+            coef=optional(coef),
+            coef_all=Argument(1.0, NUMBER),
+            loss=at(loss),
+            dlogit=optional(dlogit),
+        )
+        self.add("Sigmoid", arguments, r2, coef, loss, dlogit, by_name=True)
+        p = self.module.Sigmoid(**{name: a.value for name, a in arguments.items()})
+        last = {"threads": Argument(2, THREADS), "grad": flag(True)}
+        self.add("sigmoid", {"p": self.struct(p), **self.panel(S, True), **last}, S, coef, loss, dlogit, kept=r2)
 
     def norms(self) -> None:
         z, r, out, g, f = new(N, D), new(N), new(N, D), new(N, D), new(N)
