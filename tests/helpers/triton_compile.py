@@ -26,9 +26,10 @@ from triton.compiler import ASTSource
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
 from pycse.backends.triton import sparse
+from pycse.backends.triton import supervised as classes
 from pycse.backends.triton import uniformity as hypersphere
 from pycse.pattern import Pattern, pack_mask
-from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Uniformity
+from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Supervised, SupervisedNeeds, Uniformity
 
 PLAIN_TILE = backend.tile
 FUSED = ("fused_rows", "fused_sums", "fused_gradients")
@@ -171,6 +172,9 @@ def gather(arch: int) -> None:
         for name, d in distillations(dtype).items():
             label = f"{TYPES[dtype]:5} distill, {name}"
             distillation.distill(d)
+        for name, s in labelled(dtype).items():
+            label = f"{TYPES[dtype]:5} supervised, {name}"
+            classes.supervised(s)
         for name, u in hyperspheres(dtype).items():
             label = f"{TYPES[dtype]:5} uniformity, {name}"
             hypersphere.uniformity(u)
@@ -179,6 +183,23 @@ def gather(arch: int) -> None:
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             torch.set_float32_matmul_precision(precision)
             products(dtype)
+
+
+def labelled(dtype: torch.dtype) -> dict[str, Supervised]:
+    def problem(B: int, N: int, D: int, temperature: Any = 0.05, **options: Any) -> Supervised:
+        z, ids = torch.randn(max(B, N), D).to(dtype), torch.arange(max(B, N)) // 3
+        base: dict[str, Any] = {"weight": None, "needs": SupervisedNeeds(True, True)}
+        return Supervised(z[:B], z[:N], temperature, **{**base, "ids1": ids[:B], "ids2": ids[:N], **options})
+
+    tensors = {"weight": torch.ones(32), "needs": SupervisedNeeds(True, True, True, True)}
+    return {
+        "keys": problem(32, 512, 64),
+        "rows": problem(515, 515, 35, same=True, inside=True),
+        "maximum": problem(32, 512, 64, 0.01, inside=True),
+        "tensors": problem(32, 512, 64, torch.tensor(0.05), **tensors),
+        "many keys": problem(8, 4096, 64, 0.01),
+        "forward": problem(1, 1, 1, needs=SupervisedNeeds()),
+    }
 
 
 def hyperspheres(dtype: torch.dtype) -> dict[str, Uniformity]:
