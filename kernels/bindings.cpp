@@ -68,12 +68,18 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "rows",
       [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, int threads,
-         bool grad) {
+         bool grad, Address T, int64_t ld_T, int dtype_T) {
         check_rows(p);
         if (grad) needed("f", f, c);
-        cpu_kernels().rows(p, panel_of(p.B, p.N, dtype, S, ld, i0, c, f, grad, threads), grad);
+        Panel panel = panel_of(p.B, p.N, dtype, S, ld, i0, c, f, grad, threads);
+        if (p.guide.given) {
+          matrix("T", T, c, p.N, ld_T, false);
+          panel.T = at(T), panel.ld_T = ld_T, panel.dtype_T = type_of("dtype_T", dtype_T);
+        }
+        cpu_kernels().rows(p, panel, grad);
       },
-      nogil());
+      py::arg("p"), py::arg("dtype"), py::arg("S"), py::arg("ld"), py::arg("i0"), py::arg("c"), py::arg("f"),
+      py::arg("threads"), py::arg("grad"), py::arg("T") = 0, py::arg("ld_T") = 0, py::arg("dtype_T") = 0, nogil());
   m.def(
       "columns",
       [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {

@@ -18,6 +18,8 @@ from pycse.logits import Logit
 REDUCTIONS = ("mean", "sum", "none")
 SHUFFLES = ("sample", "expected", "none")
 DIVERGENCES = ("ce", "kl", "js")
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")  # pycse/backends has each
+BACKEND_CHOICES = ("auto", *BACKENDS)
 EXCLUDE_BY = ("absolute", "relative", "constant")
 FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
@@ -66,6 +68,13 @@ class Rows:
         return (rows - self.reduce(rows)) / total
 
 
+def bound(by: str, d: float | Tensor, at: Tensor) -> Tensor:
+    """Above which a key is no negative, from a distance and the positive's similarity."""
+    if by == "constant":
+        return torch.zeros_like(at) + d
+    return at + (d * at.abs() if by == "relative" else d)
+
+
 class Pairs(Rows):
     """A loss over all pairs of rows and keys, which goes by row panels (pycse/panels/contrastive.py)."""
 
@@ -74,6 +83,7 @@ class Pairs(Rows):
     needs: Any  # of gradients, a named tuple
     symmetric: bool = False
     excludes = False  # keys by a threshold from their row's positive
+    guided = False  # by similarities of another model, which a panel has beside its own
     one_positive = False  # a row: its similarity may be wanted before the panel
     positives: Tensor | None = None  # (B,) which key that is; None: key i
     gradients = 0  # of the logit's numbers, row by row
@@ -103,6 +113,9 @@ class Contrastive(Pairs):
     query_ids: Tensor | None = None  # (B,) int64
     key_ids: Tensor | None = None  # (N,) int64
     exclude_each: Tensor | None = None  # (B,): exclude_above row by row
+    guide_queries: Tensor | None = None  # (B, D'): guides of the rows, normalised, side by side; and of the keys
+    guide_keys: Tensor | None = None  # (N, D')
+    guide_logits: Tensor | None = None  # (B, N): or their similarities
     form: str = "infonce"
     positive_margin: float = 0.0
     hardness: float = 0.0
@@ -110,6 +123,8 @@ class Contrastive(Pairs):
     hard_negative_weight: float = 0.0
     exclude_above: float | None = None
     exclude_by: str = "absolute"
+    guide_above: float = 0.0
+    guide_by: str = "absolute"
     symmetric: bool = False
     normalize: bool = True
     reduction: str = "mean"
@@ -142,9 +157,15 @@ class Contrastive(Pairs):
         else:
             assert self.exclude_above is not None
             d = self.exclude_above
-        if self.exclude_by == "constant":
-            return torch.zeros_like(s_pos) + d
-        return s_pos + (d * s_pos.abs() if self.exclude_by == "relative" else d)
+        return bound(self.exclude_by, d, s_pos)
+
+    @property
+    def guided(self) -> bool:  # type: ignore[override]
+        return self.guide_queries is not None or self.guide_logits is not None
+
+    def guide_threshold(self, t_pos: Tensor) -> Tensor:
+        """The same of a guide's similarities."""
+        return bound(self.guide_by, self.guide_above, t_pos)
 
     @property
     def shift(self) -> float | None:

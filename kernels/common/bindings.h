@@ -31,9 +31,9 @@ void bind_problems(pybind11::module_& m) {
       "Contrastive",
       [](Index B, Index N, const std::array<double, kCoefficients>& logit, Address logit_at,
          std::optional<double> shift, std::optional<int> exclude_by, double exclude_above, Address exclude_each,
-         Address r2, Address s_pos, Address positives, Address query_ids, Address key_ids, Address coef,
-         double coef_all, Address loss, Address dlogit, Address lpos, Address lneg, Address column_max,
-         Address column_sum, Address lneg_column, Address lse_column) {
+         std::optional<int> guide_by, double guide_above, Address r2, Address s_pos, Address positives,
+         Address query_ids, Address key_ids, Address coef, double coef_all, Address loss, Address dlogit, Address lpos,
+         Address lneg, Address column_max, Address column_sum, Address lneg_column, Address lse_column) {
         Contrastive p;
         p.B = B, p.N = N, p.logit.at = at(logit_at);
         for (int k = 0; k < kCoefficients; ++k) p.logit.value[k] = logit[k];
@@ -41,6 +41,10 @@ void bind_problems(pybind11::module_& m) {
         if (exclude_by) {
           in_range("exclude_by", *exclude_by, 0, 2);
           p.exclude = {true, ExcludeBy(*exclude_by), exclude_above, at(exclude_each)};
+        }
+        if (guide_by) {
+          in_range("guide_by", *guide_by, 0, 2);
+          p.guide = {true, ExcludeBy(*guide_by), guide_above, nullptr};
         }
         p.r2 = at(r2), p.s_pos = at(s_pos), p.positives = at<int64_t>(positives);
         p.query_ids = at<int64_t>(query_ids), p.key_ids = at<int64_t>(key_ids);
@@ -52,10 +56,11 @@ void bind_problems(pybind11::module_& m) {
       },
       py::kw_only(), py::arg("B"), py::arg("N"), py::arg("logit"), py::arg("logit_at") = 0,
       py::arg("shift") = py::none(), py::arg("exclude_by") = py::none(), py::arg("exclude_above") = 0,
-      py::arg("exclude_each") = 0, py::arg("r2") = 0, py::arg("s_pos") = 0, py::arg("positives") = 0,
-      py::arg("query_ids") = 0, py::arg("key_ids") = 0, py::arg("coef") = 0, py::arg("coef_all") = 1,
-      py::arg("loss") = 0, py::arg("dlogit") = 0, py::arg("lpos") = 0, py::arg("lneg") = 0, py::arg("column_max") = 0,
-      py::arg("column_sum") = 0, py::arg("lneg_column") = 0, py::arg("lse_column") = 0);
+      py::arg("exclude_each") = 0, py::arg("guide_by") = py::none(), py::arg("guide_above") = 0, py::arg("r2") = 0,
+      py::arg("s_pos") = 0, py::arg("positives") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0,
+      py::arg("coef") = 0, py::arg("coef_all") = 1, py::arg("loss") = 0, py::arg("dlogit") = 0, py::arg("lpos") = 0,
+      py::arg("lneg") = 0, py::arg("column_max") = 0, py::arg("column_sum") = 0, py::arg("lneg_column") = 0,
+      py::arg("lse_column") = 0);
 
   py::class_<Distill>(m, "DistillProblem", py::module_local());
   m.def(

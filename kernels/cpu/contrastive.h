@@ -10,10 +10,13 @@ using Contrastive = ContrastiveOf<int64_t>;
 using Distill = DistillOf<int64_t>;
 using Sigmoid = SigmoidOf<int64_t>;
 
-// The type of its similarities and the threads that share its rows.
+// The type of its similarities and the threads that share its rows; a guide's similarities of the same rows and keys.
 struct Panel : PanelOf<int64_t> {
   DType dtype = DType::f32;
   int threads = 1;
+  const void* T = nullptr;
+  int64_t ld_T = 0;
+  DType dtype_T = DType::f32;
 };
 
 struct Small {  // a whole forward + backward in one call, for batches that fit in cache
