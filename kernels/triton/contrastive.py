@@ -6,6 +6,7 @@ Symbols (kernels/README.md), panel of c rows from row i0, formulas in logit.py:
     G_ij = e_ij l'(s_ij) r2_j                  negatives, in units of f_i = coef_i / z_i, e_ij = exp2(l_ij - shift_i)
     G_ip = -z_neg,i l'_pos(s_ip) r2_p          the positive
     dlogit (5, B): P_pos s_pos^2, P_pos s_pos, P_pos, f sum_neg e s^2, f sum_neg e s,   P_pos = -f z_neg
+T (c, N), a guide's similarities: key j is no negative where T_ij is above the bound that T_ip and ``guide_above`` make.
 ``positives`` makes s_pos (B,) from the embeddings, for panels that round it. Logits and ``shift`` are in
 bits (logit.py), lpos and lneg are not.
 Stored: loss, optionally lpos, lneg (B,); with f (c,) given also G over S, f and optionally dlogit. Memory: O(1) beyond
@@ -40,6 +41,8 @@ def rows(
     query_ids,
     key_ids,
     exclude,
+    T,
+    guide_above,
     coef,
     loss,
     lpos,
@@ -59,8 +62,10 @@ def rows(
     B,
     N,
     ld,
+    ld_T,
     LINEAR: tl.constexpr,
     EXCLUDE_BY: tl.constexpr,
+    GUIDE_BY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = r2.dtype.element_ty
@@ -75,6 +80,10 @@ def rows(
     threshold = None
     if exclude is not None:
         threshold = threshold_of(s_pos, exclude, i, i < B, EXCLUDE_BY)
+    if T is not None:
+        T += k.to(tl.int64) * ld_T
+        t_pos = tl.load(T + pos, mask=pos >= 0, other=0).to(ACC)
+        guide_bound = threshold_of(t_pos, guide_above, i, i < B, GUIDE_BY)
 
     if shift is not None:
         top = number(shift, ACC)
@@ -85,6 +94,9 @@ def rows(
             s = tl.load(S + j, mask=j < N, other=0).to(ACC) * tl.load(r2 + j, mask=j < N, other=0)
             l = logit(s, q, b, LINEAR)
             l = negatives(l, s, j, i, pos, threshold, query_ids, key_ids, own_b, own_c, B, N, i < B)
+            if T is not None:
+                t = tl.load(T + j, mask=j < N, other=0).to(ACC)
+                l = tl.where(t > guide_bound, float("-inf"), l)
             best = tl.maximum(best, l)
         top = resolved(tl.maximum(tl.max(best, 0), positive_logit(s_pos, pos_q, pos_b, pos_c, LINEAR)))
 
@@ -97,6 +109,9 @@ def rows(
         s = tl.load(S + j, mask=j < N, other=0).to(ACC) * r
         l = logit(s, q, b, LINEAR)
         l = negatives(l, s, j, i, pos, threshold, query_ids, key_ids, own_b, own_c, B, N, i < B)
+        if T is not None:
+            t = tl.load(T + j, mask=j < N, other=0).to(ACC)
+            l = tl.where(t > guide_bound, float("-inf"), l)
         e = tl.exp2(l - top)
         z += e
         if dlogit is not None:

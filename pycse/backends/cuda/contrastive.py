@@ -154,6 +154,8 @@ def small(p: Contrastive, k: Norms) -> Result:
 
 
 def contrastive(p: Contrastive) -> Result:
+    if p.guided:
+        raise RuntimeError("backend='cuda' has no guides yet: use backend='triton', which has")
     if fits(p):
         k = Norms(p.z1, p.z2.shape[0])
         if _runs(k.kernels, k.queue[0]):

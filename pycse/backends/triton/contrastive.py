@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pycse.backends import interpreted
+from pycse.backends.interpreter import interpreted
 from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
 from pycse.kernels.triton import contrastive as row_kernels
 from pycse.kernels.triton import fused, fused_symmetric, symmetric
@@ -114,15 +114,16 @@ class Kernels(Norms, panel.Kernels):
             self.exclude = p.exclude_each.to(p.acc).contiguous()
         elif p.exclude_above is not None:
             self.exclude = self.number(p.exclude_above, self.B)
+        self.guide_above = self.number(p.guide_above, self.B) if p.guided else None
         self.block = block_of(self.N)
         self.s_ii = self.new(self.B) if state.sums is not None else None
 
     def _fuses(self) -> bool:
         """Whether rows, columns and gradients are epilogues of the GEMM that makes S. An epilogue sees a tile at a
-        time: not the row's maximum (a shift must bound the logits), nor a threshold from its positive, and sums for the
+        time: not the row's maximum (a shift must bound the logits), nor a bound from its positive, and sums for the
         gradients of the coefficients would be two more."""
         p = self.p
-        if self.shift is None or p.excludes or p.trained or p.acc == torch.float64:
+        if self.shift is None or p.excludes or p.guided or p.trained or p.acc == torch.float64:
             return False
         # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match
         # for cuBLAS.
@@ -197,12 +198,15 @@ class Kernels(Norms, panel.Kernels):
         p, out = self.p, self.state
         f = self.new(S.shape[0]) if grad else None
         sums = out.sums
+        T = out.T
         row_kernels.rows[(S.shape[0],)](
-            S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.exclude, self.coef, out.loss,
-            None if sums is None else sums.lpos, None if sums is None else sums.lneg, out.dlogit if grad else None, f,
+            S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.exclude, T, self.guide_above,
+            self.coef, out.loss, None if sums is None else sums.lpos, None if sums is None else sums.lneg,
+            out.dlogit if grad else None, f,
             self.pos_q, self.pos_b, self.pos_c, self.q, self.b, self.slope, self.own_b, self.own_c, self.shift,
-            i0, self.B, self.N, S.stride(0),
-            LINEAR=self.linear, EXCLUDE_BY=p.exclude_by, BLOCK=self.block, num_warps=warps_of(self.block),
+            i0, self.B, self.N, S.stride(0), 0 if T is None else T.stride(0),
+            LINEAR=self.linear, EXCLUDE_BY=p.exclude_by, GUIDE_BY=p.guide_by, BLOCK=self.block,
+            num_warps=warps_of(self.block),
         )  # fmt: skip
         return f
 
