@@ -50,7 +50,10 @@ SCOPE_HELP = (
 )
 BLOCK_HELP = f"Side of a block, --granularity block. Default: {PRUNING['block']}."
 BALANCE_HELP = f"Share of alignment in the scores; the rest is uniformity's. Default: {PRUNING['balance']}."
-MEANS_HELP = f"What scores are divided by, one of {', '.join(MEANS)}: the mean of all parameters, or of each. Default: {PRUNING['means']}."
+MEANS_HELP = (
+    f"What scores are divided by, one of {', '.join(MEANS)}: the mean of all parameters, or of each. "
+    f"Default: {PRUNING['means']}."
+)
 SCORE_HELP = f"Batches of text to score parameters on. Default: {PRUNING['score_batches']}."
 EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
 
@@ -155,7 +158,8 @@ def train(
     m: Annotated[
         float | None,
         typer.Option(
-            help=f"Hardness of Focal-InfoNCE. Default: {RECIPES['focal'].own['m']} for focal; none for distillcse, whose "
+            help=f"Hardness of Focal-InfoNCE. Default: {RECIPES['focal'].own['m']} for focal; none for distillcse, "
+            "whose "
             "contrastive part is then InfoNCE."
         ),
     ] = None,
@@ -187,7 +191,8 @@ def train(
     shuffle: Annotated[
         str | None,
         typer.Option(
-            help=f"distillcse: one of {', '.join(SHUFFLES)}. sample shuffles the teachers' probabilities inside each group; "
+            help=f"distillcse: one of {', '.join(SHUFFLES)}. sample shuffles the teachers' probabilities inside each "
+            "group; "
             f"expected gives each member the group's mean. Default: {DISTILL['shuffle']}."
         ),
     ] = None,
@@ -285,7 +290,8 @@ def sparsify(
     train_file: Annotated[
         str | None,
         typer.Option(
-            help="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the scores; "
+            help="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the "
+            "scores; "
             "otherwise dropout makes them. Default: English Wikipedia sentences that come with the training extras."
         ),
     ] = None,

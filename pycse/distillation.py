@@ -161,8 +161,8 @@ def fused_distill(
         group_size: instead, ranks in a group, >= 1.
         span: instead, ranks (start, end) of the only group, 0 <= start < end <= B - 1; other ranks stay in place.
         shuffle: "sample" draws one permutation inside each group; "expected" gives each member its group's mean
-            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js" it
-            is another objective); "none" leaves q as it is.
+            probability: for "ce" the same value and gradient in expectation without the variance of the draw (for "js"
+            it is another objective); "none" leaves q as it is.
         divergence: "ce" (published), "kl" or "js". The entropy in "kl" is that of the unshuffled q.
         seed: integer, 0-d int64 tensor (read by the kernel: a CUDA graph draws anew when it changes) or
             torch.Generator. The same seed gives the same permutation on every backend. Default: drawn from torch's own
@@ -190,7 +190,8 @@ def fused_distill(
         group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
         divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
     )  # fmt: skip
-    without_keys = Contrastive(z, None, 1.0, weight=weight, normalize=normalize, reduction=reduction)  # type: ignore[arg-type]
+    no_keys: Any = None
+    without_keys = Contrastive(z, no_keys, 1.0, weight=weight, normalize=normalize, reduction=reduction)
     return ops.distill(without_keys, d, backend, False)[0]
 
 

@@ -4,8 +4,8 @@
     negative             l = (q s + b) s
     own hard negative    l = (q s + b) s + own_b s + own_c
 
-Each coefficient is a :class:`Term`, linear in what may be trained: (over + m_over m) / temperature + fixed. ``fixed`` is
-a part of the value only, it is not differentiated: kernels take b and, for the gradient, slope = b - fixed.
+Each coefficient is a :class:`Term`, linear in what may be trained: (over + m_over m) / temperature + fixed. ``fixed``
+is a part of the value only, it is not differentiated: kernels take b and, for the gradient, slope = b - fixed.
 
 A new form of this shape is an entry of ``FORMS`` and a public function.
 """

@@ -5,7 +5,7 @@ Symbols (kernels/README.md), panel of c rows from row i0; j over the row's colum
     S (c, B)  s_ij, in z's type          T (c, B)  t_ij, in any float type, read only
     p_j = e_j / z,  e_j = exp(s_j / tau_s - top)              q_j = e^t_j / z_t likewise from t_j / tau_t
     q shuffled: q_j = e^t_source / z_t;   averaged: q_j = mean_j / z_t        source, mean (c, B - 1): groups.py
-    ce  L = log z - sum q (s / tau_s - top)         kl  L = ce - H(q), q unshuffled          dL/ds_j = (p_j - q_j) / tau_s
+    ce  L = log z - sum q (s / tau_s - top)     kl  L = ce - H(q), q unshuffled      dL/ds_j = (p_j - q_j) / tau_s
     js  L = (KL(q | a) + KL(p | a)) / 2, a = (p + q) / 2       dL/ds_j = p_j (log(p_j / a_j) - KL(p | a)) / (2 tau_s)
     G_j = coef_i dL/ds_j,  0 on the diagonal
 Logits are in bits (log 2) where they meet the exponential. Stored: loss (B,); G over S. Memory: O(1) beyond that.

@@ -6,11 +6,11 @@ sum along rows, a program each; the others take blocks of the flattened panel of
     mass_k  = floor(2^28 exp((ranked_k - ranked_0) / temperature)),   so_far_k = sum of mass up to rank k     (int64)
     level_k = group of rank k: mass  number of boundaries g P total, g = 1 ... ceil(1/P) - 1, at most so_far_k
                                size  k div size            span  0 in [start, end), else -1
-    key     = group << 32 | word n mod 4 of Philox4x32-10, counter (n div 4, group, row, row >> 32): member n of its group.
+    key     = group << 32 | word n mod 4 of Philox4x32-10, counter (n div 4, group, row, row >> 32), of its member n.
               A stable sort by key of members in column order keeps groups together and shuffles them.
     source  = the column whose q a column receives
     mean    = mean over the group of e = exp((t - max t) / tau_t), from sums that start at the smallest e:
-              tail_k = sum of e from rank k on, mean = (tail_first - tail_last) / (last - first)                (float64)
+              tail_k = sum of e from rank k on, mean = (tail_first - tail_last) / (last - first)      (float64)
 Stored: group, source (int32), key (int64), tail (float64), mean (acc): (c, n) each. The sorts between are the caller's.
 """
 

@@ -2,7 +2,7 @@
 
 Symbols (kernels/README.md), panel of c rows I from row i0 against the n keys from i0 on; k a row of it, j a column:
     E_kj = 2^(u S_kj + bias_k + bias_j),  0 at j = k            exp(-t |zhat_k - zhat_j|^2) times a constant
-    sums_k = sum_{j < c} E_kj + 2 sum_{j >= c} E_kj             keys behind the panel's rows stand for their mirror images
+    sums_k = sum_{j < c} E_kj + 2 sum_{j >= c} E_kj        keys behind the panel's rows stand for their mirror images
 S (c, n) in z's type, bias and sums (N,) in the accumulation type. Stored: sums; E over S with GRAD. Memory: O(1)
 beyond.
 """

@@ -1,8 +1,8 @@
 """What the fused losses' operators share: gradients made in forward, autocast, and an eager route past the dispatcher.
 
-An operator of pycse takes the fields of its problems by name (ops/arguments.py), first those that may require grad, then
-other tensors, then options; and ``needs``, one bool for each of the first. It returns its values, the loss first, and
-the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are
+An operator of pycse takes the fields of its problems by name (ops/arguments.py), first those that may require grad,
+then other tensors, then options; and ``needs``, one bool for each of the first. It returns its values, the loss first,
+and the gradients; what ``needs`` leaves out is an empty tensor. Gradients of float16 inputs stay float32 until they are
 multiplied by the upstream gradient, so that loss scaling works. A backend that is plain PyTorch, whose own autograd
 differentiates to any order (``reference``), gives the values alone.
 
@@ -36,8 +36,8 @@ NO_SECOND = (
 )
 NO_LOOP = "pycse: jacobian(vectorize=True) cannot loop over a distillation; use torch.func.jacrev, or vectorize=False"
 NO_TANGENTS = (
-    "pycse: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) of a fused loss are not supported (its gradients are "
-    "made in forward, for backward); use torch.func.grad or jacrev, or backend='reference'"
+    "pycse: forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) of a fused loss are not supported (its "
+    "gradients are made in forward, for backward); use torch.func.grad or jacrev, or backend='reference'"
 )
 
 

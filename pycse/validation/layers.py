@@ -29,7 +29,8 @@ def packed_mask(name: str, bits: Any, weight: Tensor, *, anywhere: bool = False)
     dense(name, bits)
     if bits.shape != shape:
         raise ValueError(
-            f"{name} must be bits of shape {shape} (pack_mask) for a weight {tuple(weight.shape)}, got {tuple(bits.shape)}"
+            f"{name} must be bits of shape {shape} (pack_mask) for a weight {tuple(weight.shape)}, got "
+            f"{tuple(bits.shape)}"
         )
     if bits.device != weight.device and not anywhere:
         raise ValueError(f"{name} must be on the weight's device {weight.device}, got {bits.device}")

@@ -15,7 +15,9 @@ def _weights(n: int) -> torch.Tensor:
     return torch.linspace(0, 2, n, dtype=torch.float64)
 
 
-def _guides(B: int, N: int, *widths: int, dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _guides(
+    B: int, N: int, *widths: int, dtype: torch.dtype = torch.float64
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """By widths; the guides agree with each other and with the positives."""
     g = torch.Generator().manual_seed(B + N)
     base = torch.randn(N, 8, generator=g, dtype=torch.float64)
@@ -85,9 +87,13 @@ OPTIONS = [
     Case(40, 90, options={"exclude_above": torch.linspace(-0.5, 0.3, 40)}),
     Case(40, 90, focal=False, options={"exclude_above": torch.linspace(-0.5, 0.3, 40), "exclude_by": "relative"}),
     Case(20, 47, options={"guides": _guides(20, 47, 12)}),
-    Case(40, 300, focal=False, options={"guides": _guides(40, 300, 12, 5), "guide_weights": [1, 3], "guide_above": -0.4}),
+    Case(
+        40, 300, focal=False, options={"guides": _guides(40, 300, 12, 5), "guide_weights": [1, 3], "guide_above": -0.4}
+    ),
     Case(33, 66, options={"guides": _guides(33, 66, 12), "guide_above": -0.3, "guide_by": "relative"}, tensors=True),
-    Case(20, 40, options={"guides": _guides(20, 40, 9, dtype=torch.bfloat16), "guide_above": 0.2, "guide_by": "constant"}),
+    Case(
+        20, 40, options={"guides": _guides(20, 40, 9, dtype=torch.bfloat16), "guide_above": 0.2, "guide_by": "constant"}
+    ),
     Case(20, 47, options={"guide_logits": torch.linspace(-1, 1, 20 * 47).sin().view(20, 47), "guide_above": -0.1}),
     Case(20, 60, options={"guides": _guides(20, 60, 12), "positives": torch.arange(20) * 2 + 3, "exclude_above": 0.2}),
     Case(33, 50, options={"positive_margin": 0.2}),

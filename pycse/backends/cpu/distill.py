@@ -42,7 +42,8 @@ class Kernels(Products, panel.Kernels):
 
     def rows(self, S: Tensor, T: Tensor, i0: int, grad: bool) -> None:
         self.native.distill(
-            self.problem, self.code, S.data_ptr(), S.stride(0), i0, S.shape[0], CODES[T.dtype], T.data_ptr(), T.stride(0),
+            self.problem, self.code, S.data_ptr(), S.stride(0), i0, S.shape[0],
+            CODES[T.dtype], T.data_ptr(), T.stride(0),
             grad, self.threads,
         )  # fmt: skip
 
@@ -59,7 +60,8 @@ def _small(d: Distillation) -> Result | None:
     done = kernels.small_distill(
         _problem(d, coef, loss), code, d.z1.data_ptr(), d.z1.stride(0), D, d.normalize,
         [(CODES[e.dtype], e.data_ptr(), e.stride(0), e.shape[1]) for e in d.teachers], d.teacher_weights,
-        0 if d.logits is None else CODES[d.logits.dtype], pointer(d.logits), 0 if d.logits is None else d.logits.stride(0),
+        0 if d.logits is None else CODES[d.logits.dtype], pointer(d.logits),
+        0 if d.logits is None else d.logits.stride(0),
         work.data_ptr(), pointer(dz), torch.get_num_threads(),
     )  # fmt: skip
     return Result(loss, dz) if done else None

@@ -118,7 +118,8 @@ class Kernels(Norms, panel.Kernels):
         n, D = z1hat.shape
         z2 = self.p.z2
         self.kernels.positives(
-            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), D, i0, n, self.queue,
+            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), D, i0, n,
+            self.queue,
         )  # fmt: skip
 
 
