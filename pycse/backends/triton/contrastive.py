@@ -93,6 +93,8 @@ def dot_kind(dtype: torch.dtype) -> str:
 
 
 class Kernels(Norms, panel.Kernels):
+    p: Contrastive
+
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         super().__init__(p.z1)
         self.p, self.state = p, state
