@@ -65,7 +65,6 @@ def _problem(kernels: Any, p: Contrastive, numbers: Numbers, coef: Tensor | floa
 
 class Kernels(Norms, panel.Kernels):
     p: Contrastive
-    p: Contrastive
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
         super().__init__(p.z1, p.z2.shape[0])

@@ -57,7 +57,10 @@ def contrastive(p: Contrastive) -> Result:
         same_id = p.query_ids[:, None] == p.key_ids
 
     if p.guided:
-        t = p.guide_queries @ p.guide_keys.t() if p.guide_logits is None else p.guide_logits
+        t = p.guide_logits
+        if t is None:
+            assert p.guide_queries is not None and p.guide_keys is not None
+            t = p.guide_queries @ p.guide_keys.t()
         t = t.detach().to(s.dtype)
         t_pos = t.gather(1, pos[:, None])
         bound = {"absolute": t_pos, "relative": t_pos, "constant": t_pos * 0}[p.guide_by]
