@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pycse import backends, transforms
-from pycse.backends.cpu import sparse as cpu
 from pycse.ops.fused import library
 from pycse.pattern import Pattern, unpack_mask
 
@@ -52,7 +51,7 @@ def pattern_of(mask: Tensor, block: int = 1) -> Pattern:
     """The pattern of a bool mask (out, in), with all that kernels of its device read. Errors as Pattern.from_mask."""
     pattern = Pattern.from_mask(mask, block)
     if mask.device.type == "cpu" and backends.unusable("cpu") is None:
-        cpu.plan(pattern)
+        backends.module("cpu", "cpu", "sparse").plan(pattern)
     return pattern
 
 

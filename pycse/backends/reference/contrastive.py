@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycse.logits import Term
+from pycse.logits import NONE, Term
 from pycse.problem import Contrastive, Result
 
 
@@ -38,17 +38,26 @@ def contrastive(p: Contrastive) -> Result:
 
     positive = j == pos[:, None]
     s_pos = s.gather(1, pos[:, None])
-    own_hard = ((j >= B) & (j % B == i[:, None]) & ~positive).to(s.dtype)
+    own_hard = (j >= B) & (j % B == i[:, None]) & ~positive
     own_b, own_c = p.logit.own
 
     def coefficient(term: Term) -> Tensor | float:
         return (term.over + term.m_over * p.m) / p.temperature
 
-    q, b, c = map(coefficient, p.logit.positive)
-    l_positive = (q * s + b) * s + c
-    q, b = map(coefficient, p.logit.negative)
-    # fixed, own_b: a part of the value that is not differentiated
-    l = (q * s + b) * s + (p.logit.negative[1].fixed + own_hard * own_b) * s.detach() + own_hard * own_c
+    def quadratic(q: Term, b: Term) -> Tensor:
+        """(q s + b) s without the terms that are not there: 0 times an infinite s would be NaN."""
+        if q == NONE:
+            return coefficient(b) * s
+        return coefficient(q) * s * s if b == NONE else (coefficient(q) * s + coefficient(b)) * s
+
+    q, b, c = p.logit.positive
+    l_positive = quadratic(q, b) + coefficient(c)
+    q, b = p.logit.negative
+    l = quadratic(q, b)
+    if b.fixed:
+        l = l + b.fixed * s.detach()
+    if p.logit.has_own:
+        l = l + torch.where(own_hard, own_b * s.detach() + own_c, 0)
     l = torch.where(positive, l_positive, l)
     l_pos = l.gather(1, pos[:, None])
 
