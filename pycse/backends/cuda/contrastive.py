@@ -39,7 +39,7 @@ class Numbers(NamedTuple):
     @classmethod
     def of(cls, p: Contrastive) -> Numbers:
         if p.guided:
-            raise RuntimeError("backend='cuda' cannot run here: it has no kernels for guides; torch has")
+            raise RuntimeError("backend='cuda' cannot run here: it has no kernels for guides; triton and torch have")
         return cls(p.coefficients(), None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous())
 
 
@@ -155,8 +155,6 @@ def small(p: Contrastive, k: Norms) -> Result:
 
 
 def contrastive(p: Contrastive) -> Result:
-    if p.guided:
-        raise RuntimeError("backend='cuda' has no guides yet: use backend='triton', which has")
     if fits(p):
         k = Norms(p.z1, p.z2.shape[0])
         if _runs(k.kernels, k.queue[0]):
