@@ -165,7 +165,9 @@ def test_strided_rows(emulated):
 
 def test_guides_are_refused_by_name(emulated):
     z1, z2 = embeddings(6, 9)
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: it has no kernels for guides; triton and torch have"):
+    with pytest.raises(
+        RuntimeError, match="backend='cuda' cannot run here: it has no kernels for guides; triton and torch have"
+    ):
         fused_focal_infonce(z1, z2, guide_logits=torch.zeros(6, 9), backend="cpu")
 
 
