@@ -186,6 +186,14 @@ for name, (code, allowed) in {PEAK!r}.items():
     eval(code, given)
     found[name] = status("VmHWM") - before
     del given
+
+# What PyTorch's own product of a bfloat16 panel takes: on a processor without such units tens of megabytes.
+left, right = (rows(n, D, torch.bfloat16).detach() for n in (min(N, 2048), N))
+out = torch.mm(left, right.t())
+reset()
+before = status("VmRSS")
+torch.mm(left, right.t(), out=out)
+found["product"] = status("VmHWM") - before
 print(json.dumps(found))
 """
 
@@ -195,9 +203,8 @@ def test_peaks():
     found = child(PEAKS.format(N=N, D=D, OUT=OUT, IN=IN, PEAK=PEAK))
     if "skip" in found:
         pytest.skip(found["skip"])
-    over = {
-        name: (found[name] // MB, (most + WORK) // MB) for name, (_, most) in PEAK.items() if found[name] > most + WORK
-    }
+    allowed = {name: most + WORK + (found["product"] if name == "bfloat16" else 0) for name, (_, most) in PEAK.items()}
+    over = {name: (found[name] // MB, most // MB) for name, most in allowed.items() if found[name] > most}
     assert not over, f"MB taken and allowed: {over}"
 
 
