@@ -25,11 +25,14 @@ def test_everything_in_the_interpreter():
     run_interpreted(__file__, 100)
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+DTYPES = [torch.float32, torch.float64, torch.float16] + ([torch.bfloat16] if CUDA else [])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", sigmoid_pairs.ALL, ids=str)
+# The whole table in the first type, a third of it in the others: what differs between them are loads and stores.
+TABLE = [(c, DTYPES[0]) for c in sigmoid_pairs.ALL] + [(c, d) for d in DTYPES[1:] for c in sigmoid_pairs.ALL[::3]]
+
+
+@pytest.mark.parametrize("case, dtype", TABLE, ids=str)
 def test_against_the_reference(case, dtype, device):
     check(case, "triton", dtype, device)
 
