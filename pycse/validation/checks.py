@@ -62,6 +62,17 @@ def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{other_name} must have {name}'s dtype {z.dtype}, got {other.dtype}")
 
 
+def rows_and_keys(z1: Any, z2: Any) -> tuple[int, int]:
+    """B and N of two matrices of embeddings that can be multiplied."""
+    embeddings("z1", z1)
+    embeddings("z2", z2)
+    same_dtype("z1", z1, "z2", z2)
+    (B, D), N = z1.shape, z2.shape[0]
+    if z2.shape[1] != D:
+        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    return B, N
+
+
 def _is_number(value: Any) -> bool:
     # bool is a Real; numpy and sympy numbers (torch.compile's symbolic floats) are not always; an array is a number to
     # nobody

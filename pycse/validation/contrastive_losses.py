@@ -19,8 +19,8 @@ from pycse.validation.checks import (
     matrix,
     number,
     real,
+    rows_and_keys,
     same_device,
-    same_dtype,
     vector,
     weights_of,
     what,
@@ -53,12 +53,7 @@ def contrastive(
     **options: Any,
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
-    embeddings("z1", z1)
-    embeddings("z2", z2)
-    same_dtype("z1", z1, "z2", z2)
-    (B, D), N = z1.shape, z2.shape[0]
-    if z2.shape[1] != D:
-        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    B, N = rows_and_keys(z1, z2)
     contrastive_options(temperature, m, **options)
     exclude_above = options["exclude_above"]
     vector("positives", positives, B, "integer")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pycse import transforms
 from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Sigmoid
-from pycse.validation.checks import choice, embeddings, flag, real, same_device, same_dtype, vector
+from pycse.validation.checks import choice, flag, real, rows_and_keys, same_device, vector
 from pycse.validation.contrastive_losses import LARGEST_LOGIT
 
 
@@ -27,12 +27,7 @@ def sigmoid(
     **options: Any,
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
-    embeddings("z1", z1)
-    embeddings("z2", z2)
-    same_dtype("z1", z1, "z2", z2)
-    (B, D), N = z1.shape, z2.shape[0]
-    if z2.shape[1] != D:
-        raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
+    B, N = rows_and_keys(z1, z2)
     sigmoid_options(scale, bias, **options)
     vector("positives", positives, B, "integer")
     vector("query_ids", query_ids, B, "integer")
