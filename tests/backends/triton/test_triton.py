@@ -186,7 +186,7 @@ def test_each_kernel_alone(symmetric, options, device):
     coef = torch.linspace(0.1, 1, B, dtype=torch.float64, device=device)
 
     def kernels(kind: type[panel.Kernels]) -> panel.Kernels:
-        state = panel.State(new(N), coef, new(B), new(B), new(GRADIENTS, B))
+        state = panel.State(new(N), coef, loss=new(B), s_pos=new(B), dlogit=new(GRADIENTS, B))
         if symmetric:
             state.sums = panel.LogSums.empty(B, torch.float64, p)
             state.sums.column_max.fill_(-torch.inf)
