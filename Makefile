@@ -14,7 +14,7 @@ SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--recipe simcse" for options of pycse train
 	$(VENV)/bin/pycse train $(ARGS)

@@ -212,7 +212,9 @@ def session(chosen: list[Workload], options: list[str], tunables: str = "") -> t
     """pytest-benchmark on these workloads in a process of its own: their rows by name, and whether anything failed."""
     if not chosen:
         return {}, False
-    environment = dict(os.environ) | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+    # A process of its own even where a parallel test run calls it: pytest-benchmark does not measure beside others.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"GLIBC_TUNABLES": tunables} if tunables else {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
         arguments = ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet", f"--benchmark-json={file}"]

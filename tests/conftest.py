@@ -3,6 +3,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Processes of pytest-xdist share the cores; threads beyond them would wait for each other. Before torch reads it.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
 import pytest
 import torch
 from interpreter import CUDA, INTERPRETED
