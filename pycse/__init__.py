@@ -8,6 +8,7 @@ loss.backward()
 from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.hypersphere import alignment, uniformity
+from pycse.log_sums import logsumexp_similarities
 from pycse.report import info
 from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
@@ -21,6 +22,7 @@ __all__ = [
     "fused_sigmoid",
     "fused_supcon",
     "info",
+    "logsumexp_similarities",
     "uniformity",
 ]
 __version__ = "0.1.0"

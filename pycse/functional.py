@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycse import ops, validation
-from pycse.problem import Contrastive
+from pycse.problem import DIRECTIONS, Contrastive
 from pycse.transforms import recordable
 
 
@@ -35,7 +35,10 @@ def fused_focal_infonce(
     guide_logits: Tensor | None = None,
     guide_above: float = 0.0,
     guide_by: str = "absolute",
+    negatives: tuple[Tensor, Tensor] | None = None,
     symmetric: bool = False,
+    directions: Sequence[str] = ("qd",),
+    partition: str = "joint",
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -80,7 +83,18 @@ def fused_focal_infonce(
         guide_weights: one number >= 0 a guide, normalised to sum 1; default: equal.
         guide_logits: instead of ``guides``, (B, N) averaged cosines made elsewhere.
         guide_above, guide_by: GISTEmbed's margin is -guide_above; KDMCSE's threshold is guide_by="constant".
+        negatives: (ptr, index), integers (B + 1,) and (n,): the keys index[ptr[i] : ptr[i + 1]] are row i's own hard
+            negatives, any number a row. A listed key serves only the rows that list it; all others are shared. They are
+            the ones that hard_negative_weight and hardness_mode speak of. Costs D operations a listed key, not B D. The
+            lists are read: tensors on a CPU spare a GPU the wait.
         symmetric: mean of the row and column losses; N = B and default positives only.
+        directions: which similarities are in a row's sum, as MultipleNegativesRankingLoss of sentence-transformers has
+            them, with z1's rows as queries q and z2's as documents d: "qd" q_i to the documents (always), "qq" to the
+            other queries, "dq" the row's positive d_i to the queries (which counts the positive again, as GTE does),
+            "dd" d_i to the documents but the row's own. ids and exclude_above act on each with the row's id and bound,
+            hard_negative_weight and hardness on "qd" alone.
+        partition: "joint" one logsumexp over all directions, or for "qd" and "dq" the mean of one loss each,
+            "per_direction".
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
@@ -107,8 +121,9 @@ def fused_focal_infonce(
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
         exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
-        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
-        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
+        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, negatives=negatives,
+        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
+        reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -132,7 +147,10 @@ def fused_infonce(
     guide_logits: Tensor | None = None,
     guide_above: float = 0.0,
     guide_by: str = "absolute",
+    negatives: tuple[Tensor, Tensor] | None = None,
     symmetric: bool = False,
+    directions: Sequence[str] = ("qd",),
+    partition: str = "joint",
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -156,8 +174,9 @@ def fused_infonce(
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
         exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
-        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
-        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
+        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, negatives=negatives,
+        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
+        reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -177,13 +196,17 @@ def problem_of(
     guide_logits: Tensor | None,
     backend: str,
     validate: bool,
+    negatives: tuple[Tensor, Tensor] | None = None,
+    directions: Sequence[str] = ("qd",),
+    output: str = "loss",
     **options: Any,
 ) -> Contrastive:
     """The problem that a public function's arguments state, once they are checked."""
     validation.contrastive(
         z1, z2, temperature, m,
         positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=guides,
-        guide_weights=guide_weights, guide_logits=guide_logits, backend=backend, validate=validate, **options,
+        guide_weights=guide_weights, guide_logits=guide_logits, negatives=negatives, directions=directions,
+        backend=backend, validate=validate, **options,
     )  # fmt: skip
     for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above"):
         options[name] = float(options[name])
@@ -201,7 +224,11 @@ def problem_of(
         guide_queries=queries,
         guide_keys=keys,
         guide_logits=guide_logits,
+        negatives_ptr=None if negatives is None else as_long(negatives[0]),
+        negatives_index=None if negatives is None else as_long(negatives[1]),
         form=form,
+        directions=" ".join(name for name in DIRECTIONS if name in directions),
+        output=output,
         exclude_above=None if each or exclude_above is None else float(exclude_above),
         **options,
     )

@@ -48,12 +48,12 @@ class Loss(nn.Module):
 class InfoNCELoss(Loss):
     """Module form of :func:`pycse.fused_infonce`; see there for formula, arguments and errors.
 
-    What belongs to a batch (positives, ids, guides, weight, and exclude_above where it is a tensor) is given to
+    What belongs to a batch (positives, ids, guides, negatives, weight, and exclude_above where it is a tensor) is given to
     ``forward``; the rest is fixed here. A temperature that is an ``nn.Parameter`` is registered and trained.
     """
 
     function = staticmethod(fused_infonce)
-    batch = ("z1", "z2", "positives", "query_ids", "key_ids", "guides", "guide_logits", "weight")
+    batch = ("z1", "z2", "positives", "query_ids", "key_ids", "guides", "guide_logits", "negatives", "weight")
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
     check = staticmethod(validation.contrastive_options)
 

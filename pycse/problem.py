@@ -21,6 +21,9 @@ DIVERGENCES = ("ce", "kl", "js")
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")  # pycse/backends has each
 BACKEND_CHOICES = ("auto", *BACKENDS)
 EXCLUDE_BY = ("absolute", "relative", "constant")
+DIRECTIONS = ("qd", "qq", "dq", "dd")  # of rows and keys: queries and documents
+PARTITIONS = ("joint", "per_direction")
+OUTPUTS = ("loss", "logsum", "negatives")
 FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
 
@@ -82,6 +85,7 @@ class Pairs(Rows):
     normalize: bool
     needs: Any  # of gradients, a named tuple
     symmetric: bool = False
+    same = False  # the keys are the rows: z1 takes the gradient of both
     excludes = False  # keys by a threshold from their row's positive
     guided = False  # by similarities of another model, which a panel has beside its own
     one_positive = False  # a row: its similarity may be wanted before the panel
@@ -116,6 +120,8 @@ class Contrastive(Pairs):
     guide_queries: Tensor | None = None  # (B, D'): guides of the rows, normalised, side by side; and of the keys
     guide_keys: Tensor | None = None  # (N, D')
     guide_logits: Tensor | None = None  # (B, N): or their similarities
+    negatives_ptr: Tensor | None = None  # (B + 1,) int64: row i's own negatives are negatives_index[ptr[i] : ptr[i + 1]]
+    negatives_index: Tensor | None = None  # int64
     form: str = "infonce"
     positive_margin: float = 0.0
     hardness: float = 0.0
@@ -126,6 +132,9 @@ class Contrastive(Pairs):
     guide_above: float = 0.0
     guide_by: str = "absolute"
     symmetric: bool = False
+    directions: str = "qd"  # of DIRECTIONS, in that order, with spaces between
+    partition: str = "joint"
+    output: str = "loss"  # of a row: its loss, the log of its sum, or of the negatives' alone
     normalize: bool = True
     reduction: str = "mean"
     needs: Needs = Needs()
@@ -158,6 +167,11 @@ class Contrastive(Pairs):
             assert self.exclude_above is not None
             d = self.exclude_above
         return bound(self.exclude_by, d, s_pos)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a row's log-sum is wanted or made of several: pycse/panels/parts.py."""
+        return self.output != "loss" or self.directions != "qd" or self.negatives_ptr is not None
 
     @property
     def guided(self) -> bool:  # type: ignore[override]
@@ -256,18 +270,25 @@ class Supervised(Pairs):
     """Every key with the row's id is a positive. Field by field the operator's arguments, as those of Contrastive."""
 
     z1: Tensor  # (B, D)
-    z2: Tensor  # (N, D)
+    z2: Tensor | None  # type: ignore[assignment]  # (N, D); None: z1, until the operator puts it here
     temperature: float | Tensor
     weight: Tensor | None  # (B,)
     ids1: Tensor  # (B,) int64
-    ids2: Tensor  # (N,) int64
-    same: bool = False  # the keys are the rows, and none is its own key
+    ids2: Tensor | None = None  # (N,) int64; None: the keys are the rows, and none is its own key
     inside: bool = False  # the positives' mean inside the logarithm
     normalize: bool = True
     reduction: str = "mean"
     needs: SupervisedNeeds = SupervisedNeeds()
 
     gradients = 1  # of 1 / temperature
+
+    @property
+    def same(self) -> bool:  # type: ignore[override]
+        return self.ids2 is None
+
+    @property
+    def key_ids(self) -> Tensor:
+        return self.ids1 if self.ids2 is None else self.ids2
 
     def sharpness(self) -> float | Tensor:
         """1 / temperature; of a tensor, which nobody has read, 0-d in ``acc``, and NaN where it is not > 0."""

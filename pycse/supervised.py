@@ -68,16 +68,15 @@ def fused_supcon(
         z1, ids1, z2, ids2, temperature,
         inside=inside, normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    rows, keys = as_long(ids1), as_long(ids1 if ids2 is None else ids2)
-    assert rows is not None and keys is not None  # checked
+    rows = as_long(ids1)
+    assert rows is not None  # checked
     p = Supervised(
         z1,
-        z1 if z2 is None else z2,
+        z2,
         number_or_tensor(temperature),
         weight,
         rows,
-        keys,
-        same=z2 is None,
+        as_long(ids2),
         inside=inside,
         normalize=normalize,
         reduction=reduction,

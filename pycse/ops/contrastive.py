@@ -13,7 +13,13 @@ from pycse import backends
 from pycse.ops import fused
 from pycse.ops.arguments import Arguments
 from pycse.problem import Contrastive, Needs, Result
-from pycse.validation import check_values
+from pycse.validation import check_lists, check_values
+
+
+# What kernels read with a stride of 1.
+INDICES = (
+    "positives", "query_ids", "key_ids", "guide_queries", "guide_keys", "negatives_ptr", "negatives_index",
+)  # fmt: skip
 
 
 def compute(a: Mapping[str, Any], needs: list[bool]) -> tuple[Contrastive, Result]:
@@ -23,10 +29,11 @@ def compute(a: Mapping[str, Any], needs: list[bool]) -> tuple[Contrastive, Resul
     p = ARGUMENTS.problem(Contrastive, a, needs=Needs(*needs))
     if a["validate"] or z1.device.type == "cpu":
         check_values(p)
+    check_lists(p)
     if backend not in backends.DIFFERENTIABLE:
         p.z1, p.z2 = fused.rows(z1), fused.rows(p.z2)
         p.temperature, p.m = fused.number(p.temperature), fused.number(p.m)
-        for name in ("positives", "query_ids", "key_ids", "guide_queries", "guide_keys"):
+        for name in INDICES:
             if (t := getattr(p, name)) is not None:
                 setattr(p, name, t.contiguous())
     return p, run(p)

@@ -20,12 +20,13 @@ def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ..
     p = ARGUMENTS.problem(Supervised, a, needs=SupervisedNeeds(*needs))
     if a["validate"] or p.z1.device.type == "cpu":
         check_supervised(p)
+    if p.z2 is None:
+        p.z2 = p.z1
     if a["backend"] not in backends.DIFFERENTIABLE:
-        same = p.z2 is p.z1
         p.z1 = fused.rows(p.z1)
-        p.z2 = p.z1 if same else fused.rows(p.z2)
+        p.z2 = p.z1 if p.same else fused.rows(p.z2)
         p.temperature = fused.number(p.temperature)
-        p.ids1, p.ids2 = p.ids1.contiguous(), p.ids2.contiguous()
+        p.ids1, p.ids2 = p.ids1.contiguous(), None if p.ids2 is None else p.ids2.contiguous()
     out = run(p)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
     return p.reduce(out.rows), out.dz1, out.dz2, fused.in_type_of(out.dtemperature, a["temperature"]), dweight

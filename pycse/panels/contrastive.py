@@ -139,7 +139,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
     if p.symmetric:
         state.sums = LogSums.empty(B, kernels.statistics or p.acc, p)
     k = kernels(p, state)
-    r2 = state.r2
+    r2, far = state.r2, None
     if not p.normalize:
         r2.fill_(1)
     elif far := k.normalize(z2, r2, None):  # a key's product may overflow: all of them from a normalised copy
@@ -170,8 +170,10 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
     if p.symmetric:
         _log_sums(p, k, state, panels)
 
-    dz1 = k.empty(B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2 = KeyGradient(z2, k, single=c == B) if p.needs.z2 else None
+    # Keys that are the rows: both gradients in one sum, in the units of the keys'.
+    one_sum = p.same and p.needs.z1
+    dz1 = k.empty(c if one_sum else B, D, dtype=z1.dtype) if p.needs.z1 else None
+    g2 = KeyGradient(z2, k, single=c == B and not one_sum) if p.needs.z2 or one_sum else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
@@ -180,9 +182,10 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
-                part = dz1[i0 : i0 + S.shape[0]]
+                first = 0 if one_sum else i0
+                part = dz1[first : first + S.shape[0]]
                 g1 = k.product(S, p.z2, part)
-                if p.normalize:
+                if p.normalize and not one_sum:
                     k.project(z, g1, r, part, f)
                 elif f is not None:
                     g1.mul_(f[:, None])
@@ -190,6 +193,8 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
                 if f is not None:
                     z1hat = torch.mul(z1hat, f[:, None], out=z1hat if p.normalize else torch.empty_like(z1hat))
                 g2.add(S, z1hat)
+                if one_sum:
+                    g2.add_scaled(i0, g1, r if p.normalize and not far else None)
 
     dz2: Tensor | None = None
     if g2 is not None:
@@ -199,6 +204,8 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
             k.project(z2, total, r2, dz2, scaled=not far)
         elif dz2 is not total:
             dz2.copy_(total)
+    if one_sum:
+        dz1, dz2 = dz2, None
     return p.result(state.loss, dz1, dz2, state.dlogit)
 
 
@@ -240,6 +247,11 @@ class KeyGradient:
         self.sum: Tensor | None = None
         self.product: Tensor | None = None
 
+    def begin(self) -> None:
+        """Zeros, for sums that others than ``add`` write to as well."""
+        shape = (self.D, self.N) if self.transposed else (self.N, self.D)
+        self.sum = self.k.empty(*shape, dtype=self.dtype if self.wide else torch.float32).zero_()
+
     def add(self, G: Tensor, z1hat: Tensor) -> None:
         if self.wide:
             if self.sum is None:
@@ -267,8 +279,16 @@ class KeyGradient:
                 self.sum = self.k.empty(*self.product.shape, dtype=torch.float32).copy_(self.product)
 
     def add_rows(self, i0: int, G: Tensor, keys: Tensor) -> None:
-        """G keys to the rows from i0 on, where rows are keys too; after the first ``add``."""
+        """G keys to the rows from i0 on, where rows are keys too; after ``begin`` or the first ``add``."""
         self.k.add_product(self.total[i0 : i0 + G.shape[0]], G, keys)
+
+    def add_scaled(self, i0: int, g: Tensor, factors: Tensor | None) -> None:
+        """g to the rows from i0 on, each times its factor."""
+        part, g = self.total[i0 : i0 + g.shape[0]], g.to(self.total.dtype)
+        if factors is None:
+            part += g
+        else:
+            part.addcmul_(g, factors.to(self.total.dtype)[:, None])
 
     @property
     def total(self) -> Tensor:

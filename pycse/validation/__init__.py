@@ -11,7 +11,7 @@ from pycse.validation.checks import (
     seed,
     whole,
 )
-from pycse.validation.contrastive_losses import check_values, contrastive, contrastive_options
+from pycse.validation.contrastive_losses import check_lists, check_values, contrastive, contrastive_options
 from pycse.validation.distillation_losses import distillation, distillation_options, distillcse_options
 from pycse.validation.hypersphere import alignment, uniformity
 from pycse.validation.layers import linear, linear_mask, packed_mask
@@ -20,6 +20,7 @@ from pycse.validation.supervised_losses import check_supervised, supervised, sup
 
 __all__ = [
     "alignment",
+    "check_lists",
     "check_supervised",
     "check_sigmoid_values",
     "check_values",

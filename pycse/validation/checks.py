@@ -14,7 +14,7 @@ from pycse import transforms
 from pycse.problem import BACKEND_CHOICES, REDUCTIONS
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
 
@@ -97,7 +97,7 @@ def real(name: str, value: Any, *, positive: bool = False) -> None:
         or (type(value) is int and not -most <= value <= most)
         or (positive and not value > 0)
     ):
-        raise ValueError(f"{name} must be {allowed}, got {_short(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {short(value)}")
 
 
 def vector(name: str, value: Any, length: int, kind: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pycse import transforms
 from pycse.logits import FORMS, HARDNESS_MODES
-from pycse.problem import BACKEND_CHOICES, EXCLUDE_BY, REDUCTIONS, Contrastive
+from pycse.problem import BACKEND_CHOICES, DIRECTIONS, EXCLUDE_BY, PARTITIONS, REDUCTIONS, Contrastive
 from pycse.validation.checks import (
     choice,
     detached,
@@ -21,6 +21,7 @@ from pycse.validation.checks import (
     real,
     rows_and_keys,
     same_device,
+    short,
     vector,
     weights_of,
     what,
@@ -34,6 +35,12 @@ EXCLUSIVE = {
     ("symmetric", "guide_logits"): "a guide speaks of rows; for columns call the loss with the sides swapped",
     ("symmetric", "positives"): "a column's positive is the row of its own number",
     ("symmetric", "hard_negative_weight"): "a symmetric loss has as many keys as rows, and so no hard negatives",
+    ("symmetric", "negatives"): "a column has no list of its own",
+    ("symmetric", "directions"): "directions say themselves which similarities count",
+    ("directions", "positives"): "document i is query i's positive",
+    ("directions", "guides"): "a guide speaks of queries and documents alone",
+    ("directions", "guide_logits"): "a guide speaks of queries and documents alone",
+    ("directions", "negatives"): "a listed document serves the queries that list it, and no document",
 }
 
 
@@ -50,6 +57,7 @@ def contrastive(
     guides: Any,
     guide_weights: Any,
     guide_logits: Any,
+    negatives: Any = None,
     **options: Any,
 ) -> None:
     """Everything that can be checked without reading a tensor's values."""
@@ -82,8 +90,12 @@ def contrastive(
         numbers = (options[name] for name in ("hard_negative_weight", "positive_margin", "hardness"))
         resolvable(z1, temperature, m, *numbers)
     guide(z1, z2, guides, guide_weights, guide_logits)
+    lists(z1, negatives)
+    directions = options.get("directions", ("qd",))
     given_arguments = {
         **options,
+        "directions": None if len(directions) == 1 else directions,
+        "negatives": negatives,
         "positives": positives,
         "guides": guides,
         "guide_weights": guide_weights,
@@ -94,7 +106,20 @@ def contrastive(
             raise ValueError(f"{' and '.join(names)} exclude each other ({why}); give one of them")
     if options["symmetric"] and N != B:
         raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
+    alike = [name for name in directions if name in ("qq", "dd")]
+    if options.get("partition") == "per_direction" and alike:
+        raise ValueError(
+            f"partition='per_direction' needs directions with the positive among their similarities ('qd', 'dq'), got "
+            f"{alike[0]!r}: alone, its loss would fall without end as its rows part; use partition='joint'"
+        )
+    if "dd" in directions and N % B != 0:
+        raise ValueError(
+            f"directions with 'dd' need N = (K + 1) B keys, K >= 0, which say the rows' own documents; got N = {N}, "
+            f"B = {B}"
+        )
     weighs_hard = options["hardness"] and options["hardness_mode"] == "hard_negatives"
+    if negatives is not None:  # which are the rows' own
+        return
     if (options["hard_negative_weight"] != 0 or weighs_hard) and (N % B != 0 or N == B):
         name = "hardness_mode='hard_negatives'" if weighs_hard else "hard_negative_weight"
         raise ValueError(f"{name} needs K >= 1 hard negatives a row, N = (K + 1) B keys; got N = {N}, B = {B}")
@@ -119,6 +144,8 @@ def contrastive_options(
     guide_above: Any = 0.0,
     guide_by: Any = "absolute",
     symmetric: Any = False,
+    directions: Any = ("qd",),
+    partition: Any = "joint",
     normalize: Any = True,
     reduction: Any = "mean",
     backend: Any = "auto",
@@ -139,6 +166,13 @@ def contrastive_options(
     number("guide_above", guide_above)
     choice("guide_by", guide_by, EXCLUDE_BY)
     flag("symmetric", symmetric)
+    if not isinstance(directions, (list, tuple)):
+        raise TypeError(f"directions must be a sequence of names, got {what(directions)}")
+    for name in directions:
+        choice("directions", name, DIRECTIONS)
+    if "qd" not in directions or len(set(directions)) < len(directions):
+        raise ValueError(f"directions must hold 'qd', and each name once, got {directions!r}")
+    choice("partition", partition, PARTITIONS)
     flag("normalize", normalize)
     choice("reduction", reduction, REDUCTIONS)
     choice("backend", backend, BACKEND_CHOICES)
@@ -179,6 +213,57 @@ def guide(z1: Tensor, z2: Tensor, guides: Any, weights: Any, logits: Any) -> Non
                 f"guides[{k}] must have equal widths on both sides, got {pair[0].shape[1]} and {pair[1].shape[1]}"
             )
     weights_of("guide_weights", weights, len(guides), "guide")
+
+
+def lists(z1: Tensor, negatives: Any) -> None:
+    """The rows' own negatives: a pointer for each row and an end, and keys."""
+    if negatives is None:
+        return
+    if isinstance(negatives, Tensor) or not isinstance(negatives, (list, tuple)) or len(negatives) != 2:
+        raise TypeError(f"negatives must be a pair (ptr, index) of integer tensors, got {what(negatives)}")
+    for name, t in zip(("negatives[0]", "negatives[1]"), negatives):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be an integer tensor, got {what(t)}")
+        length = z1.shape[0] + 1 if name == "negatives[0]" else t.shape[0] if t.dim() == 1 else -1
+        if length < 0:
+            raise ValueError(f"{name} must have 1 dimension, got shape {tuple(t.shape)}")
+        vector(name, t, length, "integer")
+        if t.device.type != "cpu":
+            same_device(z1, **{name: t})
+
+
+def check_lists(p: Contrastive) -> None:
+    """What only the lists' values show; the drivers read them anyway."""
+    ptr, index = p.negatives_ptr, p.negatives_index
+    if ptr is None or index is None or transforms.batched(ptr) or transforms.batched(index):
+        return
+    B, N = p.z1.shape[0], p.z2.shape[0]
+    ptr, index = ptr.cpu(), index.cpu()
+    steps = ptr.diff()
+    if ptr[0] != 0 or (steps < 0).any() or ptr[-1] != index.shape[0]:
+        raise ValueError(
+            f"negatives[0] (ptr) must rise from 0 to the {index.shape[0]} entries of negatives[1], got "
+            f"{short(ptr.tolist())}"
+        )
+    if index.shape[0] == 0:
+        return
+    low, high = index.min().item(), index.max().item()
+    if low < 0 or high >= N:
+        raise ValueError(f"negatives[1] must lie in [0, {N - 1}] (keys), got {low if low < 0 else high}")
+    row = torch.repeat_interleave(steps)
+    entries, counts = torch.unique(row * N + index, return_counts=True)
+    if (counts > 1).any():
+        twice = entries[counts > 1][0].item()
+        raise ValueError(f"negatives lists key {twice % N} twice for row {twice // N}")
+    rows = torch.arange(B, dtype=torch.int64, device="cpu")
+    of = torch.full((N,), -1, dtype=torch.int64, device="cpu")
+    of[rows if p.positives is None else p.positives.cpu().clamp(0, N - 1)] = rows
+    if (of[index] >= 0).any():
+        k = int((of[index] >= 0).nonzero()[0])
+        raise ValueError(
+            f"negatives lists key {index[k].item()} for row {row[k].item()}, the positive of row "
+            f"{of[index[k]].item()}: positives are shared by all rows, and are negatives of the others already"
+        )
 
 
 # Logits beyond this are noise: float32 similarities are off by 1e-7, and that over the temperature.

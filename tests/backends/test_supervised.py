@@ -234,11 +234,9 @@ def test_reference_gradcheck(inside):
 def test_opcheck(backend, N, reduction):
     z1, ids1, z2, ids2 = Labelled(12, N, 16).tensors(torch.float32)
     z1 = z1.float().requires_grad_()
-    z2 = z1 if z2 is None else z2.float().requires_grad_()
+    z2 = None if z2 is None else z2.float().requires_grad_()
     tau, weight = torch.tensor(0.07, requires_grad=True), torch.rand(12).requires_grad_()
-    p = Supervised(
-        z1, z2, tau, weight, ids1, ids1 if ids2 is None else ids2, same=N is None, reduction=reduction
-    )  # fmt: skip
+    p = Supervised(z1, z2, tau, weight, ids1, ids2, reduction=reduction)
     torch.library.opcheck(fused.op, (*fused.arguments.flat(p, backend=backend, validate=False), [False] * 4))
 
 

@@ -30,6 +30,16 @@ def _guides(
     return pairs
 
 
+def lists(B: int, N: int, first: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row i lists i % 4 of the keys from ``first`` on, in no order."""
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.arange(B) % 4
+    index = [torch.randperm(N - first, generator=g)[: int(n)] + first for n in counts]
+    return torch.cat([torch.zeros(1).long(), counts.cumsum(0)]), torch.cat(index)
+
+
+EVERY, BOTH = ["qd", "qq", "dq", "dd"], ["qd", "dq"]
+
 SHAPES = [
     Case(1, None, 5),
     Case(1, 3, 2),
@@ -145,4 +155,36 @@ SYMMETRIC = [
     Case(33, kind="unit", options={"symmetric": True, "normalize": False}),
 ]
 
-ALL = [*SHAPES, *LOGITS, *HOSTILE, *OPTIONS, *SYMMETRIC]
+PARTS = [
+    Case(options={"directions": EVERY}),
+    Case(33, 66, options={"directions": EVERY}, focal=False),
+    Case(33, 70, options={"directions": ["qd", "dq"], "exclude_above": 0.1, "positive_margin": 0.1}, temperature=0.01),
+    Case(33, 66, options={"directions": ["qd", "qq", "dd"], "exclude_above": 0.1}, focal=False, tensors=True),
+    Case(33, 66, options={"directions": BOTH, "partition": "per_direction"}, tensors=True),
+    Case(40, 80, options={"directions": BOTH, "partition": "per_direction", "exclude_above": torch.linspace(-0.5, 0.3, 40)}),
+    Case(9, options={"directions": BOTH, "partition": "per_direction", "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),
+    Case(40, 80, options={"directions": EVERY, "query_ids": _ids(40, 6), "key_ids": _ids(80, 6, 1), "weight": _weights(40)}),
+    Case(33, 66, options={"directions": EVERY, "hard_negative_weight": -1.0, "hardness": 5.0, "reduction": "none"}),
+    Case(1, options={"directions": EVERY}),
+    Case(1, options={"directions": BOTH, "partition": "per_direction"}),
+    Case(kind="confident", options={"directions": EVERY}),
+    Case(kind="confident", options={"directions": BOTH, "partition": "per_direction"}),
+    Case(kind="duplicates", options={"directions": EVERY}, focal=False),
+    Case(kind="zeros", options={"directions": EVERY}),
+    Case(kind="far", options={"directions": EVERY}),
+    Case(kind="unit", options={"directions": EVERY, "normalize": False}),
+    Case(kind="random", D=8, options={"directions": EVERY, "normalize": False}, temperature=1.0),
+    Case(20, 47, options={"negatives": lists(20, 47, 20)}),
+    Case(20, 47, options={"negatives": lists(20, 47, 30), "hard_negative_weight": 0.7}, focal=False, tensors=True),
+    Case(20, 47, options={"negatives": lists(20, 47, 30), "positives": torch.arange(20) + 5, "hardness": 5.0, "hardness_mode": "hard_negatives"}),
+    Case(33, 90, options={"negatives": lists(33, 90, 33), "query_ids": _ids(33, 6), "key_ids": _ids(90, 6, 1), "exclude_above": 0.31}),
+    Case(33, 90, options={"negatives": lists(33, 90, 40), "guides": _guides(33, 90, 12), "guide_above": -0.3}, focal=False),
+    Case(20, 47, options={"negatives": lists(20, 47, 20), "guide_logits": torch.linspace(-1, 1, 20 * 47).sin().view(20, 47), "guide_above": -0.1}),
+    Case(4, 7, options={"negatives": (torch.zeros(5).long(), torch.zeros(0).long())}),
+    Case(4, 7, options={"negatives": (torch.tensor([0, 3, 3, 3, 6]), torch.tensor([4, 5, 6, 6, 5, 4]))}, temperature=0.01),  # no key shared but the positives
+    Case(kind="confident", N=40, options={"negatives": lists(16, 40, 16)}),
+    Case(kind="far", N=40, options={"negatives": lists(16, 40, 16)}),
+    Case(kind="unit", N=40, options={"normalize": False, "negatives": lists(16, 40, 16), "weight": _weights(16)}, tensors=True),
+]  # fmt: skip
+
+ALL = [*SHAPES, *LOGITS, *HOSTILE, *OPTIONS, *SYMMETRIC, *PARTS]

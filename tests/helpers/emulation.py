@@ -122,7 +122,7 @@ def kernels() -> Any:
 
 def takes(case: Case) -> bool:
     """Whether backend="cuda" has the case's options."""
-    return not any(name.startswith("guide") for name in case.options)
+    return not any(name.startswith(("guide", "directions", "negatives")) for name in case.options)
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ class Case:
         parts += ["tensors"] if self.tensors else []
         parts += [f"m{self.m}"] if self.m != 0.3 else []
         for name, value in self.options.items():
-            parts.append(name if isinstance(value, (Tensor, list)) else f"{name}={value}")
+            parts.append(name if isinstance(value, (Tensor, list, tuple)) else f"{name}={value}")
         return "-".join(parts)
 
     def embeddings(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -194,7 +194,7 @@ def labelled(dtype: torch.dtype) -> dict[str, Supervised]:
     tensors = {"weight": torch.ones(32), "needs": SupervisedNeeds(True, True, True, True)}
     return {
         "keys": problem(32, 512, 64),
-        "rows": problem(515, 515, 35, same=True, inside=True),
+        "rows": problem(515, 515, 35, ids2=None, inside=True),
         "maximum": problem(32, 512, 64, 0.01, inside=True),
         "tensors": problem(32, 512, 64, torch.tensor(0.05), **tensors),
         "many keys": problem(8, 4096, 64, 0.01),

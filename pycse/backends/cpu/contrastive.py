@@ -10,6 +10,7 @@ from pycse.backends.cpu.products import Products
 from pycse.kernels import native
 from pycse.logits import GRADIENTS
 from pycse.panels import contrastive as panel
+from pycse.panels import parts
 from pycse.problem import EXCLUDE_BY, Contrastive, Result
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
@@ -117,6 +118,8 @@ def _small(p: Contrastive) -> Result | None:
 
 
 def contrastive(p: Contrastive) -> Result:
+    if p.in_parts:
+        return parts.contrastive(p, Kernels)
     work = p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1]
     if work <= SMALL.get(p.z1.dtype, 0) and not p.guided and (result := _small(p)) is not None:
         return result

@@ -32,7 +32,7 @@ class Kernels(Products, panel.Kernels):
     def __init__(self, p: Supervised, state: panel.State) -> None:
         super().__init__(p.z1)
         self.p, self.state = p, state
-        self.lists = classes(p.ids1, p.ids2)  # alive for the kernels
+        self.lists = classes(p.ids1, p.key_ids)  # alive for the kernels
         ptr, keys, of_rows = self.lists
         self.problem = native().Supervised(
             B=p.z1.shape[0],

@@ -38,8 +38,9 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, p: Contrastive) -> Numbers:
-        if p.guided:
-            raise RuntimeError("backend='cuda' cannot run here: it has no kernels for guides; triton and torch have")
+        for name, given in (("guides", p.guided), ("directions, listed negatives and log-sums", p.in_parts)):
+            if given:
+                raise RuntimeError(f"backend='cuda' cannot run here: it has no kernels for {name}; triton and torch have")
         return cls(p.coefficients(), None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous())
 
 

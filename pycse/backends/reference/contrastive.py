@@ -9,6 +9,7 @@ This is the oracle that every kernel is tested against.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,32 +39,38 @@ def contrastive(p: Contrastive) -> Result:
 
     positive = j == pos[:, None]
     s_pos = s.gather(1, pos[:, None])
-    own_hard = (j >= B) & (j % B == i[:, None]) & ~positive
+    own = (j >= B) & (j % B == i[:, None])  # its hard negatives
+    not_shared = torch.zeros_like(positive)
+    if p.negatives_ptr is not None and p.negatives_index is not None:
+        row = torch.repeat_interleave(i, p.negatives_ptr.diff().to(s.device))
+        own = torch.zeros_like(positive)
+        own[row, p.negatives_index.to(s.device)] = True
+        not_shared = own.any(0) & ~own
     own_b, own_c = p.logit.own
 
     def coefficient(term: Term) -> Tensor | float:
         return (term.over + term.m_over * p.m) / p.temperature
 
-    def quadratic(q: Term, b: Term) -> Tensor:
+    def quadratic(q: Term, b: Term, s: Tensor) -> Tensor:
         """(q s + b) s without the terms that are not there: 0 times an infinite s would be NaN."""
         if q == NONE:
             return coefficient(b) * s
         return coefficient(q) * s * s if b == NONE else (coefficient(q) * s + coefficient(b)) * s
 
-    q, b, c = p.logit.positive
-    l_positive = quadratic(q, b) + coefficient(c)
-    q, b = p.logit.negative
-    l = quadratic(q, b)
-    if b.fixed:
-        l = l + b.fixed * s.detach()
-    if p.logit.has_own:
-        l = l + torch.where(own_hard, own_b * s.detach() + own_c, 0)
-    l = torch.where(positive, l_positive, l)
-    l_pos = l.gather(1, pos[:, None])
+    def negative_logits(s: Tensor, hardness: bool = True) -> Tensor:
+        q, b = p.logit.negative
+        l = quadratic(q, b, s)
+        return l + b.fixed * s.detach() if b.fixed and hardness else l
 
-    same_id = torch.zeros_like(positive)
+    q, b, c = p.logit.positive
+    l_pos = quadratic(q, b, s_pos) + coefficient(c)
+    l = negative_logits(s)
+    if p.logit.has_own:
+        l = l + torch.where(own & ~positive, own_b * s.detach() + own_c, 0)
+
+    same_id = not_shared
     if p.query_ids is not None and p.key_ids is not None:
-        same_id = p.query_ids[:, None] == p.key_ids
+        same_id = same_id | (p.query_ids[:, None] == p.key_ids)
 
     if p.guided:
         t = p.guide_logits
@@ -72,26 +79,52 @@ def contrastive(p: Contrastive) -> Result:
             t = p.guide_queries @ p.guide_keys.t()
         t = t.detach().to(s.dtype)
         t_pos = t.gather(1, pos[:, None])
-        bound = {"absolute": t_pos, "relative": t_pos, "constant": t_pos * 0}[p.guide_by]
-        same_id = same_id | (t > bound + p.guide_above * (t_pos.abs() if p.guide_by == "relative" else 1))
+        at = {"absolute": t_pos, "relative": t_pos, "constant": t_pos * 0}[p.guide_by]
+        same_id = same_id | (t > at + p.guide_above * (t_pos.abs() if p.guide_by == "relative" else 1))
 
-    def losses(s_pos: Tensor, dim: int) -> Tensor:
-        dropped = same_id
-        if p.excludes:
-            above: Any = (
-                p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
-            )
-            at = s_pos.detach()
-            bound = {"absolute": at + above, "relative": at + above * at.abs(), "constant": at * 0 + above}
-            dropped = dropped | (s.detach() > bound[p.exclude_by])
-        kept = l.masked_fill(dropped & ~positive, -torch.inf)
-        # softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation.
-        negatives = kept.masked_fill(positive, -torch.inf)
+    def too_near(s: Tensor, s_pos: Tensor, dim: int) -> Tensor:
+        if not p.excludes:
+            return torch.zeros_like(s, dtype=torch.bool)
+        above: Any = p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
+        at = s_pos.detach()
+        bound = {"absolute": at + above, "relative": at + above * at.abs(), "constant": at * 0 + above}
+        return s.detach() > bound[p.exclude_by]
+
+    def log_sum(negatives: Tensor, dim: int) -> Tensor:
+        """-inf, without a gradient, where there are none."""
         alone = torch.isneginf(negatives).all(dim)
-        negatives = negatives.masked_fill(alone.unsqueeze(dim) & positive, 0)  # keeps gradients of empty rows finite
-        return torch.where(alone, 0, torch.logaddexp(l.new_zeros(()), negatives.logsumexp(dim) - l_pos.squeeze(1)))
+        filled = negatives.masked_fill(alone.unsqueeze(dim), 0)
+        return torch.where(alone, -torch.inf, filled.logsumexp(dim))
 
-    rows = losses(s_pos, 1)
+    def losses(negatives: Tensor, dim: int, times: int = 1) -> Tensor:
+        """softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation; the positive counted so often."""
+        total = log_sum(negatives, dim)
+        alone = torch.isneginf(total)
+        d = torch.where(alone, 0, total) - l_pos.squeeze(1) - math.log(times)
+        return torch.where(alone, 0, torch.logaddexp(l.new_zeros(()), d)) + math.log(times)
+
+    dropped = positive | same_id
+    negatives = l.masked_fill(dropped | too_near(s, s_pos, 1), -torch.inf)
+    if p.output == "negatives":
+        return Result(log_sum(negatives, 1))
+    if p.output == "logsum":
+        total = log_sum(negatives, 1)
+        return Result(torch.where(torch.isneginf(total), l_pos.squeeze(1), torch.logaddexp(total, l_pos.squeeze(1))))
     if p.symmetric:
-        rows = (rows + losses(s_pos.t(), 0)) / 2
-    return Result(rows)
+        columns = l.masked_fill(dropped | too_near(s, s_pos.t(), 0), -torch.inf)
+        return Result((losses(negatives, 1) + losses(columns, 0)) / 2)
+    if p.directions == "qd":
+        return Result(losses(negatives, 1))
+
+    parts = {"qd": negatives}
+    embeddings, ids = {"q": z1, "d": z2}, {"q": p.query_ids, "d": p.key_ids}
+    for direction in p.directions.split()[1:]:
+        rows, keys = (embeddings[side] for side in direction)
+        s = (rows[:B] @ keys.t()).to(p.acc)
+        gone = torch.arange(s.shape[1], dtype=torch.int64, device=s.device) % B == i[:, None]  # itself, its positive, its hard negatives
+        if (key_ids := ids[direction[1]]) is not None and p.query_ids is not None:
+            gone = gone | (p.query_ids[:, None] == key_ids)
+        parts[direction] = negative_logits(s, hardness=False).masked_fill(gone | too_near(s, s_pos, 1), -torch.inf)
+    if p.partition == "joint":
+        return Result(losses(torch.cat(list(parts.values()), 1), 1, 2 if "dq" in parts else 1))
+    return Result(torch.stack([losses(part, 1) for part in parts.values()]).mean(0))

@@ -20,9 +20,10 @@ from pycse.problem import Result, Supervised
 
 def supervised(p: Supervised) -> Result:
     """The rows' losses, by autograd all the way."""
+    assert p.z2 is not None
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     l = (z1 @ z2.t()).to(p.acc) / p.temperature
-    positive = p.ids1[:, None] == p.ids2
+    positive = p.ids1[:, None] == p.key_ids
     negative = ~positive
     if p.same:
         positive = positive & ~torch.eye(l.shape[0], dtype=torch.bool, device=l.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pycse.backends.torch.norms import Norms
 from pycse.logits import Coefficients
 from pycse.panels import contrastive as panel
+from pycse.panels import parts
 from pycse.problem import Contrastive, Result
 
 
@@ -146,4 +147,4 @@ class Kernels(Norms, panel.Kernels):
 
 
 def contrastive(p: Contrastive) -> Result:
-    return panel.contrastive(p, Kernels)
+    return (parts if p.in_parts else panel).contrastive(p, Kernels)

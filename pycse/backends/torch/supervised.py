@@ -23,7 +23,7 @@ class Kernels(Norms, panel.Kernels):
     def rows(self, S: Tensor, i0: int, grad: bool) -> None:
         p, out = self.p, self.state
         part = slice(i0, i0 + S.shape[0])
-        positive = p.ids1[part, None] == p.ids2
+        positive = p.ids1[part, None] == p.key_ids
         s = S.to(p.acc) * out.r2
         others = ~positive  # the negatives
         if p.same:

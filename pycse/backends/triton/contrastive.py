@@ -17,6 +17,7 @@ from pycse.kernels.triton import contrastive as row_kernels
 from pycse.kernels.triton import fused, fused_symmetric, symmetric
 from pycse.logits import Coefficients
 from pycse.panels import contrastive as panel
+from pycse.panels import parts
 from pycse.problem import Contrastive, Result
 
 # Panels of GEMM tiles go down this many row tiles before the next column tile: all of a panel's 2048 rows (3 MB at
@@ -125,7 +126,7 @@ class Kernels(Norms, panel.Kernels):
         time: not the row's maximum (a shift must bound the logits), nor a bound from its positive, and sums for the
         gradients of the coefficients would be two more."""
         p = self.p
-        if self.shift is None or p.excludes or p.guided or p.trained or p.acc == torch.float64:
+        if self.shift is None or p.excludes or p.guided or p.trained or p.in_parts or p.acc == torch.float64:
             return False
         # The interpreter's tl.dot misreads bfloat16; a GPU's tl.dot in full float32 has no tensor cores and is no match
         # for cuBLAS.
@@ -245,4 +246,4 @@ class Kernels(Norms, panel.Kernels):
 
 def contrastive(p: Contrastive) -> Result:
     with on_device_of(p.z1):
-        return panel.contrastive(p, Kernels)
+        return (parts if p.in_parts else panel).contrastive(p, Kernels)

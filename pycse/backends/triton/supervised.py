@@ -28,7 +28,7 @@ class Kernels(Norms, panel.Kernels):
         p, out = self.p, self.state
         f = self.new(S.shape[0]) if grad else None
         kernels.rows[(S.shape[0],)](
-            S, out.r2, p.ids1, p.ids2, self.coef, out.loss, out.dlogit if grad else None, f, self.b, self.shift,
+            S, out.r2, p.ids1, p.key_ids, self.coef, out.loss, out.dlogit if grad else None, f, self.b, self.shift,
             i0, self.B, self.N, S.stride(0),
             SAME=p.same, INSIDE=p.inside, BLOCK=self.block, num_warps=warps_of(self.block),
         )  # fmt: skip

@@ -163,12 +163,19 @@ def test_strided_rows(emulated):
             torch.testing.assert_close(x, y, rtol=10 * BAND[dtype], atol=1e-6)
 
 
-def test_guides_are_refused_by_name(emulated):
+REFUSED = [
+    ("guides", {"guide_logits": torch.zeros(6, 9)}),
+    ("directions, listed negatives and log-sums", {"directions": ["qd", "qq"]}),
+    ("directions, listed negatives and log-sums", {"negatives": (torch.zeros(7).long(), torch.zeros(0).long())}),
+]
+
+
+@pytest.mark.parametrize("name, options", REFUSED, ids=str)
+def test_what_it_lacks_is_refused_by_name(emulated, name, options):
     z1, z2 = embeddings(6, 9)
-    with pytest.raises(
-        RuntimeError, match="backend='cuda' cannot run here: it has no kernels for guides; triton and torch have"
-    ):
-        fused_focal_infonce(z1, z2, guide_logits=torch.zeros(6, 9), backend="cpu")
+    message = f"backend='cuda' cannot run here: it has no kernels for {name}; triton and torch have"
+    with pytest.raises(RuntimeError, match=message):
+        fused_focal_infonce(z1, z2, backend="cpu", **options)
 
 
 # --- the compiled kernels, with no GPU ---

@@ -50,7 +50,7 @@ def test_a_temperature_that_nobody_reads_gives_nan(device):
     from pycse.backends.triton.supervised import supervised
 
     z, ids = torch.randn(6, 8, device=device), torch.arange(6, device=device) // 2
-    assert supervised(Supervised(z, z, torch.tensor(-1.0, device=device), None, ids, ids, same=True)).rows.isnan().all()
+    assert supervised(Supervised(z, z, torch.tensor(-1.0, device=device), None, ids)).rows.isnan().all()
 
 
 def test_forward_alone(device):

@@ -1,0 +1,379 @@
+"""Row panels where a row's negatives come in parts: keys by direction (documents, queries), and lists of its own.
+
+Each part is what pycse/panels/contrastive.py has for a whole loss, a panel and the row kernels of a backend, which here
+sum over the negatives alone; a row's parts are joined by their log-sums. With unit rows x, y of a part k:
+
+    lneg_k  = log sum_neg exp(l)                           the kernel's; G_k f_k = dl/ds exp(l - lneg_k) over its panel
+    l_pos   of the positive's cosine, from the embeddings: once, however often it counts
+    Lambda  = log sum_k exp(lneg_k)
+    joint:          total = log(exp(Lambda) + n exp(l_pos)), L = total - l_pos      n: 2 where dq counts it again
+    per direction:  L = mean_k log(1 + exp(lneg_k - l_pos))
+    log-sums alone: L = total or Lambda
+
+The gradient of part k is G_k f_k w_k with w_k = dL/dlneg_k; the positive's is P = dL/dl_pos, so that a confident row
+keeps its digits: P = -sum_neg. A pair of a list is a dot product, its sums PyTorch's: B N D operations are of the keys
+that rows share, D of each listed one.
+
+2 B N_k D operations a product, three products a part; O(c sum_k N_k) memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pycse.logits import NONE, Coefficients, Logit, Term
+from pycse.panels import products
+from pycse.panels.contrastive import Guide, Kernels, KeyGradient, LogSums, State, panel_rows
+from pycse.problem import FIXED_RANGE, Contrastive, Needs, Result
+
+LOWEST = -3e8  # a logit below any that float32 resolves (kernels/common/loss.h)
+PAIR_BYTES = 8 << 20  # of the listed keys' embeddings that are gathered at a time
+
+
+@dataclass
+class Part(Contrastive):
+    """A problem whose rows sum over their negatives alone: its positive's logit is a constant below all others."""
+
+    whole: Contrastive | None = None
+    hard: bool = True  # whether hardness weighs its negatives
+    own: tuple[float, float] = (0.0, 0.0)  # of the rows' own hard negatives
+
+    @property
+    def logit(self) -> Logit:
+        assert self.whole is not None
+        logit, low = self.whole.logit, LOWEST
+        if self.shift is not None:  # float32 has exp(-FIXED_RANGE) still
+            assert not isinstance(self.temperature, Tensor) and not isinstance(self.m, Tensor)
+            low = logit.range(self.temperature, self.m)[0] - FIXED_RANGE / 2
+        q, b = logit.negative
+        b = b if self.hard else b._replace(fixed=0.0)
+        return replace(logit, positive=(NONE, NONE, Term(fixed=low)), negative=(q, b), own=self.own)
+
+    @property
+    def shift(self) -> float | None:
+        assert self.whole is not None
+        return self.whole.shift
+
+
+class Side:
+    """Embeddings that are rows or keys of parts, and the sum of their gradients, in units of the keys' r."""
+
+    def __init__(self, p: Contrastive, z: Tensor, k: Kernels, need: bool) -> None:
+        self.p, self.z, self.k = p, z, k
+        self.keys, self.norms = z, torch.ones(z.shape[0], dtype=p.acc, device=z.device)
+        self.r, self.far = self.norms, None  # of keys
+        if p.normalize:
+            self.far = k.normalize(z, self.norms, None)
+            if self.far:  # a key's product may overflow: all of them from a normalised copy
+                self.keys, self.r = k.empty(*z.shape, dtype=z.dtype), torch.ones_like(self.norms)
+                k.normalize(z, None, self.keys)
+        self.total = KeyGradient(z, k, single=False) if need else None
+        if self.total is not None:
+            self.total.begin()
+
+    def allocate(self, c: int) -> None:
+        if self.p.normalize:
+            self.memory = self.k.empty(c, self.z.shape[1], dtype=self.z.dtype)
+
+    def panel(self, i0: int, n: int) -> None:
+        """rows: the unit rows from i0 on."""
+        self.rows = self.z[i0 : i0 + n]
+        if self.p.normalize:
+            rows, self.rows = self.rows, self.memory[:n]
+            self.k.normalize(rows, None, self.rows)
+
+    def unit_keys(self, j: Tensor) -> Tensor:
+        return self.keys[j].to(self.p.acc) * self.r[j, None]
+
+    def add_rows(self, i0: int, g: Tensor, factors: Tensor | None = None) -> None:
+        """The gradient g of unit rows from i0 on, times factors."""
+        if self.total is not None:
+            r = self.r[i0 : i0 + g.shape[0]]
+            self.total.add_scaled(i0, g, r if factors is None else r * factors)
+
+    def add_keys(self, j: Tensor, g: Tensor) -> None:
+        """The gradient g of unit keys j, the same sum each time: on a GPU a sorted one, as atomic sums come in any
+        order."""
+        if self.total is None:
+            return
+        g = (g * self.r[j, None]).to(self.total.total.dtype)
+        if g.is_cuda:
+            self.total.total.index_put_((j,), g, accumulate=True)
+        else:
+            self.total.total.index_add_(0, j, g)
+
+    def gradient(self) -> Tensor | None:
+        if self.total is None:
+            return None
+        total, z = self.total.total, self.z
+        fits = total.dtype == z.dtype and total.is_contiguous()
+        dz = total if fits else self.k.empty(*z.shape, dtype=z.dtype)
+        if self.p.normalize:
+            self.k.project(z, total, self.norms, dz, scaled=not self.far)
+        elif not fits:
+            dz.copy_(total)
+        return dz
+
+
+class Direction:
+    """One part: its kernels, panel and sides. All rows share its keys, ``shared`` says which of y's they are."""
+
+    def __init__(self, part: Part, kernels: type[Kernels], x: Side, y: Side, shared: Tensor | slice) -> None:
+        B, N, acc, device = part.z1.shape[0], part.z2.shape[0], part.acc, part.z1.device
+        new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
+        self.p, self.x, self.y, self.shared = part, x, y, shared
+        self.state = State(r2=y.r[shared], coef=1.0, loss=new(B))
+        self.state.sums = LogSums.empty(B, kernels.statistics or acc, part)
+        self.state.dlogit = new(part.gradients, B) if part.trained else None
+        self.k = kernels(part, self.state)
+        # Keys that do not lie together in y have a gradient of their own until the end.
+        self.keys = y.total
+        if y.total is not None and N < y.z.shape[0]:
+            self.keys = KeyGradient(part.z2, self.k, single=False)
+            self.keys.begin()
+
+    def allocate(self, c: int) -> None:
+        N = self.p.z2.shape[0]
+        stride = products.row_stride(N, self.p.z1.device, self.p.z1.element_size())
+        self.panel = self.k.empty(c, stride, dtype=self.p.z1.dtype)[:, :N]
+        self.guide = Guide(self.p, self.k, c) if self.p.guided else None
+
+    def sums(self, i0: int, n: int, grad: bool) -> Tensor:
+        """lneg of rows I; with ``grad`` G over the panel."""
+        self.S = self.panel[:n]
+        if self.guide is not None:
+            self.state.T = self.guide.panel(i0, n)
+        self.k.similarities(self.x.rows, self.p.z2, self.S)
+        self.f = self.k.rows(self.S, i0, grad)
+        assert self.state.sums is not None
+        return self.state.sums.lneg[i0 : i0 + n]
+
+    def add_gradients(self, i0: int, w: Tensor, g1: Tensor) -> None:
+        """The panel's share: w = dL/dlneg of rows I. g1 is memory for a product."""
+        I = slice(i0, i0 + self.S.shape[0])
+        if self.state.dlogit is not None:
+            self.state.dlogit[:, I].mul_(w)
+        scale = (w if self.f is None else w * self.f).to(self.p.acc)
+        if self.x.total is not None:
+            self.x.add_rows(i0, self.k.product(self.S, self.p.z2, g1[: self.S.shape[0]]), scale)
+        if self.keys is not None:
+            rows = self.x.rows
+            self.keys.add(self.S, torch.mul(rows, scale[:, None], out=torch.empty_like(rows)))
+
+    def finish(self) -> None:
+        """Keys that did not lie together to their places."""
+        if self.keys is not None and self.keys is not self.y.total:
+            assert self.y.total is not None
+            self.y.total.total[self.shared] += self.keys.total
+
+
+class Lists:
+    """The rows' own negatives, pair by pair."""
+
+    def __init__(self, p: Contrastive, x: Side, y: Side, c: Coefficients, wide: torch.dtype) -> None:
+        assert p.negatives_ptr is not None and p.negatives_index is not None
+        device = p.z1.device
+        self.p, self.x, self.y, self.c, self.wide = p, x, y, c, wide
+        self.ptr = p.negatives_ptr.tolist()
+        self.index = p.negatives_index.to(device)
+        self.lengths = p.negatives_ptr.diff().to(device)
+        self.row = torch.repeat_interleave(self.lengths, output_size=self.index.shape[0])
+        self.dlogit = torch.zeros(2, dtype=p.acc, device=device)  # of the negatives' q and b
+
+    def _chunks(self, i0: int, a: int, b: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of the panel's pairs [a, b): which of them, their rows from i0 on, their keys."""
+        step = max(1, PAIR_BYTES // (self.p.z1.shape[1] * self.p.acc.itemsize))
+        for k in range(a, b, step):
+            part = slice(k, min(b, k + step))
+            yield slice(part.start - a, part.stop - a), self.row[part] - i0, self.index[part]
+
+    def _dots(self, rows: Tensor, keys: Tensor, i0: int, a: int, b: int) -> Tensor:
+        out = torch.empty(b - a, dtype=self.p.acc, device=rows.device)
+        for at, i, j in self._chunks(i0, a, b):
+            left, right = rows[i].to(self.p.acc), keys[j].to(self.p.acc)
+            out[at] = torch.bmm(left[:, None], right[:, :, None]).view(-1)
+        return out
+
+    def sums(self, i0: int, n: int, bound: Tensor | None, guide_bound: Tensor | None) -> Tensor:
+        p, c = self.p, self.c
+        a, b = self.ptr[i0], self.ptr[i0 + n]
+        row, index = self.row[a:b], self.index[a:b]
+        self.s = self._dots(self.x.rows, self.y.keys, i0, a, b).mul_(self.y.r[index])
+        l = self.s * (c.b + c.own_b) + c.own_c if p.logit.linear else (c.q * self.s + (c.b + c.own_b)) * self.s + c.own_c
+        if p.query_ids is not None and p.key_ids is not None:
+            l.masked_fill_(p.query_ids[row] == p.key_ids[index], -torch.inf)
+        if bound is not None:
+            l.masked_fill_(self.s > bound[row - i0], -torch.inf)
+        if guide_bound is not None:
+            if p.guide_logits is not None:
+                t = p.guide_logits[row, index].to(p.acc)
+            else:
+                assert p.guide_queries is not None and p.guide_keys is not None
+                t = self._dots(p.guide_queries[i0 : i0 + n], p.guide_keys, i0, a, b)
+            l.masked_fill_(t > guide_bound[row - i0], -torch.inf)
+        lengths = self.lengths[i0 : i0 + n]
+        top = torch.segment_reduce(l, "max", lengths=lengths, initial=LOWEST)
+        self.e = l.sub_(top[row - i0]).exp_()
+        self.z = torch.segment_reduce(self.e, "sum", lengths=lengths, initial=0.0).to(self.wide)
+        return self.z.log() + top.to(self.wide)
+
+    def add_gradients(self, i0: int, n: int, w: Tensor) -> None:
+        a, b = self.ptr[i0], self.ptr[i0 + n]
+        row = self.row[a:b] - i0
+        P = self.e * (w / torch.where(self.z > 0, self.z, 1)).to(self.p.acc)[row]
+        if self.p.trained:
+            self.dlogit += torch.stack(((P * self.s * self.s).sum(), (P * self.s).sum()))
+        g = (P * (self.c.slope if self.p.logit.linear else 2 * self.c.q * self.s + self.c.slope))[:, None]
+        for at, i, j in self._chunks(i0, a, b):
+            self.x.add_keys(i + i0, g[at] * self.y.unit_keys(j))
+            self.y.add_keys(j, g[at] * self.x.rows[i])
+
+
+def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
+    (B, D), device, acc = p.z1.shape, p.z1.device, p.acc
+    wide = kernels.statistics or acc
+    new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
+    norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(B)))
+    x, y = (Side(p, z, norms, need) for z, need in ((p.z1, p.needs.z1), (p.z2, p.needs.z2)))
+    c = p.coefficients()
+    c = Coefficients(*c)
+    grad = p.needs.z1 or p.needs.z2 or p.trained
+
+    bounds = new(B) if p.excludes else None
+    shared: Tensor | slice = slice(None)
+    positives = p.positives
+    if p.negatives_index is not None:
+        shared, positives = _shared(p)
+    main = _part(
+        p, p.z1, y.keys[shared], positives=positives, own=p.logit.own if p.negatives_index is None else (0.0, 0.0),
+        key_ids=None if p.key_ids is None else p.key_ids[shared], bounds=bounds,
+        guide_queries=p.guide_queries, guide_keys=None if p.guide_keys is None else p.guide_keys[shared],
+        guide_logits=None if p.guide_logits is None else p.guide_logits[:, shared],
+    )  # fmt: skip
+    parts = [Direction(main, kernels, x, y, shared)]
+    names = p.directions.split()
+    ids = {"q": p.query_ids, "d": p.key_ids}
+    for name in names[1:]:
+        rows, keys = (x if side == "q" else y for side in name)
+        own = (0.0, -math.inf) if name == "dd" and p.z2.shape[0] > B else (0.0, 0.0)  # documents of the same query
+        part = _part(p, rows.z[:B], keys.keys, hard=False, own=own, key_ids=ids[name[1]], bounds=bounds)
+        parts.append(Direction(part, kernels, rows, keys, slice(None)))
+    lists = Lists(p, x, y, c, wide) if p.negatives_index is not None else None
+
+    rows_in_panel = panel_rows(B, sum(part.p.z2.shape[0] for part in parts), p, norms.temporaries)
+    sides = (x, y) if any(part.x is y for part in parts) else (x,)
+    for one in (*parts, *sides):
+        one.allocate(rows_in_panel)
+    g1 = norms.empty(rows_in_panel, D, dtype=p.z1.dtype) if grad else None
+    loss = new(B)
+    dlogit = torch.zeros(p.gradients, B, dtype=acc, device=device) if p.trained else None
+    coef = p.row_coefficients()
+
+    for i0 in range(0, B, rows_in_panel):
+        I = slice(i0, min(B, i0 + rows_in_panel))
+        n = I.stop - i0
+        pos = torch.arange(i0, I.stop, dtype=torch.int64, device=device) if p.positives is None else p.positives[I]
+        valid = (pos >= 0) & (pos < p.z2.shape[0])  # on a GPU nobody has looked: a bad one gives NaN
+        pos = pos.clamp(0, p.z2.shape[0] - 1)
+        for side in sides:
+            side.panel(i0, n)
+        q, d = x.rows.to(acc), y.unit_keys(pos)
+        s_pos = torch.where(valid, (q * d).sum(1), torch.nan)
+        if bounds is not None:
+            bounds[I] = p.threshold(s_pos, I)
+        lneg = [part.sums(i0, n, grad) for part in parts]
+        if lists is not None:
+            lneg.append(lists.sums(i0, n, None if bounds is None else bounds[I], _guide_bound(p, I, pos)))
+        linear = p.logit.linear
+        l_pos = (s_pos * c.positive_b if linear else (c.positive_q * s_pos + c.positive_b) * s_pos) + c.positive_c
+        weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
+        loss[I], P, w = joined(p, lneg, l_pos.to(wide), weight)
+        if not grad:
+            continue
+        assert g1 is not None
+        for part, w_k in zip(parts, w):
+            part.add_gradients(i0, w_k, g1)
+        if lists is not None:
+            lists.add_gradients(i0, n, w[-1])
+        P = P.to(acc)
+        if dlogit is not None:
+            dlogit[:3, I] = torch.stack((P * s_pos * s_pos, P * s_pos, P))
+        g = (P * (c.positive_b if linear else 2 * c.positive_q * s_pos + c.positive_b))[:, None]
+        x.add_rows(i0, g * d)
+        y.add_keys(pos, g * q)
+
+    for part in parts:
+        part.finish()
+        if dlogit is not None:
+            assert part.state.dlogit is not None
+            dlogit[3:] += part.state.dlogit[3:]
+    if dlogit is not None and lists is not None:
+        dlogit[3:, 0] += lists.dlogit
+    return p.result(loss, x.gradient(), y.gradient(), dlogit)
+
+
+def joined(p: Contrastive, lneg: list[Tensor], l_pos: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """From the parts' log-sums the rows' values L, and coef dL/dl_pos and coef dL/dlneg of each part."""
+    names = p.directions.split()
+    if p.partition == "per_direction" and len(names) > 1:
+        d = torch.stack(lneg) - l_pos
+        w = coef / len(names) * d.sigmoid()
+        return torch.logaddexp(torch.zeros_like(d), d).mean(0), -w.sum(0), list(w)
+    total_neg = lneg[0] if len(lneg) == 1 else torch.stack(lneg).logsumexp(0)
+    if p.output == "negatives":
+        total, P = total_neg, torch.zeros_like(l_pos)
+        values = total
+    else:
+        times = 2 if "dq" in names else 1
+        d = total_neg - l_pos - math.log(times)
+        total = torch.logaddexp(total_neg, l_pos + math.log(times))
+        if p.output == "logsum":
+            values, P = total, coef * (-d).sigmoid()
+        else:
+            values, P = torch.logaddexp(torch.zeros_like(d), d) + math.log(times), -coef * d.sigmoid()
+    return values, P, [coef * (part - total).exp().masked_fill(torch.isneginf(part), 0) for part in lneg]
+
+
+def _part(p: Contrastive, z1: Tensor, z2: Tensor, bounds: Tensor | None = None, **more: object) -> Part:
+    """A problem of unit rows; what is not given is as nobody asked for it."""
+    needs = Needs(p.needs.z1, p.needs.z2, p.trained)
+    return Part(
+        z1, z2, p.temperature, p.m, **{
+            "query_ids": p.query_ids, "exclude_each": bounds, "exclude_by": "constant", "form": p.form,
+            "guide_above": p.guide_above, "guide_by": p.guide_by, "normalize": False, "reduction": "sum",
+            "needs": needs, "whole": p, **more,
+        },
+    )  # fmt: skip
+
+
+def _shared(p: Contrastive) -> tuple[Tensor | slice, Tensor | None]:
+    """Which keys all rows share, and where the rows' positives stand among them."""
+    assert p.negatives_index is not None
+    B, N = p.z1.shape[0], p.z2.shape[0]
+    index = p.negatives_index
+    listed = torch.zeros(N, dtype=torch.bool, device=index.device)
+    listed[index] = True
+    shared = (~listed).nonzero().squeeze(1)
+    count = shared.shape[0]
+    if count == 0 or shared[-1] == count - 1:
+        return slice(0, count), p.positives
+    place = torch.empty(N, dtype=torch.int64, device=index.device)
+    place[shared] = torch.arange(count, dtype=torch.int64, device=index.device)
+    place = place.to(p.z1.device)
+    return shared.to(p.z1.device), place[:B] if p.positives is None else place[p.positives]
+
+
+def _guide_bound(p: Contrastive, I: slice, pos: Tensor) -> Tensor | None:
+    if not p.guided:
+        return None
+    if p.guide_logits is not None:
+        t_pos = p.guide_logits[I].gather(1, pos[:, None]).squeeze(1).to(p.acc)
+    else:
+        assert p.guide_queries is not None and p.guide_keys is not None
+        t_pos = (p.guide_queries[I].to(p.acc) * p.guide_keys[pos].to(p.acc)).sum(1)
+    return p.guide_threshold(t_pos)
