@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import CLASSES, Inputs, Workload
+from benchmarks.workloads import CLASSES, LISTED, Inputs, Workload
 
 TAU, M = 0.05, 0.3
 SCALE, BIAS = 10.0, -10.0  # of the sigmoid loss
@@ -35,8 +35,31 @@ def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
     return contrastive_of_similarities(op, s, first)
 
 
+def guided(z1: Tensor, z2: Tensor, guide: list[Tensor], first: int = 0) -> Tensor:
+    """GISTEmbed: keys nearer to the row than its positive is, by the guide, are no negatives."""
+    s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t()
+    with torch.no_grad():
+        t = F.normalize(guide[0][first : first + len(z1)], dim=1) @ F.normalize(guide[1], dim=1).t()
+        near = t > t.diagonal(first)[:, None]
+    return F.cross_entropy((s / TAU).masked_fill(near, -torch.inf), positives(s, first))
+
+
+def directions(z1: Tensor, z2: Tensor, keys1: Tensor, first: int = 0) -> Tensor:
+    """qd, qq, dq and dd in one sum. z1: queries from ``first`` on, of all ``keys1``; z2: all documents."""
+    q, queries, d = (F.normalize(z, dim=1) for z in (z1, keys1, z2))
+    rows = d[first : first + len(q)]
+    s, alone = q @ d.t(), torch.full((len(q),), -torch.inf, device=q.device)
+    others = [(x @ y.t()).diagonal_scatter(alone, first) for x, y in ((q, queries), (rows, d))]
+    return F.cross_entropy(torch.cat([s, rows @ queries.t(), *others], 1) / TAU, positives(s, first))
+
+
 def contrastive_of_similarities(op: str, s: Tensor, first: int = 0, reduction: str = "mean") -> Tensor:
     target = positives(s, first)
+    if op == "lists":  # of B (1 + LISTED) keys the first B, and the row's own
+        B = s.shape[1] // (1 + LISTED)
+        own = torch.arange(s.shape[1], device=s.device) % B == target[:, None]
+        own[:, :B] = True
+        return F.cross_entropy((s / TAU).masked_fill(~own, -torch.inf), target, reduction=reduction)
     if op == "supcon":  # the row itself out
         positive = classes(s, first)[:, None] == classes(s.t())
         positive = positive.diagonal_scatter(torch.zeros_like(s.diagonal(first), dtype=torch.bool), first)
@@ -103,6 +126,10 @@ def formula(w: Workload, x: Inputs, shuffle: str = "") -> Callable[..., Tensor]:
         return uniformity
     if w.op == "supcon":
         return lambda z: contrastive("supcon", z, z)
+    if w.op == "guided":
+        return lambda z1, z2: guided(z1, z2, x.teachers)
+    if w.op == "directions":
+        return lambda z1, z2: directions(z1, z2, z1)
     if w.op == "sparse":
         return F.linear
     if w.op == "contrastive-rows":
@@ -121,11 +148,17 @@ def reference(w: Workload, x: Inputs) -> list[Tensor]:
     leaves = [leaf.detach().float().requires_grad_(w.backward) for leaf in x.leaves]
     if (w.by_rows or w.op == "symmetric") and w.N > CHUNK:
         total = torch.zeros((), device=leaves[0].device)
-        directions = [leaves, leaves[::-1]] if w.op == "symmetric" else [leaves if len(leaves) == 2 else leaves * 2]
+        ways = [leaves, leaves[::-1]] if w.op == "symmetric" else [leaves if len(leaves) == 2 else leaves * 2]
         one_way = "infonce" if w.op == "symmetric" else w.op
-        for (queries, keys), i in product(directions, range(0, CHUNK if in_part(w) else w.N, CHUNK)):
+        for (queries, keys), i in product(ways, range(0, CHUNK if in_part(w) else w.N, CHUNK)):
             rows = queries[i : i + CHUNK]
-            loss = contrastive(one_way, rows, keys, i) * (len(rows) / (w.N * len(directions)))
+            if w.op == "guided":
+                loss = guided(rows, keys, x.teachers, i)
+            elif w.op == "directions":
+                loss = directions(rows, keys, queries, i)
+            else:
+                loss = contrastive(one_way, rows, keys, i)
+            loss = loss * (len(rows) / (w.N * len(ways)))
             if w.backward:
                 loss.backward()
             total += loss.detach()

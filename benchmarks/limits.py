@@ -12,7 +12,7 @@ from benchmarks.workloads import Inputs, Workload
 
 def products(w: Workload, x: Inputs, c: int, wide: bool = False) -> Callable[[], None]:
     """In panels of c rows, with torch.mm into preallocated memory. 6 N^2 D operations for a contrastive loss, 8 where
-    it is symmetric, 2 forward alone; 3 for uniformity, whose panels are triangular; 8 and 6 + 2 K for DistillCSE with K
+    it is symmetric, 2 forward alone; 24 for four directions; 3 for uniformity, whose panels are triangular; 8 and 6 + 2 K for DistillCSE with K
     teachers. ``wide``: a product of 16-bit panels adds to the float32 sum itself, which PyTorch can on CUDA."""
     z = [leaf.detach() for leaf in x.leaves]
     N, D = z[0].shape
@@ -54,6 +54,14 @@ def products(w: Workload, x: Inputs, c: int, wide: bool = False) -> Callable[[],
             torch.mm(s, z1, out=g1[i : i + c])
             accumulate(s, panel, g2)
 
+    def directions() -> None:
+        for i in range(0, N, c):
+            for x, y in ((0, 1), (0, 0), (1, 0), (1, 1)):
+                panel = z[x][i : i + c]
+                s = torch.mm(panel, z[y].t(), out=S.view(c, N)[: len(panel)])
+                torch.mm(s, z[y], out=g1[i : i + c])
+                accumulate(s, panel, g2)
+
     def uniformity() -> None:  # the 3 N^2 D operations of triangular panels
         (x,) = z
         for i in range(0, N, c):
@@ -68,7 +76,7 @@ def products(w: Workload, x: Inputs, c: int, wide: bool = False) -> Callable[[],
         e = torch.cat(x.teachers, 1)
         T = torch.empty(c * N, device=e.device)
         return distillcse
-    return uniformity if w.op == "uniformity" else contrastive
+    return {"uniformity": uniformity, "directions": directions}.get(w.op, contrastive)
 
 
 def yardstick(w: Workload, x: Inputs) -> Callable[[], Tensor]:

@@ -24,7 +24,8 @@ from benchmarks.formulas import BIAS, CHUNK, SCALE, TAU, TEACHER, classes, formu
 from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
-from benchmarks.workloads import CONTRASTIVE, ROWS, SIDES, Inputs, Workload
+from benchmarks.workloads import CONTRASTIVE, LISTED, ROWS, SIDES, Inputs, Workload
+from pycse.problem import DIRECTIONS
 from pycse.sparse import SparseLinear
 
 OVERHEAD = 256 << 20  # of a process beyond its tensors
@@ -105,8 +106,17 @@ def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
         "sigmoid": lambda: pycse.fused_sigmoid(*x.leaves, SCALE, BIAS, backend=backend),
         "supcon": lambda: pycse.fused_supcon(*x.leaves, classes(x.leaves[0]), temperature=TAU, backend=backend),
         "uniformity": lambda: pycse.uniformity(*x.leaves, backend=backend),
+        "guided": lambda: pycse.fused_infonce(*x.leaves, guides=[(x.teachers[0], x.teachers[1])], backend=backend),
+        "directions": lambda: pycse.fused_infonce(*x.leaves, directions=DIRECTIONS, backend=backend),
+        "lists": lambda: pycse.fused_infonce(*x.leaves, negatives=_lists(w), backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)
+
+
+def _lists(w: Workload) -> tuple[Tensor, Tensor]:
+    """Row i's keys k N + i, k >= 1."""
+    index = torch.arange(w.N)[:, None] + w.N * torch.arange(1, 1 + LISTED)
+    return torch.arange(w.N + 1) * LISTED, index.flatten()
 
 
 def _rows(w: Workload, x: Inputs) -> Alternative:
@@ -156,6 +166,8 @@ def _linear_cross_entropy(w: Workload, x: Inputs) -> Alternative:
 def _directions(w: Workload) -> dict[str, Any]:
     if w.op == "infonce":
         return {}
+    if w.op == "directions":
+        return {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
     return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
@@ -354,7 +366,7 @@ def _floor(c: int, wide: bool = False) -> Callable[[Workload, Inputs], Alternati
 def _covers_floor(c: int, wide: bool = False) -> Callable[[Workload], bool]:
     def covers(w: Workload) -> bool:
         gpu = torch.cuda.is_available()
-        if w.op not in (*CONTRASTIVE, "distillcse", "sigmoid", "uniformity") or (
+        if w.op not in (*CONTRASTIVE, "directions", "distillcse", "sigmoid", "uniformity") or (
             wide and not (gpu and w.dtype == "bf16")
         ):
             return False
@@ -374,20 +386,22 @@ def _of_reference(w: Workload) -> float:
     if not w.timed:
         return 0
     if w.by_rows or (w.op == "symmetric" and not w.huge):
-        return 4 * 6 * min(CHUNK, w.N) * w.N
+        return 4 * 6 * min(CHUNK, w.N) * w.N * {"directions": 4, "lists": 1 + LISTED}.get(w.op, 1)
     return _matrices(16 if w.op == "distillcse" else 6)(w)
 
+
+OF_INFONCE = {"distillcse": 16 / 6, "directions": 4, "lists": 1 + LISTED}  # an eager peer's matrices, beside InfoNCE's
 
 PYCSE = Peer("pycse", lambda w: True, _pycse, memory=_of_reference)
 PEERS = [
     PYCSE,
-    Peer("eager", lambda w: w.op not in ROWS, _eager, memory=lambda w: _matrices(16 if w.op == "distillcse" else 6)(w)),
+    Peer("eager", lambda w: w.op not in ROWS, _eager, memory=lambda w: _matrices(6 * OF_INFONCE.get(w.op, 1))(w)),
     Peer(
         "compile", _among(*CONTRASTIVE, "distillcse", "sigmoid", "supcon", "uniformity"), _compile, memory=_matrices(8)
     ),
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
-    Peer("mnrl", _EITHER, _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
-    Peer("cached-mnrl", _EITHER, _cached_mnrl, "sentence_transformers", "sentence-transformers"),
+    Peer("mnrl", _among("infonce", "symmetric", "directions"), _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
+    Peer("cached-mnrl", _among("infonce", "symmetric", "directions"), _cached_mnrl, "sentence_transformers", "sentence-transformers"),
     Peer(
         "ntxent",
         _ONE_WAY,

@@ -21,6 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTRASTIVE = ("infonce", "focal", "symmetric")
 ROWS = ("contrastive-rows", "distill-rows")
 SIDES = {"block16": 16, "block32": 32, "block64": 64, "unstructured": 1}
+GUIDE = 384  # features of the guided loss' guide
+LISTED = 7  # hard negatives that a row lists
 CLASSES = 64  # of the supervised loss: row i is of class i modulo that
 PANEL = 32  # rows of the panel that a row kernel is timed on: 1 MB at N = 8192, so caches and not memory decide
 HUGE = 32768  # keys from which a call on a CPU takes so long that it is timed once, in a process of its own
@@ -62,7 +64,7 @@ class Workload:
     @property
     def by_rows(self) -> bool:
         """The loss of a row does not depend on other rows, so the formula can be computed in chunks of them."""
-        return self.op in ("infonce", "focal", "sigmoid", "supcon")
+        return self.op in ("infonce", "focal", "sigmoid", "supcon", "guided", "directions", "lists")
 
     @property
     def measures_memory(self) -> bool:
@@ -80,7 +82,7 @@ class Workload:
 @dataclass
 class Inputs:
     leaves: list[Tensor]  # what gradients are taken of
-    teachers: list[Tensor] = field(default_factory=list)
+    teachers: list[Tensor] = field(default_factory=list)  # or a guide's rows and keys
     mask: Tensor | None = None
     upstream: Tensor | None = None
 
@@ -122,6 +124,12 @@ def inputs(w: Workload, device: str = "cpu") -> Inputs:
         z2, base = z1 + 2 * new(w.N, w.D), z1 + new(w.N, w.D)
         given = w.torch_dtype if device == "cuda" else torch.float32  # as an encoder there makes them
         return Inputs([leaf(z1), leaf(z2)], [(base + new(w.N, w.D)).to(device, given) for _ in range(w.teachers)])
+    if w.op == "guided":  # a guide that agrees
+        base = new(w.N, GUIDE)
+        guide = [(base + new(w.N, GUIDE)).to(device) for _ in range(2)]
+        return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))], guide)
+    if w.op == "lists":
+        return Inputs([leaf(z1), leaf(torch.cat([z1 + 2 * new(w.N, w.D), z1.repeat(LISTED, 1) + 3 * new(LISTED * w.N, w.D)]))])
     # Positives at a cosine of 0.45: a loss that is neither solved nor noise.
     return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))])
 
@@ -168,6 +176,12 @@ def _workloads() -> list[Workload]:
         Workload("supcon", 4096, allocators=True),
         Workload("supcon", 16384, allocators=True),
     ]
+    parts = [
+        Workload("guided", 4096, allocators=True),
+        Workload("guided", 16384, allocators=True),
+        Workload("directions", 4096, allocators=True),
+        Workload("lists", 2048, allocators=True),
+    ]
     uniformity = [
         Workload("uniformity", 512, smallest="short"),
         Workload("uniformity", 2048),
@@ -209,7 +223,7 @@ def _workloads() -> list[Workload]:
     ]
     full.append(Workload("sparse", 2048, 768, "bf16", False, pattern="2:4", zeros=50, out=3072, smallest="full"))
     by_name: dict[str, Workload] = {}
-    for w in (*focal, *others, *distill, *sigmoid, *supcon, *uniformity, *rows, *layers, *full):
+    for w in (*focal, *others, *distill, *sigmoid, *supcon, *parts, *uniformity, *rows, *layers, *full):
         by_name.setdefault(w.name, w)
     return list(by_name.values())
 
