@@ -400,8 +400,21 @@ PEERS = [
         "compile", _among(*CONTRASTIVE, "distillcse", "sigmoid", "supcon", "uniformity"), _compile, memory=_matrices(8)
     ),
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
-    Peer("mnrl", _among("infonce", "symmetric", "directions"), _mnrl, "sentence_transformers", "sentence-transformers", memory=_matrices(6)),
-    Peer("cached-mnrl", _among("infonce", "symmetric", "directions"), _cached_mnrl, "sentence_transformers", "sentence-transformers"),
+    Peer(
+        "mnrl",
+        _among("infonce", "symmetric", "directions"),
+        _mnrl,
+        "sentence_transformers",
+        "sentence-transformers",
+        memory=_matrices(6),
+    ),
+    Peer(
+        "cached-mnrl",
+        _among("infonce", "symmetric", "directions"),
+        _cached_mnrl,
+        "sentence_transformers",
+        "sentence-transformers",
+    ),
     Peer(
         "ntxent",
         _ONE_WAY,

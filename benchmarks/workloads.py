@@ -129,7 +129,9 @@ def inputs(w: Workload, device: str = "cpu") -> Inputs:
         guide = [(base + new(w.N, GUIDE)).to(device) for _ in range(2)]
         return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))], guide)
     if w.op == "lists":
-        return Inputs([leaf(z1), leaf(torch.cat([z1 + 2 * new(w.N, w.D), z1.repeat(LISTED, 1) + 3 * new(LISTED * w.N, w.D)]))])
+        return Inputs(
+            [leaf(z1), leaf(torch.cat([z1 + 2 * new(w.N, w.D), z1.repeat(LISTED, 1) + 3 * new(LISTED * w.N, w.D)]))]
+        )
     # Positives at a cosine of 0.45: a loss that is neither solved nor noise.
     return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))])
 

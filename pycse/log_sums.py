@@ -57,8 +57,8 @@ def logsumexp_similarities(
         validate: also check values (positives, temperature) on a GPU, which waits for it. On a CPU they always are.
 
     Returns:
-        (B,) log-sums, float32 (float64 for float64 inputs); -inf, without a gradient, for a row of which no key is left.
-        O(c N) memory. As each row's upstream gradient is known in backward only, the products of forward are made
+        (B,) log-sums, float32 (float64 for float64 inputs); -inf, without a gradient, for a row without a key. O(c N)
+        memory. As each row's upstream gradient is known in backward only, the products of forward are made
         again there: 8 B N D operations.
 
     Raises:

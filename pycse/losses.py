@@ -48,8 +48,8 @@ class Loss(nn.Module):
 class InfoNCELoss(Loss):
     """Module form of :func:`pycse.fused_infonce`; see there for formula, arguments and errors.
 
-    What belongs to a batch (positives, ids, guides, negatives, weight, and exclude_above where it is a tensor) is given to
-    ``forward``; the rest is fixed here. A temperature that is an ``nn.Parameter`` is registered and trained.
+    What belongs to a batch (positives, ids, guides, negatives, weight, and exclude_above where it is a tensor) is given
+    to ``forward``; the rest is fixed here. A temperature that is an ``nn.Parameter`` is registered and trained.
     """
 
     function = staticmethod(fused_infonce)

@@ -120,7 +120,9 @@ class Contrastive(Pairs):
     guide_queries: Tensor | None = None  # (B, D'): guides of the rows, normalised, side by side; and of the keys
     guide_keys: Tensor | None = None  # (N, D')
     guide_logits: Tensor | None = None  # (B, N): or their similarities
-    negatives_ptr: Tensor | None = None  # (B + 1,) int64: row i's own negatives are negatives_index[ptr[i] : ptr[i + 1]]
+    negatives_ptr: Tensor | None = (
+        None  # (B + 1,) int64: where each row's own negatives begin in the index, and its end
+    )
     negatives_index: Tensor | None = None  # int64
     form: str = "infonce"
     positive_margin: float = 0.0

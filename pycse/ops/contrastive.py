@@ -15,7 +15,6 @@ from pycse.ops.arguments import Arguments
 from pycse.problem import Contrastive, Needs, Result
 from pycse.validation import check_lists, check_values
 
-
 # What kernels read with a stride of 1.
 INDICES = (
     "positives", "query_ids", "key_ids", "guide_queries", "guide_keys", "negatives_ptr", "negatives_index",

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class Direction:
         self.k = kernels(part, self.state)
         # Keys that do not lie together in y have a gradient of their own until the end.
         self.keys = y.total
-        if y.total is not None and N < y.z.shape[0]:
+        if y.total is not None and y.z.shape[0] > N:
             self.keys = KeyGradient(part.z2, self.k, single=False)
             self.keys.begin()
 
@@ -204,7 +205,11 @@ class Lists:
         a, b = self.ptr[i0], self.ptr[i0 + n]
         row, index = self.row[a:b], self.index[a:b]
         self.s = self._dots(self.x.rows, self.y.keys, i0, a, b).mul_(self.y.r[index])
-        l = self.s * (c.b + c.own_b) + c.own_c if p.logit.linear else (c.q * self.s + (c.b + c.own_b)) * self.s + c.own_c
+        l = (
+            self.s * (c.b + c.own_b) + c.own_c
+            if p.logit.linear
+            else (c.q * self.s + (c.b + c.own_b)) * self.s + c.own_c
+        )
         if p.query_ids is not None and p.key_ids is not None:
             l.masked_fill_(p.query_ids[row] == p.key_ids[index], -torch.inf)
         if bound is not None:
@@ -234,87 +239,124 @@ class Lists:
             self.y.add_keys(j, g[at] * self.x.rows[i])
 
 
+class Positives:
+    """The rows' positives, pair by pair."""
+
+    def __init__(self, p: Contrastive, x: Side, y: Side, c: Coefficients) -> None:
+        B, device = p.z1.shape[0], p.z1.device
+        self.p, self.x, self.y, self.c = p, x, y, c
+        self.dlogit = torch.empty(3, B, dtype=p.acc, device=device)
+
+    def similarities(self, i0: int, n: int) -> Tensor:
+        """Of rows I; on a GPU, where nobody has looked, one that is no key gives NaN."""
+        p, N = self.p, self.p.z2.shape[0]
+        if p.positives is None:
+            j = torch.arange(i0, i0 + n, dtype=torch.int64, device=p.z1.device)
+        else:
+            j = p.positives[i0 : i0 + n]
+        self.i0, self.j = i0, j.clamp(0, N - 1)
+        self.q, self.d = self.x.rows.to(p.acc), self.y.unit_keys(self.j)
+        self.s = torch.where(self.j == j, (self.q * self.d).sum(1), torch.nan)
+        return self.s
+
+    def logits(self) -> Tensor:
+        s, c = self.s, self.c
+        return (s * c.positive_b if self.p.logit.linear else (c.positive_q * s + c.positive_b) * s) + c.positive_c
+
+    def add_gradients(self, P: Tensor) -> None:
+        """P = dL/dl_pos."""
+        s, c = self.s, self.c
+        self.dlogit[:, self.i0 : self.i0 + len(s)] = torch.stack((P * s * s, P * s, P))
+        g = (P * (c.positive_b if self.p.logit.linear else 2 * c.positive_q * s + c.positive_b))[:, None]
+        self.x.add_rows(self.i0, g * self.d)
+        self.y.add_keys(self.j, g * self.q)
+
+    def guide_bound(self) -> Tensor | None:
+        """Above which a key is no negative by the guide."""
+        p, I = self.p, slice(self.i0, self.i0 + len(self.j))
+        if not p.guided:
+            return None
+        if p.guide_logits is not None:
+            t = p.guide_logits[I].gather(1, self.j[:, None]).squeeze(1).to(p.acc)
+        else:
+            assert p.guide_queries is not None and p.guide_keys is not None
+            t = (p.guide_queries[I].to(p.acc) * p.guide_keys[self.j].to(p.acc)).sum(1)
+        return p.guide_threshold(t)
+
+
 def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
     (B, D), device, acc = p.z1.shape, p.z1.device, p.acc
-    wide = kernels.statistics or acc
+    wide, grad = kernels.statistics or acc, p.needs.z1 or p.needs.z2 or p.trained
     new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
-    norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(B)))
-    x, y = (Side(p, z, norms, need) for z, need in ((p.z1, p.needs.z1), (p.z2, p.needs.z2)))
-    c = p.coefficients()
-    c = Coefficients(*c)
-    grad = p.needs.z1 or p.needs.z2 or p.trained
-
+    state = State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(B))
+    norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), state)
+    x, y = Side(p, p.z1, norms, p.needs.z1), Side(p, p.z2, norms, p.needs.z2)
+    c = Coefficients(*p.coefficients())
     bounds = new(B) if p.excludes else None
+    directions, positives = _directions(p, x, y, bounds, kernels), Positives(p, x, y, c)
+    lists = Lists(p, x, y, c, wide) if p.negatives_index is not None else None
+
+    c_rows = panel_rows(B, sum(one.p.z2.shape[0] for one in directions), p, norms.temporaries)
+    sides = (x, y) if any(one.x is y for one in directions) else (x,)
+    for each in (*directions, *sides):
+        each.allocate(c_rows)
+    g1 = norms.empty(c_rows if grad else 0, D, dtype=p.z1.dtype)
+    loss, coef = new(B), p.row_coefficients()
+    for i0 in range(0, B, c_rows):
+        I = slice(i0, min(B, i0 + c_rows))
+        n = I.stop - i0
+        for side in sides:
+            side.panel(i0, n)
+        s_pos = positives.similarities(i0, n)
+        if bounds is not None:
+            bounds[I] = p.threshold(s_pos, I)
+        lneg = [one.sums(i0, n, grad) for one in directions]
+        if lists is not None:
+            lneg.append(lists.sums(i0, n, None if bounds is None else bounds[I], positives.guide_bound()))
+        weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
+        loss[I], P, w = joined(p, lneg, positives.logits().to(wide), weight)
+        if grad:
+            for one, w_k in zip(directions, w):
+                one.add_gradients(i0, w_k, g1)
+            if lists is not None:
+                lists.add_gradients(i0, n, w[-1])
+            positives.add_gradients(P.to(acc))
+
+    for one in directions:
+        one.finish()
+    dlogit: Tensor | None = None
+    if p.trained:
+        dlogit = torch.zeros(p.gradients, B, dtype=acc, device=device)
+        dlogit[:3] = positives.dlogit
+        for one in directions:
+            assert one.state.dlogit is not None
+            dlogit[3:] += one.state.dlogit[3:]
+        if lists is not None:
+            dlogit[3:, 0] += lists.dlogit
+    return p.result(loss, x.gradient(), y.gradient(), dlogit)
+
+
+def _directions(p: Contrastive, x: Side, y: Side, bounds: Tensor | None, kernels: type[Kernels]) -> list[Direction]:
     shared: Tensor | slice = slice(None)
-    positives = p.positives
+    positives, own = p.positives, p.logit.own
     if p.negatives_index is not None:
-        shared, positives = _shared(p)
+        (shared, positives), own = _shared(p), (0.0, 0.0)
     main = _part(
-        p, p.z1, y.keys[shared], positives=positives, own=p.logit.own if p.negatives_index is None else (0.0, 0.0),
-        key_ids=None if p.key_ids is None else p.key_ids[shared], bounds=bounds,
+        p, p.z1, y.keys[shared], bounds=bounds, positives=positives, own=own,
+        key_ids=None if p.key_ids is None else p.key_ids[shared],
         guide_queries=p.guide_queries, guide_keys=None if p.guide_keys is None else p.guide_keys[shared],
         guide_logits=None if p.guide_logits is None else p.guide_logits[:, shared],
     )  # fmt: skip
-    parts = [Direction(main, kernels, x, y, shared)]
-    names = p.directions.split()
-    ids = {"q": p.query_ids, "d": p.key_ids}
-    for name in names[1:]:
-        rows, keys = (x if side == "q" else y for side in name)
-        own = (0.0, -math.inf) if name == "dd" and p.z2.shape[0] > B else (0.0, 0.0)  # documents of the same query
-        part = _part(p, rows.z[:B], keys.keys, hard=False, own=own, key_ids=ids[name[1]], bounds=bounds)
-        parts.append(Direction(part, kernels, rows, keys, slice(None)))
-    lists = Lists(p, x, y, c, wide) if p.negatives_index is not None else None
-
-    rows_in_panel = panel_rows(B, sum(part.p.z2.shape[0] for part in parts), p, norms.temporaries)
-    sides = (x, y) if any(part.x is y for part in parts) else (x,)
-    for one in (*parts, *sides):
-        one.allocate(rows_in_panel)
-    g1 = norms.empty(rows_in_panel, D, dtype=p.z1.dtype) if grad else None
-    loss = new(B)
-    dlogit = torch.zeros(p.gradients, B, dtype=acc, device=device) if p.trained else None
-    coef = p.row_coefficients()
-
-    for i0 in range(0, B, rows_in_panel):
-        I = slice(i0, min(B, i0 + rows_in_panel))
-        n = I.stop - i0
-        pos = torch.arange(i0, I.stop, dtype=torch.int64, device=device) if p.positives is None else p.positives[I]
-        valid = (pos >= 0) & (pos < p.z2.shape[0])  # on a GPU nobody has looked: a bad one gives NaN
-        pos = pos.clamp(0, p.z2.shape[0] - 1)
-        for side in sides:
-            side.panel(i0, n)
-        q, d = x.rows.to(acc), y.unit_keys(pos)
-        s_pos = torch.where(valid, (q * d).sum(1), torch.nan)
-        if bounds is not None:
-            bounds[I] = p.threshold(s_pos, I)
-        lneg = [part.sums(i0, n, grad) for part in parts]
-        if lists is not None:
-            lneg.append(lists.sums(i0, n, None if bounds is None else bounds[I], _guide_bound(p, I, pos)))
-        linear = p.logit.linear
-        l_pos = (s_pos * c.positive_b if linear else (c.positive_q * s_pos + c.positive_b) * s_pos) + c.positive_c
-        weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
-        loss[I], P, w = joined(p, lneg, l_pos.to(wide), weight)
-        if not grad:
-            continue
-        assert g1 is not None
-        for part, w_k in zip(parts, w):
-            part.add_gradients(i0, w_k, g1)
-        if lists is not None:
-            lists.add_gradients(i0, n, w[-1])
-        P = P.to(acc)
-        if dlogit is not None:
-            dlogit[:3, I] = torch.stack((P * s_pos * s_pos, P * s_pos, P))
-        g = (P * (c.positive_b if linear else 2 * c.positive_q * s_pos + c.positive_b))[:, None]
-        x.add_rows(i0, g * d)
-        y.add_keys(pos, g * q)
-
-    for part in parts:
-        part.finish()
-        if dlogit is not None:
-            assert part.state.dlogit is not None
-            dlogit[3:] += part.state.dlogit[3:]
-    if dlogit is not None and lists is not None:
-        dlogit[3:, 0] += lists.dlogit
-    return p.result(loss, x.gradient(), y.gradient(), dlogit)
+    result = [Direction(main, kernels, x, y, shared)]
+    sides, ids = {"q": x, "d": y}, {"q": p.query_ids, "d": p.key_ids}
+    for name in p.directions.split()[1:]:
+        rows, keys = (sides[side] for side in name)
+        own = (0.0, -math.inf) if name == "dd" and p.z2.shape[0] > p.z1.shape[0] else (0.0, 0.0)
+        part = _part(
+            p, rows.z[: p.z1.shape[0]], keys.keys, bounds=bounds, hard=False, own=own, key_ids=ids[name[1]]
+        )  # fmt: skip
+        result.append(Direction(part, kernels, rows, keys, slice(None)))
+    return result
 
 
 def joined(p: Contrastive, lneg: list[Tensor], l_pos: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -339,8 +381,8 @@ def joined(p: Contrastive, lneg: list[Tensor], l_pos: Tensor, coef: Tensor) -> t
     return values, P, [coef * (part - total).exp().masked_fill(torch.isneginf(part), 0) for part in lneg]
 
 
-def _part(p: Contrastive, z1: Tensor, z2: Tensor, bounds: Tensor | None = None, **more: object) -> Part:
-    """A problem of unit rows; what is not given is as nobody asked for it."""
+def _part(p: Contrastive, z1: Tensor, z2: Tensor, bounds: Tensor | None = None, **more: Any) -> Part:
+    """A problem of unit rows; what is not given is as if nobody had asked for it."""
     needs = Needs(p.needs.z1, p.needs.z2, p.trained)
     return Part(
         z1, z2, p.temperature, p.m, **{
@@ -366,14 +408,3 @@ def _shared(p: Contrastive) -> tuple[Tensor | slice, Tensor | None]:
     place[shared] = torch.arange(count, dtype=torch.int64, device=index.device)
     place = place.to(p.z1.device)
     return shared.to(p.z1.device), place[:B] if p.positives is None else place[p.positives]
-
-
-def _guide_bound(p: Contrastive, I: slice, pos: Tensor) -> Tensor | None:
-    if not p.guided:
-        return None
-    if p.guide_logits is not None:
-        t_pos = p.guide_logits[I].gather(1, pos[:, None]).squeeze(1).to(p.acc)
-    else:
-        assert p.guide_queries is not None and p.guide_keys is not None
-        t_pos = (p.guide_queries[I].to(p.acc) * p.guide_keys[pos].to(p.acc)).sum(1)
-    return p.guide_threshold(t_pos)

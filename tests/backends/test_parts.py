@@ -35,7 +35,9 @@ class Given(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("N", [12, 36])
-@pytest.mark.parametrize("hardness", [{}, {"hardness": 5.0, "hardness_mode": "hard_negatives"}, {"hardness": 9.0}], ids=str)
+@pytest.mark.parametrize(
+    "hardness", [{}, {"hardness": 5.0, "hardness_mode": "hard_negatives"}, {"hardness": 9.0}], ids=str
+)
 @pytest.mark.parametrize(
     "directions, partition",
     [(["qd", "qq"], "joint"), (["qd", "dd"], "joint"), (EVERY, "joint"), (["qd", "dq"], "per_direction")],
@@ -133,7 +135,9 @@ def test_same_call_same_bits_whatever_the_threads(case, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("options", [{"directions": EVERY}, {"negatives": lists(12, 24, 12)}], ids=["directions", "lists"])
+@pytest.mark.parametrize(
+    "options", [{"directions": EVERY}, {"negatives": lists(12, 24, 12)}], ids=["directions", "lists"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(options, reduction, backend):
     z1, z2 = embeddings(12, 24, dtype=torch.float32)

@@ -36,7 +36,7 @@ class Kernels(Products, panel.Kernels):
         ptr, keys, of_rows = self.lists
         self.problem = native().Supervised(
             B=p.z1.shape[0],
-            N=p.z2.shape[0],
+            N=state.r2.shape[0],
             b=p.sharpness(),
             shift=p.shift,
             same=p.same,

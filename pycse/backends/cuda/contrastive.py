@@ -40,7 +40,9 @@ class Numbers(NamedTuple):
     def of(cls, p: Contrastive) -> Numbers:
         for name, given in (("guides", p.guided), ("directions, listed negatives and log-sums", p.in_parts)):
             if given:
-                raise RuntimeError(f"backend='cuda' cannot run here: it has no kernels for {name}; triton and torch have")
+                raise RuntimeError(
+                    f"backend='cuda' cannot run here: it has no kernels for {name}; triton and torch have"
+                )
         return cls(p.coefficients(), None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous())
 
 

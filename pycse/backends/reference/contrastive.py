@@ -97,7 +97,8 @@ def contrastive(p: Contrastive) -> Result:
         return torch.where(alone, -torch.inf, filled.logsumexp(dim))
 
     def losses(negatives: Tensor, dim: int, times: int = 1) -> Tensor:
-        """softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation; the positive counted so often."""
+        """softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation, times
+        the positive."""
         total = log_sum(negatives, dim)
         alone = torch.isneginf(total)
         d = torch.where(alone, 0, total) - l_pos.squeeze(1) - math.log(times)
@@ -121,7 +122,9 @@ def contrastive(p: Contrastive) -> Result:
     for direction in p.directions.split()[1:]:
         rows, keys = (embeddings[side] for side in direction)
         s = (rows[:B] @ keys.t()).to(p.acc)
-        gone = torch.arange(s.shape[1], dtype=torch.int64, device=s.device) % B == i[:, None]  # itself, its positive, its hard negatives
+        gone = (
+            torch.arange(s.shape[1], dtype=torch.int64, device=s.device) % B == i[:, None]
+        )  # itself, its positive, its hard negatives
         if (key_ids := ids[direction[1]]) is not None and p.query_ids is not None:
             gone = gone | (p.query_ids[:, None] == key_ids)
         parts[direction] = negative_logits(s, hardness=False).masked_fill(gone | too_near(s, s_pos, 1), -torch.inf)
