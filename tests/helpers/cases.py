@@ -81,6 +81,7 @@ HOSTILE = [
     Case(kind="opposite", temperature=0.01, focal=False),
 ]
 
+# With temperature and m as tensors: seeds for which their gradients do not cancel, as float32 would leave few digits.
 OPTIONS = [
     Case(20, 47, options={"positives": torch.arange(20) * 2 + 3}),
     Case(20, 5, options={"positives": torch.arange(20) % 5}),
@@ -114,13 +115,13 @@ OPTIONS = [
     Case(33, 99, focal=False, options={"hardness": 9.0, "hardness_mode": "in_batch_negatives"}, tensors=True),
     Case(33, 50, temperature=0.01, focal=False, options={"hardness": 20.0, "positive_margin": 0.1}),
     Case(kind="unit", options={"normalize": False}),
-    Case(30, 50, kind="unit", options={"normalize": False}, tensors=True),
+    Case(30, 50, kind="unit", options={"normalize": False}, tensors=True, seed=1),
     Case(kind="random", D=8, options={"normalize": False}, temperature=1.0),  # dot products far outside [-1, 1]
     Case(33, 50, options={"reduction": "sum"}),
     Case(33, 50, options={"reduction": "none"}),
     Case(33, 50, options={"weight": _weights(33)}),
-    Case(33, 50, options={"weight": _weights(33), "reduction": "sum"}, tensors=True),
-    Case(33, 50, options={"weight": _weights(33), "reduction": "none"}, tensors=True),
+    Case(33, 50, options={"weight": _weights(33), "reduction": "sum"}, tensors=True, seed=1),
+    Case(33, 50, options={"weight": _weights(33), "reduction": "none"}, tensors=True, seed=1),
     Case(
         24,
         72,
@@ -145,7 +146,7 @@ SYMMETRIC = [
     Case(40, options={"symmetric": True, "query_ids": _ids(40, 6), "key_ids": _ids(40, 6, 1)}),
     Case(40, options={"symmetric": True, "exclude_above": 0.3, "exclude_by": "constant"}),
     Case(40, options={"symmetric": True, "exclude_above": torch.linspace(-0.5, 0.3, 40), "exclude_by": "relative"}),
-    Case(40, options={"symmetric": True, "positive_margin": 0.2, "hardness": 4.0}, tensors=True),
+    Case(40, options={"symmetric": True, "positive_margin": 0.2, "hardness": 4.0}, tensors=True, seed=5),
     Case(9, options={"symmetric": True, "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),
     Case(300, options={"symmetric": True, "weight": _weights(300)}),
     Case(40, options={"symmetric": True, "reduction": "none", "weight": _weights(40)}, tensors=True),
@@ -160,7 +161,7 @@ PARTS = [
     Case(33, 66, options={"directions": EVERY}, focal=False),
     Case(33, 70, options={"directions": ["qd", "dq"], "exclude_above": 0.1, "positive_margin": 0.1}, temperature=0.01),
     Case(33, 66, options={"directions": ["qd", "qq", "dd"], "exclude_above": 0.1}, focal=False, tensors=True),
-    Case(33, 66, options={"directions": BOTH, "partition": "per_direction"}, tensors=True),
+    Case(33, 66, options={"directions": BOTH, "partition": "per_direction"}, tensors=True, seed=1),
     Case(40, 80, options={"directions": BOTH, "partition": "per_direction", "exclude_above": torch.linspace(-0.5, 0.3, 40)}),
     Case(9, options={"directions": BOTH, "partition": "per_direction", "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),
     Case(40, 80, options={"directions": EVERY, "query_ids": _ids(40, 6), "key_ids": _ids(80, 6, 1), "weight": _weights(40)}),
