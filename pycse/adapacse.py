@@ -30,14 +30,14 @@ def fused_adapacse(
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    r"""AdapACSE (KDMCSE): InfoNCE with an angular margin that a teacher adapts to each negative, without an N x N matrix.
+    r"""AdapACSE (KDMCSE): InfoNCE with an angular margin that a teacher adapts to each negative; no N x N matrix.
 
     .. code-block:: text
 
         s_ij = cos(theta_ij) = <z1_i, z2_j> / (|z1_i| |z2_j|)
         phi_ij = m (1 - alpha_ij)                             alpha_ij: the guides' averaged cosine, within [-1, 1]
         l_ii = s_ii / temperature                             the positive
-        l_ij = cos(theta_ij - phi_ij) / temperature           negatives with theta_ij > m; the others: s_ij / temperature
+        l_ij = cos(theta_ij - phi_ij) / temperature           negatives with theta_ij > m; others: s_ij / temperature
         L_i  = logsumexp_j l_ij - l_ii,    loss = mean_i L_i
 
     The less alike a guide finds a row and a key, the more the key is turned towards its row, and the further the loss

@@ -1,13 +1,13 @@
 """AdapACSE as the formula says: materialises B x N, any float dtype, differentiable to any order.
 
     s_ij = cos(theta_ij) = z1hat_i . z2hat_j,    phi_ij = m (1 - alpha_ij),    alpha the teachers' cosine in [-1, 1]
-    l_ip = s_ip / temperature                                      the positive
-    l_ij = cos(theta_ij - phi_ij) / temperature                    negatives with theta_ij > m, others s_ij / temperature
+    l_ip = s_ip / temperature                                     the positive
+    l_ij = cos(theta_ij - phi_ij) / temperature                   negatives with theta_ij > m, others s_ij / temperature
          = (s_ij cos(phi_ij) + sin(theta_ij) sin(phi_ij)) / temperature
-    L_i  = logsumexp_j l_ij - l_ip                                 (arXiv 2403.17486)
+    L_i  = logsumexp_j l_ij - l_ip                                (arXiv 2403.17486)
 
-The slope of sin(theta) = sqrt(1 - s^2) over s, -s / sin(theta), has no bound where s = -1: there sin(theta) goes on from
-sin(theta) = 2^-10 as a parabola whose slope is -s 2^10, with its value as it is.
+The slope of sin(theta) = sqrt(1 - s^2) over s, -s / sin(theta), has no bound at s = -1: where sin(theta) < 2^-10 it is
+-s 2^10, and the value is as it is.
 """
 
 from __future__ import annotations
