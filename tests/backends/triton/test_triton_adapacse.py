@@ -22,7 +22,7 @@ from pycse.problem import Angular
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_in_the_interpreter():
-    run_interpreted(__file__, 60)
+    run_interpreted(__file__, 50)
 
 
 DTYPES = [torch.float32, torch.float64, torch.float16] + ([torch.bfloat16] if CUDA else [])
