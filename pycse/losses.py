@@ -56,7 +56,7 @@ class InfoNCELoss(Loss):
     function = staticmethod(fused_infonce)
     batch = ("z1", "z2", "positives", "query_ids", "key_ids", "guides", "guide_logits", "weight")
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
-    check = staticmethod(validation.contrastive_options)
+    check: ClassVar[Callable[..., None]] = staticmethod(validation.contrastive_options)
 
     def __init__(self, temperature: float | Tensor = 0.05, **options: Any) -> None:
         super().__init__(temperature=temperature, **options)
