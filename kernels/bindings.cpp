@@ -223,6 +223,18 @@ PYBIND11_MODULE(_native, m) {
       },
       nogil());
   m.def(
+      "adapacse",
+      [](const Contrastive& p, double m, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, Address f, Address T,
+         int64_t ld_T, int dtype_T, int threads, bool grad) {
+        check_adapacse(p, m);
+        if (grad) needed("f", f, c);
+        Panel panel = panel_of(p.B, p.N, dtype, S, ld, i0, c, f, grad, threads);
+        matrix("T", T, c, p.N, ld_T, false);
+        panel.T = at(T), panel.ld_T = ld_T, panel.dtype_T = type_of("dtype_T", dtype_T);
+        cpu_kernels().adapacse(p, m, panel, grad);
+      },
+      nogil());
+  m.def(
       "uniformity",
       [](const Uniformity& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int64_t n, bool grad,
          int threads) {

@@ -5,6 +5,7 @@ loss = fused_focal_infonce(z1, z2, temperature=0.05, m=0.3)
 loss.backward()
 """
 
+from pycse.adapacse import fused_adapacse
 from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.hypersphere import alignment, uniformity
@@ -15,6 +16,7 @@ from pycse.supervised import fused_supcon
 
 __all__ = [
     "alignment",
+    "fused_adapacse",
     "fused_distill",
     "fused_distillcse",
     "fused_focal_infonce",

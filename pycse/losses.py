@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.adapacse import fused_adapacse
 from pycse.distillation import DistillCSEOutput, fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.sigmoid import fused_sigmoid
@@ -55,7 +56,7 @@ class InfoNCELoss(Loss):
     function = staticmethod(fused_infonce)
     batch = ("z1", "z2", "positives", "query_ids", "key_ids", "guides", "guide_logits", "negatives", "weight")
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
-    check = staticmethod(validation.contrastive_options)
+    check: ClassVar[Callable[..., None]] = staticmethod(validation.contrastive_options)
 
     def __init__(self, temperature: float | Tensor = 0.05, **options: Any) -> None:
         super().__init__(temperature=temperature, **options)
@@ -117,6 +118,19 @@ class SigmoidLoss(Loss):
         return fused_sigmoid(
             z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **self.fixed()
         )
+
+
+class AdapACSELoss(InfoNCELoss):
+    """Module form of :func:`pycse.fused_adapacse`; see there for formula, arguments and errors.
+
+    As :class:`InfoNCELoss`; the margin ``m`` is a number. A batch has ``guides`` or ``guide_logits``.
+    """
+
+    function = staticmethod(fused_adapacse)
+    check = staticmethod(validation.adapacse_options)
+
+    def __init__(self, temperature: float | Tensor = 0.05, m: float = 0.1, **options: Any) -> None:
+        super().__init__(temperature, m=m, **options)
 
 
 class DistillLoss(Loss):

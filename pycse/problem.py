@@ -87,7 +87,10 @@ class Pairs(Rows):
     symmetric: bool = False
     same = False  # the keys are the rows: z1 takes the gradient of both
     excludes = False  # keys by a threshold from their row's positive
-    guided = False  # by similarities of another model, which a panel has beside its own
+    guided = False  # by similarities of another model, which a panel has beside its own: those of
+    guide_queries: Tensor | None = None  # (B, D') and
+    guide_keys: Tensor | None = None  # (N, D'), or
+    guide_logits: Tensor | None = None  # (B, N)
     one_positive = False  # a row: its similarity may be wanted before the panel
     positives: Tensor | None = None  # (B,) which key that is; None: key i
     gradients = 0  # of the logit's numbers, row by row
@@ -258,6 +261,19 @@ class Sigmoid(Pairs):
         return Result(rows, dz1, dz2, dscale=dscale, dbias=dbias, **more)
 
 
+def inverse(temperature: float | Tensor, acc: torch.dtype) -> float | Tensor:
+    """1 / temperature; of a tensor, which nobody has read, 0-d in ``acc``, and NaN where it is not > 0."""
+    if not isinstance(temperature, Tensor):
+        return 1 / temperature
+    return 1 / torch.where(temperature > 0, temperature.to(acc), torch.nan)
+
+
+def shift_of_cosines(temperature: float) -> float | None:
+    """As Contrastive.shift, of logits between -1 / temperature and 1 / temperature."""
+    high = 1 / temperature
+    return high - FIXED_RANGE / 2 if 2 * high <= FIXED_RANGE else None
+
+
 class SupervisedNeeds(NamedTuple):
     """Which gradients of a supervised loss to compute."""
 
@@ -294,17 +310,69 @@ class Supervised(Pairs):
 
     def sharpness(self) -> float | Tensor:
         """1 / temperature; of a tensor, which nobody has read, 0-d in ``acc``, and NaN where it is not > 0."""
-        if not isinstance(self.temperature, Tensor):
-            return 1 / self.temperature
-        return 1 / torch.where(self.temperature > 0, self.temperature.to(self.acc), torch.nan)
+        return inverse(self.temperature, self.acc)
 
     @property
     def shift(self) -> float | None:
         """As Contrastive.shift, of logits between -1 / temperature and 1 / temperature."""
         if not self.normalize or isinstance(self.temperature, Tensor):
             return None
-        high = 1 / self.temperature
-        return high - FIXED_RANGE / 2 if 2 * high <= FIXED_RANGE else None
+        return shift_of_cosines(self.temperature)
+
+    def result(
+        self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
+    ) -> Result:
+        """dlogit: dLoss/d(1 / temperature) of the rows, (1, B)."""
+        return Result(rows, dz1, dz2, None if dlogit is None else -dlogit.sum() / self.temperature**2, **more)
+
+
+class AngularNeeds(NamedTuple):
+    """Which gradients of an Angular to compute."""
+
+    z1: bool = False
+    z2: bool = False
+    temperature: bool = False
+    weight: bool = False
+
+
+LEAST_SINE = 2.0**-10  # of the angle of two rows, in a slope: Angular
+
+
+@dataclass
+class Angular(Pairs):
+    """InfoNCE whose negatives are turned towards their row by an angle, more where a teacher finds them less alike.
+
+    cos(theta - phi) has the slope cos(phi) - cot(theta) sin(phi), which has no bound at theta = pi. ``LEAST_SINE``
+    stands there for a smaller sin(theta), in the slope alone: it is cos(phi) + sin(phi) / LEAST_SINE at most.
+    """
+
+    z1: Tensor  # (B, D)
+    z2: Tensor  # (N, D)
+    temperature: float | Tensor
+    weight: Tensor | None = None  # (B,)
+    positives: Tensor | None = None  # (B,) int64
+    query_ids: Tensor | None = None  # (B,) int64
+    key_ids: Tensor | None = None  # (N,) int64
+    guide_queries: Tensor | None = None  # as Contrastive's; these or the logits are given
+    guide_keys: Tensor | None = None
+    guide_logits: Tensor | None = None
+    m: float = 0.1  # in radians
+    reduction: str = "mean"
+    needs: AngularNeeds = AngularNeeds()
+
+    normalize = True  # an angle needs unit rows
+    guided = True
+    one_positive = True
+    gradients = 1  # of 1 / temperature
+
+    def sharpness(self) -> float | Tensor:
+        """As Supervised.sharpness."""
+        return inverse(self.temperature, self.acc)
+
+    @property
+    def shift(self) -> float | None:
+        """As Contrastive.shift, of logits between -1 / temperature and 1 / temperature."""
+        return None if isinstance(self.temperature, Tensor) else shift_of_cosines(self.temperature)
 
     def result(
         self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 import pycse
-from pycse import fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, fused_sigmoid, fused_supcon
+from pycse import (
+    fused_adapacse,
+    fused_distill,
+    fused_distillcse,
+    fused_focal_infonce,
+    fused_infonce,
+    fused_sigmoid,
+    fused_supcon,
+)
 from pycse.sparse import SparseLinear, masked_linear
 
 ROOT = Path(pycse.__file__).parent
@@ -125,6 +133,7 @@ def calls(dtype, backend):
         torch.rand(32, 64, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu") < 0.3
     )
     big1, big2 = leaves(dtype, (300, 64), (300, 64))  # beyond one native call
+    alike = (big1 @ big1.t()).detach().double() / 256
     found = {
         "infonce": ([z1, z2], lambda: fused_infonce(z1, z2, backend=backend)),
         "focal": contrastive(dtype, backend),
@@ -138,6 +147,14 @@ def calls(dtype, backend):
         ),
         "panels": ([big1, big2], lambda: fused_infonce(big1, big2, backend=backend)),
         "panels, symmetric": ([big1, big2], lambda: fused_infonce(big1, big2, symmetric=True, backend=backend)),
+        "adapacse": (
+            [z1, z2, weight, tau],
+            lambda: fused_adapacse(z1, z2, tau, guides=[(e1, e1), (e2, e2)], weight=weight, backend=backend),
+        ),
+        "adapacse, panels": (
+            [big1, big2],
+            lambda: fused_adapacse(big1, big2, 0.01, 0.7, guide_logits=alike, reduction="none", backend=backend),
+        ),
         "sigmoid": sigmoid(dtype, backend),
         "sigmoid, ids": sigmoid(dtype, backend, query_ids=ids, key_ids=ids, weight=weight.detach(), reduction="none"),
         "sigmoid, panels": ([big1, big2], lambda: fused_sigmoid(big1, big2, backend=backend)),

@@ -22,7 +22,7 @@ PRELUDE = """
 import gc, json, sys, time
 import torch
 from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce
-from pycse import fused_sigmoid, fused_supcon, uniformity
+from pycse import fused_adapacse, fused_sigmoid, fused_supcon, uniformity
 from pycse.sparse import SparseLinear, masked_linear
 
 def status(name):
@@ -74,6 +74,7 @@ OPS = {
     "rows": lambda: fused_focal_infonce(z1, z2, reduction="none").sum().backward(),
     "bfloat16": lambda: fused_focal_infonce(h1, h2).backward(),
     "panels": lambda: fused_infonce(z1.double(), z2.double()).backward(),
+    "adapacse": lambda: fused_adapacse(z1, z2, guides=[(z1.detach(), z2.detach())]).backward(),
     "sigmoid": lambda: fused_sigmoid(z1, z2).backward(),
     "distill": lambda: fused_distill(z1, [e], seed=1).backward(),
     "distillcse": lambda: fused_distillcse(z1, z2, [e]).loss.backward(),
@@ -135,6 +136,8 @@ PEAK = {
     "symmetric": ("fused_focal_infonce(*wide, symmetric=True).backward()", 2 * WIDE + PANEL),
     # Panels of 2048 rows; the keys' gradient is summed in float32, beside a panel's part and the gradient itself.
     "bfloat16": ("fused_focal_infonce(*half).backward()", 2 * HALF + WIDE + HALF + PANEL),
+    # S and T share what a panel takes; the guide's normalised rows and keys.
+    "adapacse": ("fused_adapacse(*wide, guides=[(e, e)]).backward()", 2 * WIDE + 2 * N * 64 * 4 + PANEL),
     "sigmoid": ("fused_sigmoid(*wide).backward()", 2 * WIDE + PANEL),
     # S and T take 48 MB; the student's and the teachers' normalised rows.
     "distill": ("fused_distill(wide[0], [e], seed=1).backward()", 2 * WIDE + N * 64 * 4 + 48 * MB),

@@ -187,7 +187,7 @@ LAYERS = (
     "kernels",
     "backends panels",
     "ops",
-    "functional distillation hypersphere log_sums losses report sigmoid sparse supervised",
+    "adapacse functional distillation hypersphere log_sums losses report sigmoid sparse supervised",
     "training",
     "cli",
     "__init__",

@@ -79,6 +79,14 @@ void check_sigmoid(const Sigmoid& p) {
     refuse("N", "be at least B where neither positives nor ids are given", p.N);
   needed("r2", p.r2, p.N), needed("loss", p.loss, p.B);
 }
+// InfoNCE's problem and an angle m.
+template <class Contrastive>
+void check_adapacse(const Contrastive& p, double m) {
+  if (!(m >= 0 && m <= 1.5707963267948966))
+    throw std::invalid_argument("m must lie between 0 and pi/2, got " + std::to_string(m));
+  if (p.exclude.given || p.guide.given) throw std::invalid_argument("p must have no bounds of similarities");
+  needed("r2", p.r2, p.N), needed("loss", p.loss, p.B);
+}
 template <class Contrastive>
 void check_rows(const Contrastive& p) {
   needed("r2", p.r2, p.N);

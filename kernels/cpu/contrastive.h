@@ -116,6 +116,7 @@ constexpr int kAtStep = 32;  // a feature's place in a plan: the processor multi
   X(distill, void, (const Distill&, const Panel&, DType teacher_type, const void* teachers, int64_t ld, bool grad))  \
   X(small_distill, bool, (const Distill&, const SmallDistill&))                                                      \
   X(sigmoid_rows, void, (const Sigmoid&, const Panel&, bool grad))                                                   \
+  X(adapacse, void, (const Contrastive&, double m, const Panel&, bool grad))                                         \
   X(uniformity, void, (const Uniformity&, const Panel&, int64_t n, bool grad))                                       \
   X(sparse_product, void,                                                                                            \
     (const SparsePattern&, DType, const void* x, int64_t ldx, const void* w, int64_t ldw, const void* bias, void* y, \

@@ -1,5 +1,6 @@
 // One instruction set's kernels. CMake compiles this file once for each (PYCSE_ISA = portable, v3, v4 with the
 // matching -march on x86-64), so every loop below is vectorised for it; dispatch.cpp picks one at run time.
+#include "adapacse.h"
 #include "distill.h"
 #include "norms.h"
 #include "rows.h"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pycse.panels import products
 from pycse.panels.products import Products
-from pycse.problem import Contrastive, Pairs, Result
+from pycse.problem import Pairs, Result
 
 PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
 INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
@@ -149,7 +149,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
 
     c = panel_rows(B, N, p, k.temporaries)
     r1, panel = new(c), k.empty(c, products.row_stride(N, z1.device, z1.element_size()), dtype=z1.dtype)[:, :N]
-    guide = Guide(p, k, c) if isinstance(p, Contrastive) and p.guided else None
+    guide = Guide(p, k, c) if p.guided else None
     z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
 
     def panels():
@@ -212,7 +212,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
 class Guide:
     """Panels of T, similarities by guides: a product of their own, or rows of what was given."""
 
-    def __init__(self, p: Contrastive, k: Kernels, c: int) -> None:
+    def __init__(self, p: Pairs, k: Kernels, c: int) -> None:
         self.p, self.k = p, k
         self.memory: Tensor | None = None
         if p.guide_logits is not None:

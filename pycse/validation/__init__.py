@@ -1,5 +1,6 @@
 """Every check of user input, before any work. Messages name the argument, what it was and what is allowed."""
 
+from pycse.validation.adapacse_losses import adapacse, adapacse_options, check_adapacse
 from pycse.validation.checks import (
     choice,
     detached,
@@ -19,7 +20,10 @@ from pycse.validation.sigmoid_losses import check_sigmoid_values, sigmoid, sigmo
 from pycse.validation.supervised_losses import check_supervised, supervised, supervised_options
 
 __all__ = [
+    "adapacse",
+    "adapacse_options",
     "alignment",
+    "check_adapacse",
     "check_lists",
     "check_supervised",
     "check_sigmoid_values",

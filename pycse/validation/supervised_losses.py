@@ -35,7 +35,7 @@ def supervised(
     vector("weight", weight, B, "float")
     same_device(z1, z2=z2, temperature=temperature, ids1=ids1, ids2=ids2, weight=weight)
     if normalize and not isinstance(temperature, Tensor):
-        _resolvable(z1, temperature)
+        resolvable(z1, temperature)
 
 
 def _ids(name: str, ids: Any, length: int) -> None:
@@ -62,7 +62,7 @@ def supervised_options(
     flag("validate", validate)
 
 
-def _resolvable(z: Tensor, temperature: Any) -> None:
+def resolvable(z: Tensor, temperature: Any) -> None:
     least = 1 / LARGEST_LOGIT.get(z.dtype, 1e6)
     symbol = isinstance(temperature, (torch.SymFloat, torch.SymInt))  # which float() would fix
     if (temperature if symbol else float(temperature)) < least:
@@ -80,4 +80,4 @@ def check_supervised(p: Supervised) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
     if p.normalize:
-        _resolvable(p.z1, value)
+        resolvable(p.z1, value)

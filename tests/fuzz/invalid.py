@@ -117,6 +117,11 @@ DISTILLATION: dict[str, tuple[Any, ...]] = {
     "divergence": NOT_NAMES,
     "seed": NOT_SEEDS,
 }
+NOT_ANGULAR = ("hard_negative_weight", "exclude_above", "symmetric", "normalize")
+NOT_LOGITS: tuple[Any, ...] = DISTILLATION["teacher_logits"]
+NOT_GUIDES: tuple[Any, ...] = (
+    [], Z, [Z], [(Z,)], [None], "guides", [(Z, Z[:3])], [(Z, Z[:, :5])], [(Z.long(), Z)], [(Z, Z.to("meta"))], 3, {0: Z},
+)  # fmt: skip
 LAYER: dict[str, tuple[Any, ...]] = {
     "x": (
         None,
@@ -164,6 +169,10 @@ NOT_RUN: dict[str, dict[str, tuple[Any, ...]]] = {
     "backend")},
     "distillcse": CONTRASTIVE | DISTILLATION | {"m": (*NOT_FINITE, *(v for v in NOT_NUMBERS if v is not None)),
     "distill_weight": (torch.tensor(1.0), *NOT_FINITE, *NOT_NUMBERS)},
+    "adapacse": {n: v for n, v in CONTRASTIVE.items() if n not in NOT_ANGULAR} | {
+        "m": (-0.1, 1.6, torch.tensor(0.3), *NOT_FINITE, *NOT_NUMBERS), "guides": NOT_GUIDES,
+        "guide_weights": ([1], 1.0, torch.ones(1)), "guide_logits": (None, *NOT_LOGITS, Z.clone().requires_grad_()),
+    },
     "masked_linear": LAYER,
     "SparseLinear": {
         "mask": [v for v in NOT_MASKS if v is not None], "pattern": (*NOT_NAMES, "2:4"), "backend": NOT_NAMES,
@@ -177,6 +186,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "alignment": lambda: dict(x=Z, y=Z),
     "distill": lambda: dict(z=Z, teachers=[Z]),
     "distillcse": lambda: dict(z1=Z, z2=Z, teachers=[Z]),
+    "adapacse": lambda: dict(z1=Z, z2=Z, guide_logits=torch.ones(B, B)),
     "masked_linear": lambda: dict(x=Z, weight=torch.ones(OUT, D), mask=torch.ones(OUT, D).bool(), bias=torch.ones(OUT)),
     "SparseLinear": lambda: dict(x=Z, mask=torch.ones(OUT, D).bool()),
 }
@@ -202,7 +212,8 @@ def call(op: str, given: dict[str, Any], module: bool) -> None:
         x, mask = given.pop("x"), given.pop("mask")
         SparseLinear(D, OUT, mask=mask, **given)(x)
     elif module and op in MODULES:
-        batch = ("z", "z1", "z2", "positives", "query_ids", "key_ids", "weight", "teachers", "teacher_logits", "seed")
+        batch = ("z", "z1", "z2", "positives", "query_ids", "key_ids", "weight", "teachers", "teacher_logits", "seed",
+                 "guides", "guide_logits")  # fmt: skip
         MODULES[op](**{n: v for n, v in given.items() if n not in batch})(
             **{n: v for n, v in given.items() if n in batch}
         )

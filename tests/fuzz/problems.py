@@ -11,21 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycse import alignment, fused_distill, fused_distillcse, fused_focal_infonce, fused_infonce, grouping, uniformity
+from pycse import (
+    alignment,
+    fused_adapacse,
+    fused_distill,
+    fused_distillcse,
+    fused_focal_infonce,
+    fused_infonce,
+    grouping,
+    uniformity,
+)
 from pycse.backends.reference.contrastive import normalized
 from pycse.distillation import _grouping
-from pycse.losses import DistillCSELoss, DistillLoss, FocalInfoNCELoss, InfoNCELoss
+from pycse.losses import AdapACSELoss, DistillCSELoss, DistillLoss, FocalInfoNCELoss, InfoNCELoss
 from pycse.pattern import pack_mask
 from pycse.sparse import SparseLinear, masked_linear
 
 from oracle import Case
 
-OPS = ("infonce", "focal", "uniformity", "alignment", "distill", "distillcse", "masked_linear", "SparseLinear")
+OPS = (
+    "infonce", "focal", "uniformity", "alignment", "distill", "distillcse", "masked_linear", "SparseLinear", "adapacse",
+)  # fmt: skip
 FUNCTIONS = {
     "infonce": fused_infonce, "focal": fused_focal_infonce, "uniformity": uniformity, "alignment": alignment,
     "distill": fused_distill, "distillcse": fused_distillcse, "masked_linear": masked_linear,
+    "adapacse": fused_adapacse,
 }  # fmt: skip
-MODULES = {"infonce": InfoNCELoss, "focal": FocalInfoNCELoss, "distill": DistillLoss, "distillcse": DistillCSELoss}
+MODULES = {
+    "infonce": InfoNCELoss, "focal": FocalInfoNCELoss, "distill": DistillLoss, "distillcse": DistillCSELoss,
+    "adapacse": AdapACSELoss,
+}  # fmt: skip
 BATCH = ("positives", "query_ids", "key_ids", "weight", "teachers", "teacher_logits", "seed")  # not a module's
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 KINDS = (
@@ -56,7 +71,9 @@ def describe(c: Any, op: str | None = None) -> dict[str, Any]:
     )
     if op in ("distill", "distillcse"):
         d |= _distillation(c)
-    if op != "distill":
+    if op == "adapacse":
+        d |= _angular(c, d["B"])
+    elif op != "distill":
         d |= _contrastive(c, d["B"], focal=op == "focal" or (op == "distillcse" and c.chance(0.5)))
     return d
 
@@ -82,6 +99,13 @@ def _contrastive(c: Any, B: int, focal: bool) -> dict[str, Any]:
     d["ids"] = (c.pick(("int64", "int32", "int16")), c.whole(1, 6)) if c.chance(0.25) else None
     d["exclude"] = c.pick((0.013, -0.497, 0.31, 5.0, -3.0)) if c.chance(0.2) else None
     return d
+
+
+def _angular(c: Any, B: int) -> dict[str, Any]:
+    d = _contrastive(c, B, focal=False) | dict(symmetric=False, hard=0.0, exclude=None, normalize=True)
+    d["m"] = (c.pick((0.1, 0.0, 0.02, 0.7, 1.2, math.pi / 2)), "number")
+    d["guides"] = [c.pick(SIZES) for _ in range(c.whole(0, 2))]  # their widths
+    return d | dict(logits=c.pick(tuple(DTYPES)))
 
 
 def _distillation(c: Any) -> dict[str, Any]:
@@ -282,6 +306,7 @@ class Problem:
             found = 2 * d["t"]
         if "temperature" in d:
             found = (2 * self.range + abs(d["m"][0]) if d["focal"] else 1) / d["temperature"][0]
+            found *= 2 if self.op == "adapacse" else 1  # |cos(phi) - s sin(phi) / sin(theta)|, settled
         return self.range * (max(found, 1 / d["student"], 1 / d["teacher"]) if "student" in d else found)
 
     @cached_property
@@ -360,7 +385,8 @@ def make(d: dict[str, Any]) -> Problem:
         _make_layer(p)
         return p
     B, D = d["B"], d["D"]
-    p.options["normalize"] = d["normalize"]
+    if d["op"] != "adapacse":
+        p.options["normalize"] = d["normalize"]
     first, second = embeddings(d, B, D, d.get("N", B), d["kind"], d["seed"])
     if not d["normalize"] and d["kind"] not in ("unit", "nothing", "equal", "zeros"):
         # Dot products in the hundreds at most: beyond, every dtype has lost the loss.
@@ -379,7 +405,9 @@ def make(d: dict[str, Any]) -> Problem:
     p.options["reduction"] = d["reduction"]
     if d["op"] != "distill":
         _make_contrastive(p)
-    if d["op"] != "infonce" and d["op"] != "focal":
+    if d["op"] == "adapacse":
+        _make_angular(p)
+    elif d["op"] != "infonce" and d["op"] != "focal":
         _make_distillation(p, first)
     if d["weight"]:
         p.inputs["weight"] = torch.linspace(0.25, 2, B, dtype=torch.float64).to(DTYPES[d["weight"]])
@@ -398,7 +426,8 @@ def _make_contrastive(p: Problem) -> None:
                 p.options[name] = value
             else:
                 p.inputs[name] = torch.tensor(value, dtype=DTYPES[kind])
-    p.options |= dict(symmetric=d["symmetric"], hard_negative_weight=d["hard"])
+    if d["op"] != "adapacse":
+        p.options |= dict(symmetric=d["symmetric"], hard_negative_weight=d["hard"])
     if d["positives"]:
         p.others["positives"] = torch.randint(0, N, (B,), generator=g).to(getattr(torch, d["positives"]))
     if d["ids"]:
@@ -421,6 +450,21 @@ def _far_from_threshold(p: Problem) -> bool:
         gap = torch.cat([gap, s - s.diagonal() - p.d["exclude"]])
     wide = {torch.bfloat16: 0.05, torch.float16: 5e-3}.get(p.dtype, 1e-5) * max(1, s.abs().max())
     return bool((gap.abs() > wide).all())
+
+
+def _make_angular(p: Problem) -> None:
+    d, (B, N) = p.d, (p.d["B"], p.d["N"])
+    g = torch.Generator().manual_seed(d["seed"] + 2)
+    new = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    if d["guides"]:  # float64: a product of their own is rounded as its panels are cut
+        p.others["guides"] = [(new(B, width), new(N, width)) for width in d["guides"]]
+    else:
+        p.others["guide_logits"] = new(B, N).to(DTYPES[d["logits"]])
+    z1, z2 = (normalized(p.inputs[name].double()) for name in ("z1", "z2"))
+    s, m = z1 @ z2.t(), d["m"][0]
+    wide, ends = {torch.bfloat16: (0.02, 0.2), torch.float16: (5e-3, 0.05)}.get(p.dtype, (1e-5, 0.01))
+    # No pair near the jump at theta = m, none where a rounding of s is a large part of sin(theta).
+    p.settled = m == 0 or bool((((s - math.cos(m)).abs() > wide) & (s.abs() < 1 - ends)).all())
 
 
 def _make_distillation(p: Problem, z: Tensor) -> None:

@@ -23,13 +23,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pycse.backends.triton import adapacse as angles
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
 from pycse.backends.triton import sparse
 from pycse.backends.triton import supervised as classes
 from pycse.backends.triton import uniformity as hypersphere
 from pycse.pattern import Pattern, pack_mask
-from pycse.problem import Alignment, Contrastive, Distillation, Grouping, Needs, Supervised, SupervisedNeeds, Uniformity
+from pycse.problem import (
+    Alignment,
+    Angular,
+    AngularNeeds,
+    Contrastive,
+    Distillation,
+    Grouping,
+    Needs,
+    Supervised,
+    SupervisedNeeds,
+    Uniformity,
+)
 
 PLAIN_TILE = backend.tile
 FUSED = ("fused_rows", "fused_sums", "fused_gradients")
@@ -175,6 +187,9 @@ def gather(arch: int) -> None:
         for name, s in labelled(dtype).items():
             label = f"{TYPES[dtype]:5} supervised, {name}"
             classes.supervised(s)
+        for name, a in angular(dtype).items():
+            label = f"{TYPES[dtype]:5} adapacse, {name}"
+            angles.adapacse(a)
         for name, u in hyperspheres(dtype).items():
             label = f"{TYPES[dtype]:5} uniformity, {name}"
             hypersphere.uniformity(u)
@@ -199,6 +214,26 @@ def labelled(dtype: torch.dtype) -> dict[str, Supervised]:
         "tensors": problem(32, 512, 64, torch.tensor(0.05), **tensors),
         "many keys": problem(8, 4096, 64, 0.01),
         "forward": problem(1, 1, 1, needs=SupervisedNeeds()),
+    }
+
+
+def angular(dtype: torch.dtype) -> dict[str, Angular]:
+    def problem(B: int, N: int, D: int, temperature: Any = 0.05, **options: Any) -> Angular:
+        z1, z2 = torch.randn(B, D).to(dtype), torch.randn(N, D).to(dtype)
+        teacher = {"guide_queries": torch.randn(B, 40).to(dtype), "guide_keys": torch.randn(N, 40).to(dtype)}
+        base: dict[str, Any] = {"needs": AngularNeeds(True, True), "positives": None}
+        return Angular(z1, z2, temperature, **{**base, **teacher, **options})
+
+    ids = {"query_ids": torch.arange(32), "key_ids": torch.arange(512), "positives": torch.arange(32)}
+    logits = {"guide_queries": None, "guide_keys": None, "guide_logits": torch.rand(33, 515)}
+    tensors = {"weight": torch.ones(32), "needs": AngularNeeds(True, True, True, True)}
+    return {
+        "plain": problem(32, 512, 64),
+        "ragged": problem(33, 515, 35, **logits),
+        "ids": problem(32, 512, 64, **ids),
+        "tensors": problem(32, 512, 64, torch.tensor(0.05), **tensors),
+        "many keys": problem(8, 4096, 64, 0.01),
+        "forward": problem(1, 1, 1, needs=AngularNeeds()),
     }
 
 

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 import pycse.losses
 from pycse import (
     alignment,
+    fused_adapacse,
     fused_distill,
     fused_distillcse,
     fused_focal_infonce,
@@ -37,6 +38,7 @@ def losses(backend, reduction):
         "infonce": lambda x, y: fused_infonce(x, y, **rows),
         "focal": lambda x, y: fused_focal_infonce(x, y, weight=w, exclude_above=0.4, **rows),
         "symmetric": lambda x, y: fused_focal_infonce(x, y, symmetric=True, **rows),
+        "adapacse": lambda x, y: fused_adapacse(x, y, 0.1, 0.4, guides=[(e1, e1), (e2, e2)], weight=w, **rows),
         "sigmoid": lambda x, y: fused_sigmoid(x, y, 5.0, -2.0, weight=w, **rows),
         "distill": lambda x, y: fused_distill(x, [e1, y.detach()], seed=4, **rows) if backend else None,
         "distillcse": lambda x, y: fused_distillcse(x, y, [e1, e2], seed=4, **rows).loss,

@@ -248,6 +248,7 @@ class Table:
         self.constructor(kept)
         if not self.emulated:
             self.alone(d, S, coef, loss, z1)
+            self.adapacse()
             self.sigmoid()
             self.supervised()
 
@@ -356,6 +357,17 @@ class Table:
         last = {"threads": Argument(2, THREADS), "grad": flag(True)}
         buffers = (S, f, coef, loss, dlogit, *lists)
         self.add("supervised", {"p": self.struct(p), **self.panel(S, True), "f": at(f), **last}, *buffers, kept=r2)
+
+    def adapacse(self) -> None:
+        S, T, f, dlogit = new(B, N), new(B, N), new(B), new(B)
+        r2, coef, loss = new(N), new(B), new(B)
+        pointers = {k: t.data_ptr() for k, t in dict(r2=r2, coef=coef, loss=loss, dlogit=dlogit).items()}
+        p = self.module.Contrastive(B=B, N=N, logit=[0.0, 20.0, 0.0, 0.0, 20.0, 20.0, 0.0, 0.0], shift=-20.0, **pointers)
+        angle = Argument(0.3, st.sampled_from([-1e-9, 1.6, -1.0, 1e300, float("nan"), float("inf")]))
+        teacher = {"T": at(T), "ld_T": read(N, "T"), "dtype_T": Argument(0, DTYPE)}
+        last = {"threads": Argument(2, THREADS), "grad": flag(True)}
+        arguments = {"p": self.struct(p), "m": angle, **self.panel(S, True), "f": at(f), **teacher, **last}
+        self.add("adapacse", arguments, S, T, f, coef, loss, dlogit, kept=r2)
 
     def sigmoid(self) -> None:
         S, r2, coef, loss, dlogit = new(B, N), new(N), new(B), new(B), new(2, B)

@@ -1,0 +1,93 @@
+"""Checks of AdapACSE."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from pycse import transforms
+from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Angular
+from pycse.validation.checks import choice, flag, number, real, rows_and_keys, same_device, vector
+from pycse.validation.contrastive_losses import EXCLUSIVE, guide
+from pycse.validation.supervised_losses import resolvable
+
+
+def adapacse(
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    *,
+    guides: Any,
+    guide_weights: Any,
+    guide_logits: Any,
+    positives: Any,
+    query_ids: Any,
+    key_ids: Any,
+    weight: Any,
+    **options: Any,
+) -> None:
+    """Everything that can be checked without reading a tensor's values."""
+    B, N = rows_and_keys(z1, z2)
+    adapacse_options(temperature, m, **options)
+    vector("positives", positives, B, "integer")
+    vector("query_ids", query_ids, B, "integer")
+    vector("key_ids", key_ids, N, "integer")
+    vector("weight", weight, B, "float")
+    tensors = dict(positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
+    same_device(z1, z2=z2, temperature=temperature, **tensors)
+    if positives is None and N < B:
+        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    guide(z1, z2, guides, guide_weights, guide_logits)
+    if guides is None and guide_logits is None:
+        raise ValueError("guides or guide_logits must be given (the margins are a teacher's), got None for both")
+    if guide_logits is not None:
+        for name, value in (("guides", guides), ("guide_weights", guide_weights)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} and guide_logits exclude each other ({EXCLUSIVE[name, 'guide_logits']}); give one of them"
+                )
+    if not isinstance(temperature, Tensor):
+        resolvable(z1, temperature)
+
+
+def adapacse_options(
+    temperature: Any = 0.05,
+    m: Any = 0.1,
+    *,
+    guide_weights: Any = None,  # their number is the batch's
+    reduction: Any = "mean",
+    backend: Any = "auto",
+    validate: Any = False,
+) -> None:
+    """What does not depend on a batch."""
+    real("temperature", temperature, positive=True)
+    number("m", m)
+    if not 0 <= m <= math.pi / 2:  # a comparison: torch.compile with dynamic=True makes m a symbol
+        raise ValueError(f"m must lie between 0 and pi/2 (an angle in radians), got {m!r}")
+    choice("reduction", reduction, REDUCTIONS)
+    choice("backend", backend, BACKEND_CHOICES)
+    flag("validate", validate)
+
+
+def check_adapacse(p: Angular) -> None:
+    """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    temperature, positives = (
+        t.detach() if isinstance(t, Tensor) and not transforms.batched(t) else None
+        for t in (p.temperature, p.positives)
+    )
+    if temperature is not None:
+        value = temperature.item()
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
+        resolvable(p.z1, value)
+    if positives is not None:
+        low, high = (x.item() for x in positives.aminmax())
+        if low < 0 or high >= p.z2.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
