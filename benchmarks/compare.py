@@ -70,6 +70,8 @@ def package_of(ref: str) -> tuple[str, Path]:
 class Side:
     """A process with one package, which answers one line for each line."""
 
+    package: Path | str
+
     def __init__(self, site: Path | None) -> None:
         paths = [*([str(site)] if site else []), str(ROOT)]
         self.process = subprocess.Popen(
@@ -80,6 +82,7 @@ class Side:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
             cwd=ROOT,
         )
+        self.package = site or ROOT
         self.package = self.ask("where")
 
     def ask(self, *words: Any) -> Any:

@@ -13,7 +13,8 @@ from benchmarks.workloads import Inputs, Workload
 def products(w: Workload, x: Inputs, c: int, wide: bool = False) -> Callable[[], None]:
     """In panels of c rows, with torch.mm into preallocated memory. 6 N^2 D operations for a contrastive loss, 8 where
     it is symmetric, 2 forward alone; 24 for four directions; 3 for uniformity, whose panels are triangular; 8 and
-    6 + 2 K for DistillCSE with K teachers. ``wide``: a product of 16-bit panels adds to the float32 sum itself, which PyTorch can on CUDA."""
+    6 + 2 K for DistillCSE with K teachers. ``wide``: a product of 16-bit panels adds to the float32 sum itself,
+    which PyTorch can on CUDA."""
     z = [leaf.detach() for leaf in x.leaves]
     N, D = z[0].shape
     new = lambda *shape, dtype=z[0].dtype: torch.empty(*shape, dtype=dtype, device=z[0].device)  # noqa: E731

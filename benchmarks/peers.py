@@ -25,7 +25,6 @@ from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
 from benchmarks.workloads import CONTRASTIVE, LISTED, ROWS, SIDES, Inputs, Workload
-from pycse.problem import DIRECTIONS
 from pycse.sparse import SparseLinear
 
 OVERHEAD = 256 << 20  # of a process beyond its tensors
@@ -107,7 +106,7 @@ def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
         "supcon": lambda: pycse.fused_supcon(*x.leaves, classes(x.leaves[0]), temperature=TAU, backend=backend),
         "uniformity": lambda: pycse.uniformity(*x.leaves, backend=backend),
         "guided": lambda: pycse.fused_infonce(*x.leaves, guides=[(x.teachers[0], x.teachers[1])], backend=backend),
-        "directions": lambda: pycse.fused_infonce(*x.leaves, directions=DIRECTIONS, backend=backend),
+        "directions": lambda: pycse.fused_infonce(*x.leaves, directions=("qd", "qq", "dq", "dd"), backend=backend),
         "lists": lambda: pycse.fused_infonce(*x.leaves, negatives=_lists(w), backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)

@@ -17,7 +17,7 @@
 #pragma once
 #include <algorithm>
 
-#include "contrastive.h"
+#include "problem.h"
 #include "rows.h"
 #include "simd.h"
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "block_tiles.h"
+#include "kernels.h"
 #include "sparse.h"
 
 namespace pycse::v4 {

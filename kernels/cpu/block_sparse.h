@@ -11,7 +11,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "contrastive.h"
+#include "problem.h"
+#include "threads.h"
 #include "lanes.h"
 #include "transpose.h"
 

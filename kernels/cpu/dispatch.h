@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "contrastive.h"
+#include "kernels.h"
 
 namespace pycse {
 std::vector<std::string> cpu_instruction_sets();  // usable here, best first

@@ -2,6 +2,7 @@
 // matching -march on x86-64), so every loop below is vectorised for it; dispatch.cpp picks one at run time.
 #include "adapacse.h"
 #include "distill.h"
+#include "kernels.h"
 #include "norms.h"
 #include "rows.h"
 #include "sigmoid.h"

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "simd.h"
-#include "small.h"
+#include "small_products.h"
 
 namespace pycse::PYCSE_ISA {
 

@@ -6,7 +6,7 @@
 #pragma once
 #include <algorithm>
 
-#include "contrastive.h"
+#include "problem.h"
 #include "simd.h"
 #include "threads.h"
 

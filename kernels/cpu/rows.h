@@ -12,7 +12,7 @@
 #pragma once
 #include <algorithm>
 
-#include "contrastive.h"
+#include "problem.h"
 #include "simd.h"
 
 namespace pycse::PYCSE_ISA {

@@ -15,7 +15,7 @@
 
 #include "../common/groups.h"
 #include "../common/philox.h"
-#include "contrastive.h"
+#include "problem.h"
 #include "simd.h"
 
 namespace pycse::PYCSE_ISA {

@@ -14,7 +14,7 @@
 #pragma once
 #include <algorithm>
 
-#include "contrastive.h"
+#include "problem.h"
 #include "rows.h"
 #include "simd.h"
 

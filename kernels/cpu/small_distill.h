@@ -1,4 +1,4 @@
-// The distillation of a small batch in one call: distill.h between register-tiled products (small.h).
+// The distillation of a small batch in one call: distill.h between register-tiled products (small_products.h).
 //
 //   T  = sum_k w_k r^k_i r^k_j e^k_i . e^k_j     upper tiles, mirrored; a teacher at a time, so that it stays in L2
 //   S  = r_i r_j z_i . z_j                        likewise
@@ -7,7 +7,8 @@
 // O(B^2) scratch: the batch is small.
 #pragma once
 #include "distill.h"
-#include "small.h"
+#include "norms.h"
+#include "small_products.h"
 
 namespace pycse::PYCSE_ISA {
 

@@ -19,7 +19,7 @@
 #pragma once
 #include <algorithm>
 
-#include "contrastive.h"
+#include "problem.h"
 #include "rows.h"
 
 namespace pycse::PYCSE_ISA {

@@ -4,7 +4,7 @@
 //   sums_k = sum_{j < c} E_kj + 2 sum_{j >= c} E_kj     keys behind the panel's c rows stand for their mirror images
 // Panel: rows [i0, i0 + c), keys [i0, i0 + n). Stored: sums; E over S with grad. Memory: nothing beyond the panel.
 #pragma once
-#include "contrastive.h"
+#include "problem.h"
 #include "simd.h"
 
 namespace pycse::PYCSE_ISA {

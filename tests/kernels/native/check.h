@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../kernels/cpu/contrastive.h"
+#include "../../../kernels/cpu/kernels.h"
 #include "../../../kernels/common/storage.h"
 
 namespace checks {

@@ -32,7 +32,7 @@ FAULTS = {
     "the ragged tail reads one key more": Fault(
         ADDRESS, "rows.h", "k < n; ++k) {\n      tail[k] =", "k <= n; ++k) {\n      tail[k] ="
     ),
-    "a product reads one key row more": Fault(ADDRESS, "small.h", "std::min(j + k, N - 1)", "std::min(j + k, N)"),
+    "a product reads one key row more": Fault(ADDRESS, "small_products.h", "std::min(j + k, N - 1)", "std::min(j + k, N)"),
     "lanes take one token more": Fault(
         ADDRESS, "transpose.h", "std::min<int64_t>(W, n - t))", "std::min<int64_t>(W, n - t + 1))"
     ),
@@ -44,7 +44,7 @@ FAULTS = {
     "transposed rows in too little scratch": Fault(
         ADDRESS, "norms.h", "buffers(threads * kTransposed * D)", "buffers(threads * kTransposed * (D - 1))"
     ),
-    "work that is a row's numbers short": Fault(ADDRESS, "contrastive.h", "return 3 * B + N", "return 2 * B + N"),
+    "work that is a row's numbers short": Fault(ADDRESS, "problem.h", "return 3 * B + N", "return 2 * B + N"),
     "a negative number is shifted": Fault(UNDEFINED, "distill.h", "uint32_t(exponent) << 23", "exponent << 23"),
     "a product of keys is not widened": Fault(
         UNDEFINED,
@@ -175,7 +175,7 @@ def plant(fault: Fault, builder: Builder) -> str:
     text = path.read_text()
     if fault.before not in text:
         return f"NOT PLANTED: {fault.file} has no {fault.before!r}"
-    everything = fault.file == "contrastive.h"  # the checks include it too
+    everything = fault.file == "problem.h"  # the checks include it too
     path.write_text(text.replace(fault.before, fault.after))
     try:
         checks = builder.checks(fault.isa, "thread" if fault.instrument == THREADS else "address", everything)
