@@ -50,7 +50,7 @@ for case in ALL:
     instruction_sets.run_with(isa, tmp_path, code)
 
 
-def published(z1: Tensor, z2: Tensor, temperature: float, m: float, alpha: Tensor) -> Tensor:
+def by_angles(z1: Tensor, z2: Tensor, temperature: float, m: float, alpha: Tensor) -> Tensor:
     """The formula with its angles: arc cosines, one row after another."""
     rows = []
     for i, z in enumerate(z1):
@@ -64,13 +64,13 @@ def published(z1: Tensor, z2: Tensor, temperature: float, m: float, alpha: Tenso
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("m", [0.05, 0.8, 1.4, math.pi / 2])
 @pytest.mark.parametrize("temperature", [0.05, 0.7])
-def test_as_published(backend, temperature, m):
+def test_the_formula_by_arc_cosines(backend, temperature, m):
     case = Angles(9, 14, 6)
     z1, z2 = case.embeddings(torch.float64)
     ((q, k),) = case.teacher()["guides"]
     alpha = F.normalize(q, dim=1) @ F.normalize(k, dim=1).t()
     a, b = (z.clone().requires_grad_() for z in (z1, z2))
-    expected = published(a, b, temperature, m, alpha)
+    expected = by_angles(a, b, temperature, m, alpha)
     expected.backward()
     for teacher in ({"guides": [(q, k)]}, {"guide_logits": alpha}):
         z1, z2 = (z.detach().clone().requires_grad_() for z in (z1, z2))

@@ -31,8 +31,8 @@ def calls(backend):
         "infonce": lambda x, y, w: fused_infonce(x, y, weight=w, reduction="sum", backend=backend),
         "focal": lambda x, y, w: fused_focal_infonce(x, y, weight=w, symmetric=True, backend=backend),
         "rows": lambda x, y, w: fused_focal_infonce(x, y, weight=w, reduction="none", backend=backend),
-        "adapacse": lambda x, y, w: (
-            fused_adapacse(x, y, guides=[(teacher, teacher)], weight=w, reduction="none", backend=backend)
+        "adapacse": lambda x, y, w: fused_adapacse(
+            x, y, guides=[(teacher, teacher)], weight=w, reduction="none", backend=backend
         ),
         "sigmoid": lambda x, y, w: fused_sigmoid(x, y, weight=w, reduction="sum", backend=backend),
         "distill": lambda x, y, w: fused_distill(x, [teacher, y.detach()], seed=1, weight=w, backend=backend),

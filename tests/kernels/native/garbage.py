@@ -362,7 +362,9 @@ class Table:
         S, T, f, dlogit = new(B, N), new(B, N), new(B), new(B)
         r2, coef, loss = new(N), new(B), new(B)
         pointers = {k: t.data_ptr() for k, t in dict(r2=r2, coef=coef, loss=loss, dlogit=dlogit).items()}
-        p = self.module.Contrastive(B=B, N=N, logit=[0.0, 20.0, 0.0, 0.0, 20.0, 20.0, 0.0, 0.0], shift=-20.0, **pointers)
+        p = self.module.Contrastive(
+            B=B, N=N, logit=[0.0, 20.0, 0.0, 0.0, 20.0, 20.0, 0.0, 0.0], shift=-20.0, **pointers
+        )
         angle = Argument(0.3, st.sampled_from([-1e-9, 1.6, -1.0, 1e300, float("nan"), float("inf")]))
         teacher = {"T": at(T), "ld_T": read(N, "T"), "dtype_T": Argument(0, DTYPE)}
         last = {"threads": Argument(2, THREADS), "grad": flag(True)}
