@@ -116,7 +116,7 @@ def fused_focal_infonce(
     Source: Hou & Li, "Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE", Findings of EMNLP 2023
     (arXiv 2310.06918), eq. 5. The modulation is differentiated through.
     """
-    return _loss(
+    p = problem_of(
         "focal", z1, z2, temperature, m,
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
@@ -125,6 +125,7 @@ def fused_focal_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    return ops.contrastive(p, backend, validate)
 
 
 @recordable
@@ -169,7 +170,7 @@ def fused_infonce(
     Source: Gao, Yao & Chen, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", EMNLP 2021
     (arXiv 2104.08821), eq. 1.
     """
-    return _loss(
+    p = problem_of(
         "infonce", z1, z2, temperature, 0.0,
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
@@ -178,6 +179,7 @@ def fused_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    return ops.contrastive(p, backend, validate)
 
 
 def problem_of(
@@ -209,7 +211,8 @@ def problem_of(
         backend=backend, validate=validate, **options,
     )  # fmt: skip
     for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above"):
-        options[name] = float(options[name])
+        if type(options[name]) is not float:
+            options[name] = float(options[name])
     each = isinstance(exclude_above, Tensor)
     queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)
     return Contrastive(
@@ -227,7 +230,7 @@ def problem_of(
         negatives_ptr=None if negatives is None else as_long(negatives[0]),
         negatives_index=None if negatives is None else as_long(negatives[1]),
         form=form,
-        directions=" ".join(name for name in DIRECTIONS if name in directions),
+        directions="qd" if len(directions) == 1 else " ".join(name for name in DIRECTIONS if name in directions),
         output=output,
         exclude_above=None if each or exclude_above is None else float(exclude_above),
         **options,
@@ -260,10 +263,3 @@ def number_or_tensor(value: Any) -> float | Tensor:
 
 def as_long(value: Tensor | None) -> Tensor | None:
     return value if value is None or value.dtype == torch.int64 else value.long()
-
-
-def _loss(
-    form: str, z1: Any, z2: Any, temperature: Any, m: Any, *, backend: str, validate: bool, **options: Any
-) -> Tensor:
-    p = problem_of(form, z1, z2, temperature, m, backend=backend, validate=validate, **options)
-    return ops.contrastive(p, backend, validate)

@@ -72,6 +72,7 @@ class Logit:
         """The terms that gradients come back for."""
         return (*self.positive, *self.negative)
 
+    @functools.lru_cache(64)  # noqa: B019 - forms are few and stay
     def coefficients(self, temperature: float, m: float) -> Coefficients:
         q, b = (t.value(temperature, m) for t in self.negative)
         slope = self.negative[1]._replace(fixed=0.0).value(temperature, m)
@@ -110,6 +111,7 @@ class Logit:
             dm = over.sum() / temperature
         return dtemperature, dm
 
+    @functools.lru_cache(64)  # noqa: B019 - forms are few and stay
     def range(self, temperature: float, m: float) -> tuple[float, float]:
         """The lowest and the highest logit of similarities in [-1, 1]."""
         c = self.coefficients(temperature, m)

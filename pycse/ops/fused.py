@@ -15,6 +15,7 @@ count on.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,9 +101,10 @@ class Fused:
 
         Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
         """
-        args = self.arguments.flat(*problems, **others)
+        named = self.arguments.given(*problems, **others)
+        args = self.arguments.ordered(named)
         if others["backend"] in backends.DIFFERENTIABLE:
-            result: Any = self.forward(self.arguments.named(args), [False] * self.differentiable)
+            result: Any = self.forward(named, [False] * self.differentiable)
             return result[: self.values]
         listed = () if self.list_at is None else args[self.list_at]
         z1 = args[0]
@@ -125,8 +127,9 @@ class Fused:
                 )
             return self.op(*args, [False] * self.differentiable)[: self.values]
         if _wants_gradients(args[: self.differentiable]):
-            return _Gradients.apply(self, self.run, *args)
-        result = self.run(*args, [False] * self.differentiable)
+            first = functools.partial(self.forward, named)
+            return _Gradients.apply(self, first, self.run, args[self.tensors :], *args[: self.tensors])
+        result = self.forward(named, [False] * self.differentiable)
         return result[: self.values]
 
     def run(self, *args: Any) -> tuple[Any, ...]:
@@ -167,7 +170,9 @@ class Fused:
                     f"pycse: torch.ops.pycse.{self.name} cannot be differentiated inside torch.func's transforms; "
                     "call pycse's function"
                 )
-            values = _Gradients.apply(self, self._below_autograd, *args[:-1])
+            run, given = self._below_autograd, args[:-1]
+            first = lambda needs: run(*given, needs)  # noqa: E731
+            values = _Gradients.apply(self, first, run, given[self.tensors :], *given[: self.tensors])
             return (*values, *(values[0].detach().new_empty(EMPTY) for _ in range(self.differentiable)))
         return self._below_autograd(*args)
 
@@ -189,26 +194,30 @@ class Fused:
         return kernel
 
 
+FIRST = 4  # where a _Gradients' tensors begin
+
+
 class _Gradients(torch.autograd.Function):
-    """Arguments: the operator, what computes it (itself, or in eager mode its implementation), and its arguments up to
-    ``needs``."""
+    """Arguments: the operator, what computes it now from ``needs``, what computes it again (itself, or in eager mode
+    its implementation), and its own up to ``needs``: options as one, since autograd looks at each."""
 
     @staticmethod
-    def forward(ctx: Any, fused: Fused, run: Any, *args: Any) -> Any:
+    def forward(ctx: Any, fused: Fused, first: Any, run: Any, options: tuple[Any, ...], *tensors: Any) -> Any:
         ctx.set_materialize_grads(False)
-        needs = list(ctx.needs_input_grad[2 : 2 + fused.differentiable])
+        args = (*tensors, *options)
+        needs = list(ctx.needs_input_grad[FIRST : FIRST + fused.differentiable])
         unknown = fused.rowwise(args)  # the upstream gradient is a vector that only backward knows
-        result = run(*args, [False] * fused.differentiable if unknown else needs)
+        result = first([False] * fused.differentiable if unknown else needs)
         values, gradients = result[: fused.values], list(result[fused.values :])
         listed = () if fused.list_at is None else args[fused.list_at]
-        saved = [*args[: fused.tensors], *listed]
+        saved = [*tensors, *listed]
         # What inference mode made (encode() of a teacher, say) counts no changes in place: a copy is kept.
         for k, t in enumerate(saved):
             if t is not None and t.is_inference():
                 with torch.inference_mode(False):
                     saved[k] = t.clone()
         ctx.save_for_backward(*saved)
-        ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, args[fused.tensors :], needs
+        ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, options, needs
         ctx.dtypes = [t.dtype if needed else None for t, needed in zip(saved, needs)]
         ctx.gradients = None if unknown else gradients
         if len(values) > 1:
@@ -217,7 +226,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        result: list[Tensor | None] = [None] * (2 + ctx.fused.tensors + len(ctx.options))
+        result: list[Tensor | None] = [None] * (FIRST + ctx.fused.tensors)
         if upstream is None:
             return tuple(result)
         twice = torch.is_grad_enabled()  # create_graph
@@ -227,7 +236,7 @@ class _Gradients(torch.autograd.Function):
                 gradients, upstream = _again(ctx, upstream)
             for k, needed in enumerate(ctx.needs):
                 if needed:
-                    result[k + 2] = _scaled(gradients[k], upstream, ctx.dtypes[k])
+                    result[FIRST + k] = _scaled(gradients[k], upstream, ctx.dtypes[k])
         return tuple(_raise_on_use(result) if twice else result)
 
 

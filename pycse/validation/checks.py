@@ -82,6 +82,8 @@ def _is_number(value: Any) -> bool:
 
 def real(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite Python number, or a 0-d float tensor (whose value check_values looks at)."""
+    if type(value) is float and (0 if positive else -math.inf) < value < math.inf:  # as nearly always: at once
+        return
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a number or a 0-d float tensor, got {what(value)}")
@@ -126,6 +128,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def number(name: str, value: Any) -> None:
+    if type(value) is float and -math.inf < value < math.inf:
+        return
     if isinstance(value, Tensor) or not _is_number(value):
         raise TypeError(f"{name} must be a number, got {what(value)}")
     real(name, value)

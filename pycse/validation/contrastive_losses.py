@@ -84,25 +84,27 @@ def contrastive(
     if positives is None and N < B:
         raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
     if (query_ids is None) != (key_ids is None):
-        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
+        one, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {one}, got None")
     if options["normalize"]:  # else similarities may be as small as the temperature
-        numbers = (options[name] for name in ("hard_negative_weight", "positive_margin", "hardness"))
-        resolvable(z1, temperature, m, *numbers)
+        resolvable(
+            z1, temperature, m, options["hard_negative_weight"], options["positive_margin"], options["hardness"]
+        )  # fmt: skip
     guide(z1, z2, guides, guide_weights, guide_logits)
     lists(z1, negatives)
     directions = options.get("directions", ("qd",))
-    given_arguments = {
-        **options,
-        "directions": None if len(directions) == 1 else directions,
-        "negatives": negatives,
-        "positives": positives,
-        "guides": guides,
-        "guide_weights": guide_weights,
-        "guide_logits": guide_logits,
+    given = {
+        "symmetric": options["symmetric"],
+        "hard_negative_weight": options["hard_negative_weight"] != 0,
+        "directions": len(directions) > 1,
+        "negatives": negatives is not None,
+        "positives": positives is not None,
+        "guides": guides is not None,
+        "guide_weights": guide_weights is not None,
+        "guide_logits": guide_logits is not None,
     }
-    for names, why in EXCLUSIVE.items():
-        if all(_given(given_arguments[name]) for name in names):
+    for names, why in EXCLUSIVE.items() if sum(given.values()) > 1 else ():
+        if given[names[0]] and given[names[1]]:
             raise ValueError(f"{' and '.join(names)} exclude each other ({why}); give one of them")
     if options["symmetric"] and N != B:
         raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
@@ -177,10 +179,6 @@ def contrastive_options(
     choice("reduction", reduction, REDUCTIONS)
     choice("backend", backend, BACKEND_CHOICES)
     flag("validate", validate)
-
-
-def _given(value: Any) -> bool:
-    return value is not None and (isinstance(value, (Tensor, list, tuple)) or bool(value != 0))
 
 
 def guide(z1: Tensor, z2: Tensor, guides: Any, weights: Any, logits: Any) -> None:
@@ -280,12 +278,17 @@ def resolvable(
 ) -> None:
     """That numbers (tensors are looked at later, if at all) do not make logits which are rounding errors."""
 
+    largest = LARGEST_LOGIT.get(z.dtype, 1e6)
+    if type(temperature) is float and type(m) is float:  # as nearly always: at once
+        logit = (1 + abs(m) + abs(positive_margin)) / temperature + max(hard_negative_weight, 0) + hardness
+        if logit <= largest:
+            return
+
     def value(x: Any, otherwise: float) -> Any:
         if isinstance(x, Tensor):
             return otherwise
         return x if isinstance(x, (torch.SymFloat, torch.SymInt)) else float(x)  # a symbol would be fixed
 
-    largest = LARGEST_LOGIT.get(z.dtype, 1e6)
     logit = (1 + abs(value(m, 0.0)) + abs(value(positive_margin, 0.0))) / value(temperature, 1.0)
     logit = logit + max(value(hard_negative_weight, 0.0), 0) + value(hardness, 0.0)
     if logit > largest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,23 +23,16 @@ SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, **tensors: Tensor | None):
     coefficients = p.coefficients()
     assert not isinstance(coefficients, Tensor)  # on a CPU the numbers are known
-    return native().Contrastive(
-        B=p.z1.shape[0],
-        N=p.z2.shape[0],
-        logit=coefficients,
-        shift=p.shift,
-        exclude_by=EXCLUDE_BY.index(p.exclude_by) if p.excludes else None,
-        exclude_above=p.exclude_above or 0.0,
-        exclude_each=pointer(exclude_each),
-        guide_by=EXCLUDE_BY.index(p.guide_by) if p.guided else None,
-        guide_above=p.guide_above,
-        positives=pointer(p.positives),
-        query_ids=pointer(p.query_ids),
-        key_ids=pointer(p.key_ids),
-        coef=pointer(coef),
-        coef_all=1.0 if isinstance(coef, Tensor) else coef,
-        **{name: pointer(t) for name, t in tensors.items()},
-    )
+    given: dict[str, Any] = {"coef": coef.data_ptr()} if isinstance(coef, Tensor) else {"coef_all": coef}
+    if p.excludes:
+        given |= {"exclude_by": EXCLUDE_BY.index(p.exclude_by), "exclude_above": p.exclude_above or 0.0}
+    if p.guided:
+        given |= {"guide_by": EXCLUDE_BY.index(p.guide_by), "guide_above": p.guide_above}
+    tensors |= {
+        "exclude_each": exclude_each, "positives": p.positives, "query_ids": p.query_ids, "key_ids": p.key_ids,
+    }  # fmt: skip
+    given.update([(name, t.data_ptr()) for name, t in tensors.items() if t is not None])
+    return native().Contrastive(B=p.z1.shape[0], N=p.z2.shape[0], logit=coefficients, shift=p.shift, **given)
 
 
 def _each(p: Contrastive) -> Tensor | None:

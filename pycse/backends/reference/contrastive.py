@@ -48,8 +48,10 @@ def contrastive(p: Contrastive) -> Result:
         not_shared = own.any(0) & ~own
     own_b, own_c = p.logit.own
 
+    temperature, m = (x.to(p.acc) if isinstance(x, Tensor) else x for x in (p.temperature, p.m))
+
     def coefficient(term: Term) -> Tensor | float:
-        return (term.over + term.m_over * p.m) / p.temperature
+        return (term.over + term.m_over * m) / temperature
 
     def quadratic(q: Term, b: Term, s: Tensor) -> Tensor:
         """(q s + b) s without the terms that are not there: 0 times an infinite s would be NaN."""

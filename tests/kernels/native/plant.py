@@ -32,7 +32,9 @@ FAULTS = {
     "the ragged tail reads one key more": Fault(
         ADDRESS, "rows.h", "k < n; ++k) {\n      tail[k] =", "k <= n; ++k) {\n      tail[k] ="
     ),
-    "a product reads one key row more": Fault(ADDRESS, "small_products.h", "std::min(j + k, N - 1)", "std::min(j + k, N)"),
+    "a product reads one key row more": Fault(
+        ADDRESS, "small_products.h", "std::min(j + k, N - 1)", "std::min(j + k, N)"
+    ),
     "lanes take one token more": Fault(
         ADDRESS, "transpose.h", "std::min<int64_t>(W, n - t))", "std::min<int64_t>(W, n - t + 1))"
     ),
