@@ -213,6 +213,9 @@ def problem_of(
     for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above"):
         if type(options[name]) is not float:
             options[name] = float(options[name])
+    both_ways = len(directions) == 2 and options["partition"] == "per_direction" and z1.shape[0] == z2.shape[0]
+    if both_ways and not options["hardness"]:  # which weighs "qd" alone
+        directions, options["symmetric"] = ("qd",), True  # rows and columns of one matrix: fewer products
     each = isinstance(exclude_above, Tensor)
     queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)
     return Contrastive(

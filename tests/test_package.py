@@ -188,6 +188,7 @@ LAYERS = (
     "backends panels",
     "ops",
     "adapacse functional distillation hypersphere log_sums losses report sigmoid sparse supervised",
+    "sentence_transformers",
     "training",
     "cli",
     "__init__",

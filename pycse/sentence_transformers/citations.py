@@ -1,0 +1,56 @@
+"""What a model card cites."""
+
+SIMCSE = """
+@inproceedings{gao-etal-2021-simcse,
+    title={{SimCSE}: Simple Contrastive Learning of Sentence Embeddings},
+    author={Gao, Tianyu and Yao, Xingcheng and Chen, Danqi},
+    booktitle={EMNLP},
+    year={2021},
+    url={https://arxiv.org/abs/2104.08821}
+}
+"""
+FOCAL = """
+@inproceedings{hou-li-2023-improving,
+    title={Improving Contrastive Learning of Sentence Embeddings with Focal-{InfoNCE}},
+    author={Hou, Pengyue and Li, Xingyu},
+    booktitle={Findings of EMNLP},
+    year={2023},
+    url={https://arxiv.org/abs/2310.06918}
+}
+"""
+GIST = """
+@misc{solatorio2024gistembed,
+    title={{GISTEmbed}: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Solatorio, Aivin V.},
+    year={2024},
+    url={https://arxiv.org/abs/2402.16829}
+}
+"""
+SUPCON = """
+@inproceedings{khosla2020supervised,
+    title={Supervised Contrastive Learning},
+    author={Khosla, Prannay and Teterwak, Piotr and Wang, Chen and Sarna, Aaron and Tian, Yonglong and
+            Isola, Phillip and Maschinot, Aaron and Liu, Ce and Krishnan, Dilip},
+    booktitle={NeurIPS},
+    year={2020},
+    url={https://arxiv.org/abs/2004.11362}
+}
+"""
+DISTILLCSE = """
+@inproceedings{xu-etal-2023-distillcse,
+    title={{DistillCSE}: Distilled Contrastive Learning for Sentence Embeddings},
+    author={Xu, Jiahao and Shao, Wei and Chen, Lihui and Liu, Lemao},
+    booktitle={Findings of EMNLP},
+    year={2023},
+    url={https://arxiv.org/abs/2310.13499}
+}
+"""
+GRADCACHE = """
+@inproceedings{gao-etal-2021-scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Gao, Luyu and Zhang, Yunyi and Han, Jiawei and Callan, Jamie},
+    booktitle={RepL4NLP},
+    year={2021},
+    url={https://arxiv.org/abs/2101.06983}
+}
+"""

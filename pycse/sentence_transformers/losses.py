@@ -1,0 +1,280 @@
+"""Contrastive losses over the columns of a dataset. Formulas and options are those of pycse's functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pycse import validation
+from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.sentence_transformers import citations
+from pycse.sentence_transformers.columns import Batch, ColumnLoss
+from pycse.supervised import fused_supcon
+
+# sentence-transformers' words for directions, and ours.
+DIRECTIONS = {"query_to_doc": "qd", "query_to_query": "qq", "doc_to_query": "dq", "doc_to_doc": "dd"}
+SIMILARITIES = {"cos_sim": True, "dot_score": False}  # whether rows are normalised
+
+
+def similarity_name(similarity_fct: Any) -> str:
+    name = similarity_fct if isinstance(similarity_fct, str) else getattr(similarity_fct, "__name__", "")
+    if name not in SIMILARITIES:
+        raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
+    return name
+
+
+class InfoNCELoss(ColumnLoss):
+    r"""InfoNCE over columns: what MultipleNegativesRankingLoss computes, with scale = 1 / temperature, without B x N
+    matrices.
+
+    .. code-block:: text
+
+        L_i = log sum_j exp(s_ij / temperature) - s_i,pos / temperature
+
+    Columns: anchor; anchor, positive; or these and negatives, of which those of its own row are row i's hard
+    negatives. One column is embedded twice (:class:`ColumnLoss`).
+
+    Args:
+        model: the SentenceTransformer that is trained.
+        temperature: > 0. A number, or an ``nn.Parameter``, which is trained; the trainer clips the model's gradients
+            alone, not its.
+        similarity_fct: ``cos_sim`` (default) or ``dot_score`` of sentence_transformers.util, or their names.
+        directions, partition_mode, hardness_mode, hardness_strength: as MultipleNegativesRankingLoss.
+        deduplicate, precision: :class:`ColumnLoss`.
+        options: other options of :func:`pycse.fused_infonce`: positive_margin, hard_negative_weight, exclude_above (a
+            number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate.
+
+    Raises:
+        TypeError, ValueError: a wrong option, here; a batch that cannot be used, at the first one.
+
+    Source: Gao, Yao & Chen, "SimCSE", EMNLP 2021 (arXiv 2104.08821); Henderson et al. (arXiv 1705.00652).
+    """
+
+    function: ClassVar[Callable[..., Any]] = staticmethod(fused_infonce)
+    numbers: ClassVar[tuple[str, ...]] = ("temperature",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float | Tensor = 0.05,
+        *,
+        similarity_fct: Any = "cos_sim",
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        deduplicate: bool = True,
+        precision: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, deduplicate, precision)
+        for name in set(options) & {"directions", "partition", "hardness", "normalize", "weight"}:
+            raise TypeError(f"option {name!r} is named as sentence-transformers has it, or belongs to a batch")
+        self.similarity_fct = similarity_name(similarity_fct)
+        self.options = {
+            "directions": tuple(DIRECTIONS.get(name, name) for name in directions),
+            "partition": partition_mode,
+            "hardness": float(hardness_strength) if hardness_mode else 0.0,
+            "hardness_mode": hardness_mode or "all_negatives",
+            "normalize": SIMILARITIES[self.similarity_fct],
+            **options,
+        }
+        self._options(temperature)
+        if self.options.get("reduction", "mean") == "none":
+            raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
+        self.temperature = temperature
+
+    def _options(self, temperature: Any) -> None:
+        validation.contrastive_options(temperature, **self.options)
+
+    def fixed(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.numbers} | self.options
+
+    def compare(self, embeddings: list[Tensor], batch: Batch) -> Tensor:
+        z1, *others = embeddings
+        if not others:
+            raise ValueError(f"{type(self).__name__} compares at least two columns of embeddings, got 1")
+        query_ids, key_ids = batch.ids or (None, None)
+        return type(self).function(
+            z1, torch.cat(others) if len(others) > 1 else others[0],
+            query_ids=query_ids, key_ids=key_ids, **self.fixed(), **self.more(batch),
+        )  # fmt: skip
+
+    def more(self, batch: Batch) -> dict[str, Any]:
+        """What else a batch has for the function."""
+        return {}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            name: float(value) if isinstance(value, Tensor) else value for name, value in self.fixed().items()
+        }
+        words = {short: long for long, short in DIRECTIONS.items()}
+        given["directions"] = [words[name] for name in given["directions"]]
+        given["hardness_strength"] = given.pop("hardness")
+        given["partition_mode"] = given.pop("partition")
+        given["hardness_mode"] = given["hardness_mode"] if given["hardness_strength"] else None
+        del given["normalize"]
+        own = {"similarity_fct": self.similarity_fct, "deduplicate": self.deduplicate, "precision": self.precision}
+        return given | own
+
+    @property
+    def citation(self) -> str:
+        return citations.SIMCSE
+
+
+class FocalInfoNCELoss(InfoNCELoss):
+    r"""Focal-InfoNCE over columns: l_pos = s^2 / temperature, negatives s (s + m) / temperature.
+
+    As :class:`InfoNCELoss`, with the hardness ``m``, a number or an ``nn.Parameter``.
+
+    Source: Hou & Li, Findings of EMNLP 2023 (arXiv 2310.06918).
+    """
+
+    function = staticmethod(fused_focal_infonce)
+    numbers = ("temperature", "m")
+
+    def __init__(
+        self, model: nn.Module, temperature: float | Tensor = 0.05, m: float | Tensor = 0.3, **options: Any
+    ) -> None:
+        validation.real("m", m)
+        super().__init__(model, temperature, **options)
+        self.m = m
+
+    @property
+    def citation(self) -> str:
+        return citations.FOCAL
+
+
+class GuidedInfoNCELoss(InfoNCELoss):
+    """InfoNCE without the negatives that a guide finds nearer to the anchor than its positive (GISTEmbed's
+    anchor-positive part).
+
+    Args:
+        model: the SentenceTransformer that is trained.
+        guide: another one, which is not trained, nor saved with the model. It reads the model's tokens where both have
+            one vocabulary, else their texts again.
+        margin, margin_strategy: a key is no negative above t_pos - margin ("absolute") or t_pos - margin |t_pos|
+            ("relative") in the guide's cosines, as GISTEmbedLoss; or above -margin ("constant").
+        temperature and others: :class:`InfoNCELoss`; GISTEmbedLoss has temperature 0.01.
+
+    Source: Solatorio, "GISTEmbed" (arXiv 2402.16829).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: Any,
+        temperature: float | Tensor = 0.05,
+        *,
+        margin: float = 0.0,
+        margin_strategy: str = "absolute",
+        **options: Any,
+    ) -> None:
+        if guide is model:
+            raise ValueError("guide must be another model than the one that is trained")
+        validation.number("margin", margin)
+        super().__init__(model, temperature, guide_above=-float(margin), guide_by=margin_strategy, **options)
+        self._guide = (Guide(model, guide),)  # in a tuple: no child of this module, so neither trained nor saved
+
+    def more(self, batch: Batch) -> dict[str, Any]:
+        if batch.columns is None:
+            raise ValueError("GuidedInfoNCELoss needs the columns' tokens: call forward, not embeddings alone")
+        first, *others = (self._guide[0](column) for column in batch.columns)
+        return {"guides": [(first, torch.cat(others))]}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        given = super().get_config_dict()
+        margin = -given.pop("guide_above")
+        return given | {
+            "guide": str(self._guide[0].encoder),
+            "margin": margin,
+            "margin_strategy": given.pop("guide_by"),
+        }
+
+    @property
+    def citation(self) -> str:
+        return citations.GIST
+
+
+class Guide:
+    """A frozen encoder that reads the columns of another's batch."""
+
+    def __init__(self, model: Any, encoder: Any) -> None:
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.tokenizer = getattr(model, "tokenizer", None)
+        own = getattr(encoder, "tokenizer", None)
+        vocabulary: tuple[dict, dict] = getattr(self.tokenizer, "get_vocab", dict)(), getattr(own, "get_vocab", dict)()
+        longest = (
+            getattr(model, "max_seq_length", None) or math.inf,
+            getattr(encoder, "max_seq_length", None) or math.inf,
+        )
+        self.same_tokens = bool(vocabulary[0]) and vocabulary[0] == vocabulary[1] and longest[1] >= longest[0]
+        if not self.same_tokens and not hasattr(self.tokenizer, "batch_decode"):
+            raise ValueError("the model's tokenizer must have batch_decode, since its guide has another vocabulary")
+
+    @torch.no_grad()
+    def __call__(self, column: dict[str, Any]) -> Tensor:
+        device = column["input_ids"].device
+        if self.encoder.device != device:
+            self.encoder.to(device)
+        if self.same_tokens:
+            known = ("input_ids", "attention_mask", "token_type_ids", "offsets")
+            features = {name: column[name] for name in known if name in column}
+        else:
+            assert self.tokenizer is not None
+            texts = self.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True)
+            features = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.encoder.preprocess(texts).items()
+            }
+        return self.encoder(features)["sentence_embedding"].detach()
+
+
+class SupConLoss(ColumnLoss):
+    """The supervised contrastive loss: every text of the batch with the row's label is a positive.
+
+    All columns of a row have its label; texts of all of them are compared with each other. Options are those of
+    :func:`pycse.fused_supcon`: temperature, inside, backend, validate, reduction ("mean" or "sum").
+
+    Source: Khosla et al., NeurIPS 2020 (arXiv 2004.11362).
+    """
+
+    wants_positives = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float | Tensor = 0.05,
+        *,
+        similarity_fct: Any = "cos_sim",
+        precision: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, False, precision)
+        self.similarity_fct = similarity_name(similarity_fct)
+        self.options = {"normalize": SIMILARITIES[self.similarity_fct], **options}
+        validation.supervised_options(temperature, **self.options)
+        if self.options.get("reduction", "mean") == "none":
+            raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
+        self.temperature = temperature
+
+    def compare(self, embeddings: list[Tensor], batch: Batch) -> Tensor:
+        if not isinstance(batch.labels, Tensor) or batch.labels.dtype.is_floating_point:
+            raise TypeError(
+                f"SupConLoss needs a dataset with a label column of integers (the rows' classes), got {batch.labels!r}"
+            )
+        z, ids = torch.cat(embeddings), batch.labels.flatten().repeat(len(embeddings))
+        return fused_supcon(z, ids.to(z.device), temperature=self.temperature, **self.options)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        options = {name: value for name, value in self.options.items() if name != "normalize"}
+        own = {"similarity_fct": self.similarity_fct, "precision": self.precision}
+        return {"temperature": float(self.temperature), **options, **own}
+
+    @property
+    def citation(self) -> str:
+        return citations.SUPCON
