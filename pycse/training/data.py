@@ -41,11 +41,11 @@ class Text:
         return Text(f"{self.source}, each with the next", pairs, self.dropped)
 
     def dataset(self):
-        """The rows as a datasets.Dataset, in memory; the label of a row is its number."""
+        """The rows as a datasets.Dataset, in memory."""
         from datasets import Dataset
 
         columns = dict(zip(self.columns, map(list, zip(*self.rows, strict=True)), strict=True))
-        return Dataset.from_dict(columns | {"label": list(range(len(self.rows)))})
+        return Dataset.from_dict(columns)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -15,6 +15,8 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     from sentence_transformers import SentenceTransformerTrainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from pycse.sentence_transformers import DistillCSELoss, TextCollator
+
     names = [pairs.name for pairs in sets]
     judges = evaluators(sets, max_length=encoder.max_seq_length)
     encoder.max_seq_length = run.settings.max_length
@@ -24,7 +26,10 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
         train_dataset=run.text.dataset(),
         loss=loss,
         evaluator=judges,
+        data_collator=TextCollator(encoder.preprocess) if isinstance(loss, DistillCSELoss) else None,
     )
+    if isinstance(loss, DistillCSELoss):
+        trainer.add_callback(parts_callback(run, loss))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 
@@ -84,6 +89,18 @@ def training_arguments(run: Run, scratch: str):
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def parts_callback(run: Run, loss):
+    """A transformers callback that keeps what a distillation's loss was made of, step by step."""
+    from transformers import TrainerCallback
+
+    class Parts(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            for name in ("contrastive", "distillation"):
+                run.parts.setdefault(name, []).append(float(getattr(loss.latest, name)))
+
+    return Parts()
 
 
 def progress_callback(progress, task, shown: str):

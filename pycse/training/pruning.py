@@ -19,7 +19,7 @@ from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, evaluate
 from pycse.training.fit import fit
-from pycse.training.loss import build_loss, column_loss
+from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import load_all_teachers, model_name, prepare
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
@@ -172,9 +172,9 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     shown = model_name(settings)
     loss, teachers = None, []
     if steps:
-        built = build_loss(settings, encoder.device)
+        check_loss(settings, encoder.device)
         teachers = load_all_teachers(settings, encoder, model, f"{shown}, before the removal")
-        loss = column_loss(encoder, built, text, teachers, settings.seed)
+        loss = build_loss(settings, encoder, teachers)
     layers = list(range(keep_layers(encoder, None)))
     run = Run(
         settings=settings,
@@ -194,8 +194,6 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
     run.before, run.after = scores, run.pruned.final
     run.teachers = [teacher.as_dict() for teacher in teachers]
-    if loss is not None:
-        run.parts = {name: [float(value) for value in values] for name, values in loss.parts.items()}
     encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
     return run, out

@@ -56,5 +56,7 @@ class Run:
         """Take in a run that went on with the same encoder."""
         self.loss += [(self.steps + step, loss) for step, loss in later.loss]
         self.scores += [(self.steps + step, scores) for step, scores in later.scores]
+        for name, values in later.parts.items():
+            self.parts.setdefault(name, []).extend(values)
         self.seconds["train"] += later.seconds.get("train", 0.0)
         self.steps += later.steps

@@ -11,7 +11,7 @@ from pathlib import Path
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.fit import fit
-from pycse.training.loss import build_loss, column_loss
+from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import load_all_teachers, model_name, prepare
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
@@ -46,9 +46,9 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     if prunes:
         check_prunable(settings, encoder, text)
     shown = model_name(settings)
-    built = build_loss(settings, encoder.device)
+    check_loss(settings, encoder.device)
     teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
-    loss = column_loss(encoder, built, text, teachers, settings.seed)
+    loss = build_loss(settings, encoder, teachers)
 
     run = Run(
         settings=settings,
@@ -75,7 +75,6 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
             run.follow(later)
             run.after = run.pruned.final
     run.teachers = [teacher.as_dict() for teacher in teachers]
-    run.parts = {name: [float(value) for value in values] for name, values in loss.parts.items()}
     encoder.max_seq_length = own_length
     encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started

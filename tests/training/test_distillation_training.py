@@ -236,37 +236,38 @@ def test_anything_that_changes_embeddings_changes_the_key(load, wide_model):
     assert len({*keys.values(), fingerprint(load(wide_model))}) == len(keys) + 1
 
 
-def test_teachers_read_the_anchors_of_the_batch():
-    from collections import Counter, namedtuple
+@needs_extras
+def test_teachers_read_the_anchors_of_the_batch(tiny_model):
+    from sentence_transformers import SentenceTransformer
 
-    from pycse.training.data import Text
-    from pycse.training.loss import column_loss
+    from pycse.sentence_transformers import TextCollator
+    from pycse.training.loss import build_loss
+    from pycse.training.settings import Settings
 
-    text = Text("t", [(f"anchor {i}", f"positive {i}") for i in range(5)], Counter())
-    assert text.dataset()[3] == {"sentence": "anchor 3", "positive": "positive 3", "label": 3}
-    read, calls, Output = [], [], namedtuple("Output", "loss contrastive distillation")
+    encoder, read, values = SentenceTransformer(tiny_model, device="cpu").eval(), [], []
 
     def teacher(sentences):
-        read.append(sentences)
-        return torch.ones(len(sentences), 4)
+        read.append(list(sentences))
+        return torch.randn(len(sentences), 4, generator=torch.Generator().manual_seed(len(read[-1][0])))
 
-    def loss(z1, z2, teachers, seed):
-        calls.append((z1, z2, teachers, int(torch.randint(2**62, (), generator=seed))))
-        return Output(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(2.0))
-
-    features = [{"sentence_embedding": torch.full((2, 3), float(k))} for k in range(2)]
+    collate = TextCollator(encoder.preprocess)
     for _ in range(2):
-        adapter = column_loss(lambda features: features, loss, text, [teacher, teacher], seed=5)
+        loss = build_loss(Settings(seed=5), encoder, [teacher, teacher])
         state = torch.get_rng_state()
-        for labels in ([3, 1], [0, 4]):
-            assert adapter(features, torch.tensor(labels)) == 3.0
+        for rows in ([3, 1, 2, 4], [0, 4, 2, 1]):
+            batch = collate([{"sentence": f"anchor {i}", "positive": f"positive {i}"} for i in rows])
+            columns = [
+                {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+                for prefix in ("sentence_", "positive_")
+            ]
+            values.append(loss(columns, None).item())
         assert torch.equal(state, torch.get_rng_state())  # the shuffle leaves dropout's generator alone
-    assert read[:4] == [["anchor 3", "anchor 1"]] * 2 + [["anchor 0", "anchor 4"]] * 2
-    z1, z2, teachers, _ = calls[0]
-    assert (z1 == 0).all() and (z2 == 1).all() and len(teachers) == 2
-    seeds = [call[3] for call in calls]
-    assert seeds[0] != seeds[1] and seeds[:2] == seeds[2:]
-    assert adapter.parts == {"contrastive": [1.0, 1.0], "distillation": [2.0, 2.0]}
+    assert (
+        read[:4]
+        == [["anchor 3", "anchor 1", "anchor 2", "anchor 4"]] * 2
+        + [["anchor 0", "anchor 4", "anchor 2", "anchor 1"]] * 2
+    )
+    assert values[:2] == values[2:]
 
 
 # ---- the cache
