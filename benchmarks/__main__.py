@@ -202,6 +202,17 @@ def fitting(chosen: list[Workload]) -> tuple[list[Workload], dict[str, str]]:
     return [w for w in chosen if w.name not in skipped], skipped
 
 
+@app.command()
+def steps(seconds: float = typer.Option(10.0, min=0.0, help="For the rounds of a row.")) -> None:
+    """Training steps with sentence-transformers: pycse's losses beside its own."""
+    from benchmarks import steps as training
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    tunables = os.environ.get("GLIBC_TUNABLES", "as it comes")
+    console.print(f"{date.today()}  {measure.machine()}  commit {measure.commit()}  GLIBC_TUNABLES: {tunables}")
+    console.print(training.table(seconds))
+
+
 def checked(chosen: list[Workload]) -> tuple[dict[str, Any], bool]:
     """On one thread, in the processor time that it took: what else runs on the machine counts for little."""
     options = ["--peers", "eager", "--one-thread", "--times-only", "--seconds", str(SECONDS)]
