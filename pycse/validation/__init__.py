@@ -3,6 +3,7 @@
 from pycse.validation.checks import (
     choice,
     detached,
+    embeddings,
     fits_64_bits,
     flag,
     number,
@@ -31,6 +32,7 @@ __all__ = [
     "distillation",
     "distillation_options",
     "distillcse_options",
+    "embeddings",
     "fits_64_bits",
     "flag",
     "linear",
