@@ -10,7 +10,7 @@ from torch import Tensor
 from pycse import ops
 from pycse.functional import problem_of
 from pycse.transforms import recordable
-from pycse.validation import flag
+from pycse.validation import embeddings, flag
 
 
 @recordable
@@ -69,6 +69,7 @@ def logsumexp_similarities(
     Chuang et al., "Debiased Contrastive Learning", NeurIPS 2020 (arXiv 2007.00224).
     """
     flag("include_positive", include_positive)
+    embeddings("z1", z1)
     if include_positive and positives is None and query_ids is None and exclude_above is None:
         positives = _any_key(z1)
     no: Any = None
@@ -83,9 +84,6 @@ def logsumexp_similarities(
     return ops.contrastive(p, backend, validate)
 
 
-def _any_key(z1: Any) -> Tensor | None:
-    """Where nothing asks for a positive every key counts alike: it may be the first. What is no matrix is refused
-    later."""
-    if not isinstance(z1, Tensor) or z1.dim() != 2:
-        return None
+def _any_key(z1: Tensor) -> Tensor:
+    """Where nothing asks for a positive every key counts alike: it may be the first."""
     return torch.zeros(z1.shape[0], dtype=torch.int64, device=z1.device)

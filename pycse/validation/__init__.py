@@ -4,6 +4,7 @@ from pycse.validation.adapacse_losses import adapacse, adapacse_options, check_a
 from pycse.validation.checks import (
     choice,
     detached,
+    embeddings,
     fits_64_bits,
     flag,
     number,
@@ -35,6 +36,7 @@ __all__ = [
     "distillation",
     "distillation_options",
     "distillcse_options",
+    "embeddings",
     "fits_64_bits",
     "flag",
     "linear",

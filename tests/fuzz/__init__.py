@@ -2,7 +2,9 @@
 
     choices.py    where choices come from: hypothesis, which shrinks, or a seed, which costs a microsecond a choice
     layouts.py    how a tensor lies in memory, and what state the process is in
-    problems.py   what is computed: sizes, values, options, and the truth
+    problems.py   what is computed, described and made: of pairs.py (which keys count: negatives.py), distillations.py,
+                  layers.py; embeddings are of points.py
+    truths.py     a problem and what is true of it: values, gradients, how far rounding may lead
     calls.py      one call of a problem: backend, layouts, states, gradients; and its judgement
     invalid.py    calls that must be refused by name
     readers.py    files that are damaged

@@ -15,6 +15,7 @@ from pycse.backends.cpu import contrastive as cpu_contrastive
 from pycse.backends.cpu import distill as cpu_distill
 from pycse.panels import contrastive as contrastive_panels
 from pycse.panels import distill as distill_panels
+from pycse.panels import parts as parts_panels
 from pycse.panels import uniformity as uniformity_panels
 
 from oracle import BAND, FLOOR_GRADIENT, FLOOR_LOSS
@@ -36,12 +37,16 @@ def describe(c: Any, d: dict[str, Any]) -> dict[str, Any]:
         for name in ("z1", "z2", "z", "x", "y", "weight matrix", "logits")
         if c.chance(0.5)
     }
-    call["layouts"] |= {name: c.pick(layouts.VECTORS) for name in ("weight", "bias", "upstream") if c.chance(0.3)}
+    call["layouts"] |= {
+        name: c.pick(layouts.VECTORS) for name in ("weight", "bias", "upstream", "bounds") if c.chance(0.3)
+    }
     call["layouts"] |= {name: c.pick(layouts.INTEGERS) for name in ("ids", "positives", "mask") if c.chance(0.3)}
     if c.chance(0.5):
         call["states"] = [c.pick(tuple(layouts.STATES)) for _ in range(c.whole(1, 2))]
     call["alias"] = c.pick(("no", "no", "same", "view"))
-    call["frozen"] = [n for n in ("z1", "z2", "z", "x", "y", "weight", "bias", "temperature", "m") if c.chance(0.2)]
+    call["frozen"] = [
+        n for n in ("z1", "z2", "z", "x", "y", "weight", "bias", "scale", "temperature", "m") if c.chance(0.2)
+    ]
     call["module"] = c.chance(0.3)
     call["panels"] = c.pick((None, None, None, 1, 3, 13))
     call["factor"] = c.pick((1.0, 1.0, -2.5, 1e-3))
@@ -55,10 +60,11 @@ def _panels(rows: int | None) -> Any:
     if rows is None:
         yield
         return
-    modules = (contrastive_panels, distill_panels, uniformity_panels)
-    before = [m.panel_rows for m in modules], cpu_contrastive.SMALL, cpu_distill.SMALL
+    modules = (contrastive_panels, parts_panels, distill_panels, uniformity_panels)
+    before = [m.panel_rows for m in modules], cpu_contrastive.SMALL, cpu_distill.SMALL, parts_panels.PAIR_BYTES
     try:
-        contrastive_panels.panel_rows = lambda B, *_: min(B, rows)
+        contrastive_panels.panel_rows = parts_panels.panel_rows = lambda B, *_: min(B, rows)
+        parts_panels.PAIR_BYTES = 1 << 10
         distill_panels.panel_rows = lambda d, *_: min(d.z1.shape[0], rows)
         uniformity_panels.panel_rows = lambda p, *_: min(p.z.shape[0], rows)
         cpu_contrastive.SMALL = cpu_distill.SMALL = {}
@@ -66,7 +72,7 @@ def _panels(rows: int | None) -> Any:
     finally:
         for m, f in zip(modules, before[0]):
             m.panel_rows = f
-        cpu_contrastive.SMALL, cpu_distill.SMALL = before[1:]
+        cpu_contrastive.SMALL, cpu_distill.SMALL, parts_panels.PAIR_BYTES = before[1:]
 
 
 class Arguments:
@@ -103,14 +109,22 @@ class Arguments:
         if name == "teachers":
             value = [e.float() if self.autocast else e for e in value]
             return [self._lay(f"teachers[{k}]", e, chosen.get("logits", "plain")) for k, e in enumerate(value)]
+        if name == "guides":
+            return [
+                tuple(
+                    self._lay(f"guides[{k}][{side}]", e, chosen.get("logits", "plain")) for side, e in enumerate(pair)
+                )
+                for k, pair in enumerate(value)
+            ]
+        if name == "negatives":
+            return tuple(self._lay(f"negatives[{k}]", t, chosen.get("ids", "plain")) for k, t in enumerate(value))
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if name == "mask":
             kind = {"every other": "every other column", "expanded": "transposed"}.get(chosen.get("mask"), "plain")
         else:
-            kind = chosen.get(
-                "logits" if name == "teacher_logits" else "ids" if name.endswith("ids") else name, "plain"
-            )
+            layout = {"teacher_logits": "logits", "guide_logits": "logits", "exclude_above": "bounds"}.get(name, name)
+            kind = chosen.get("ids" if "ids" in name else layout, "plain")
         return self._lay(name, value, kind)
 
     def _alias(self, how: str) -> None:
@@ -236,7 +250,14 @@ def plain(t: Tensor) -> Tensor:
 def _judge(p: Problem, name: str, actual: Tensor, truth: Tensor, factor: float, shared: bool = False) -> None:
     if not p.finite:
         return _judge_not_finite(p, name, actual, truth)
+    if p.op == "logsum" and name == "value" and p.settled:  # of a row without a key
+        nothing = truth.isneginf()
+        if not torch.equal(actual.isneginf(), nothing):
+            raise Fault("value: other rows are without a key")
+        actual, truth = actual.masked_fill(nothing, 0), truth.masked_fill(nothing, 0)
     if not actual.isfinite().all():
+        if p.op == "logsum" and name == "value" and not p.settled and not (actual.isnan() | actual.isposinf()).any():
+            return None
         largest = torch.finfo(p.inputs[name].dtype).max if name in p.inputs else torch.inf
         if truth.abs().max() * abs(factor) > 0.9 * largest:
             return None
@@ -268,7 +289,7 @@ def _error(p: Problem, name: str, actual: Tensor, truth: Tensor) -> float:
     elif p.op in ("uniformity", "alignment"):  # sums of terms up to t, whose logarithm may be 0
         floor = max(1.0, p.d.get("t", 1.0) * p.range)
     elif name == "value":  # a divergence is a difference of entropies, and a part may be subtracted
-        cancels = p.d.get("divergence") in ("kl", "js") or p.d.get("factor", 1.0) < 0
+        cancels = p.op == "logsum" or p.d.get("divergence") in ("kl", "js") or p.d.get("factor", 1.0) < 0
         floor = 0.1 * p.total if cancels else FLOOR_LOSS
     else:
         floor = max(FLOOR_GRADIENT * max(1, p.parallel * p.steepest / 46) * p.total, p.sizes.get(name, ZERO).item())
@@ -283,7 +304,8 @@ def _judge_not_finite(p: Problem, name: str, actual: Tensor, truth: Tensor) -> N
     if p.op in ("distill", "distillcse") and p.d["B"] == 1:  # no pair: 0, whatever it holds
         return
     # A row without negatives has loss 0, whatever it holds.
-    if "query_ids" in p.others or p.d.get("N") == 1 or "exclude_above" in p.options:
+    chooses = ("exclude_above", "guides", "guide_logits", "negatives", "query_ids", "ids1")
+    if p.d.get("N") == 1 or not p.d.get("include", True) or any(n in {**p.options, **p.others} for n in chooses):
         return
     if p.mask is None:
         wrong = actual.isfinite() != truth.isfinite()

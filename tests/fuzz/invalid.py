@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,19 @@ import torch
 from fuzz.calls import Fault
 from fuzz.problems import FUNCTIONS, MODULES
 from pycse.sparse import SparseLinear
+from pycse.validation.contrastive_losses import EXCLUSIVE
 
 B, D, OUT = 4, 6, 5
+
+
+@dataclass(frozen=True)
+class With:
+    """A value that is wrong beside others."""
+
+    value: Any
+    others: dict[str, Any]
+
+
 Z = torch.randn(B, D, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(B)
 NOT_NUMBERS: tuple[Any, ...] = (
@@ -77,6 +89,39 @@ NOT_MASKS: tuple[Any, ...] = (
     torch.ones(OUT, D, dtype=torch.bool, device="meta"), torch.ones(OUT, D).bool().to_sparse(), 1,
 )  # fmt: skip
 
+PTR, NONE = torch.arange(B + 1), torch.zeros(B + 1, dtype=torch.int64)
+NOT_GUIDES: tuple[Any, ...] = (
+    [], Z, [Z], [Z, Z], [(Z,)], [(Z, Z, Z)], [(Z, Z[:3])], [(Z[:3], Z)], [(Z, Z[:, :5])], [(Z, None)], [(None, Z)],
+    "guides", 3, {0: (Z, Z)}, [(Z, Z.long())], [(Z, Z.clone().requires_grad_())], [(Z.to("meta"), Z)],
+    [(Z, Z.to_sparse())], [(Z, Z), (Z, Z[0])], [("z", "z")],
+)  # fmt: skip
+NOT_LOGITS: tuple[Any, ...] = (
+    Z, Z[:, 0], torch.ones(B, B).long(), torch.ones(B, B + 1), [[1.0]], 1.0, torch.ones(B, B, device="meta"),
+    torch.ones(B, B).to_sparse(), torch.ones(B, B, requires_grad=True), torch.ones(B, B, dtype=torch.complex64),
+)  # fmt: skip
+NOT_LISTS: tuple[Any, ...] = (
+    PTR, [PTR], (PTR, IDS, IDS), (None, IDS), (PTR, None), (PTR[:-1], IDS), (PTR[None], IDS), (PTR, IDS[None]),
+    (PTR.double(), IDS), (PTR, IDS.float()), (PTR > 0, IDS), (PTR.tolist(), IDS.tolist()), "lists", 3, {0: PTR, 1: IDS},
+    (PTR, IDS[:3]), (PTR + 1, IDS), (-PTR, IDS), (PTR.flip(0), IDS), (PTR * 2**40, IDS), (NONE, IDS),
+    (PTR, IDS - 1), (PTR, IDS + 1), (PTR, IDS * 2**60), (PTR, IDS.flip(0)), (PTR.to("meta"), IDS),
+    (PTR, IDS.to("meta")), (PTR.to_sparse(), IDS), (PTR, IDS.to_sparse()), (np.arange(B + 1), np.arange(B)),
+    With((torch.tensor([0, 2, 2, 2, 2]), torch.tensor([5, 5])), {"z2": torch.cat([Z, Z])}),
+    With((torch.tensor([0, 1, 1, 1, 1]), torch.tensor([8])), {"z2": torch.cat([Z, Z])}),
+)  # fmt: skip
+NOT_DIRECTIONS: tuple[Any, ...] = (
+    None, "qd", 3, (), ["qq"], ["qd", "qd"], ["qd", "xy"], ["qd", None], ["qd", 1], {"qd": 1}, torch.ones(2), ("QD",),
+    With(["qd", "dd"], {"z2": torch.cat([Z, Z[:1]])}),
+)  # fmt: skip
+WEIGHTED_GUIDES: tuple[Any, ...] = tuple(
+    With(v, {"guides": [(Z, Z)]})
+    for v in ([], [1, 1], [-1], [math.nan], [0], ["1"], 1.0, torch.ones(1), [True], [1e400])
+)
+# What may stand beside all others but what EXCLUSIVE says.
+FINE: dict[str, Any] = {
+    "guides": [(Z, Z)], "guide_weights": [1.0], "guide_logits": torch.zeros(B, B), "symmetric": True, "positives": IDS,
+    "hard_negative_weight": 1.0, "negatives": (NONE, IDS[:0]), "directions": ["qd", "qq"],
+}  # fmt: skip
+
 # Arguments that every contrastive loss has; the bad values of each.
 CONTRASTIVE: dict[str, tuple[Any, ...]] = {
     "z1": NOT_EMBEDDINGS,
@@ -86,14 +131,64 @@ CONTRASTIVE: dict[str, tuple[Any, ...]] = {
     "query_ids": (*NOT_IDS, IDS),  # one of two
     "key_ids": (*NOT_IDS, IDS),
     "hard_negative_weight": (1.0, torch.tensor(1.0), *NOT_FINITE, *NOT_NUMBERS),
-    "exclude_above": (torch.tensor(1.0), *NOT_FINITE, *(v for v in NOT_NUMBERS if v is not None)),
+    "exclude_above": (
+        torch.tensor(1.0), *NOT_FINITE, *(v for v in NOT_NUMBERS if v is not None), torch.ones(3), torch.ones(B, 1),
+        IDS, torch.ones(B, device="meta"), torch.ones(B).to_sparse(), torch.ones(B, dtype=torch.complex64),
+    ),
+    "exclude_by": NOT_NAMES,
+    "positive_margin": (torch.tensor(1.0), 1e7, -1e7, *NOT_FINITE, *NOT_NUMBERS),
+    "hardness": (-1.0, -1e-9, 1e7, torch.tensor(1.0), *NOT_FINITE, *NOT_NUMBERS),
+    "hardness_mode": (
+        *NOT_NAMES, With("hard_negatives", {"hardness": 1.0}),
+        With("in_batch_negatives", {"hardness": 1.0, "z2": torch.cat([Z, Z[:1]])}),
+    ),
+    "guides": NOT_GUIDES,
+    "guide_weights": ([1.0], *WEIGHTED_GUIDES),
+    "guide_logits": NOT_LOGITS,
+    "guide_above": (torch.tensor(1.0), *NOT_FINITE, *NOT_NUMBERS),
+    "guide_by": NOT_NAMES,
     "symmetric": NOT_FLAGS,
     "normalize": NOT_FLAGS,
     "validate": NOT_FLAGS,
     "weight": NOT_WEIGHTS,
     "reduction": NOT_NAMES,
     "backend": (*NOT_NAMES, "triton", "cuda"),
+}  # fmt: skip
+PARTS: dict[str, tuple[Any, ...]] = {
+    "negatives": NOT_LISTS,
+    "directions": NOT_DIRECTIONS,
+    "partition": (
+        *NOT_NAMES,
+        *(With("per_direction", {"directions": ["qd", name]}) for name in ("qq", "dd")),
+    ),
 }
+for (one, two), _ in EXCLUSIVE.items():
+    table = CONTRASTIVE if one in CONTRASTIVE else PARTS
+    with_guides = {"guides": FINE["guides"]} if one == "guide_weights" else {}
+    table[one] = (*table[one], With(FINE[one], {two: FINE[two], **with_guides}))
+SIGMOID: dict[str, tuple[Any, ...]] = {
+    **{n: CONTRASTIVE[n] for n in ("z1", "z2", "query_ids", "key_ids", "normalize", "validate", "weight", "reduction",
+    "backend")},
+    "positives": (
+        *(v for v in CONTRASTIVE["positives"] if not isinstance(v, With)), With(IDS, {"query_ids": IDS, "key_ids": IDS}),
+    ),
+    "scale": (0, -0.1, -10, 1e7, torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(1e7), *NOT_FINITE, *NOT_NUMBERS),
+    "bias": (1e7, -1e7, torch.tensor(-1e7), *NOT_FINITE, *NOT_NUMBERS),
+}  # fmt: skip
+SUPCON: dict[str, tuple[Any, ...]] = {
+    **{n: CONTRASTIVE[n] for n in ("temperature", "normalize", "validate", "weight", "reduction", "backend")},
+    "z1": NOT_EMBEDDINGS,
+    "z2": (Z, *(With(v, {"ids2": IDS}) for v in CONTRASTIVE["z2"])),  # without ids2, and what is wrong with them
+    "ids1": (None, *NOT_IDS),
+    "ids2": (IDS, *(With(v, {"z2": Z}) for v in (None, *NOT_IDS))),
+    "inside": NOT_FLAGS,
+}
+LOGSUM: dict[str, tuple[Any, ...]] = {
+    **{n: tuple(v for v in CONTRASTIVE[n] if not isinstance(v, With)) for n in ("z1", "temperature", "positives",
+    "query_ids", "key_ids", "exclude_above", "exclude_by", "normalize", "validate", "backend")},
+    "z2": (*NOT_EMBEDDINGS, Z[:, :5], Z.double(), With(Z[:3], {"include_positive": False})),
+    "include_positive": NOT_FLAGS,
+}  # fmt: skip
 DISTILLATION: dict[str, tuple[Any, ...]] = {
     "teachers": NOT_TEACHERS,
     "teacher_logits": (
@@ -117,11 +212,6 @@ DISTILLATION: dict[str, tuple[Any, ...]] = {
     "divergence": NOT_NAMES,
     "seed": NOT_SEEDS,
 }
-NOT_ANGULAR = ("hard_negative_weight", "exclude_above", "symmetric", "normalize")
-NOT_LOGITS: tuple[Any, ...] = DISTILLATION["teacher_logits"]
-NOT_GUIDES: tuple[Any, ...] = (
-    [], Z, [Z], [(Z,)], [None], "guides", [(Z, Z[:3])], [(Z, Z[:, :5])], [(Z.long(), Z)], [(Z, Z.to("meta"))], 3, {0: Z},
-)  # fmt: skip
 LAYER: dict[str, tuple[Any, ...]] = {
     "x": (
         None,
@@ -153,9 +243,13 @@ LAYER: dict[str, tuple[Any, ...]] = {
     "mask": NOT_MASKS,
     "backend": (*NOT_NAMES, "triton", "cuda"),
 }
+ANGULAR = ("z1", "z2", "temperature", "positives", "query_ids", "key_ids", "weight", "reduction", "backend", "validate")
 NOT_RUN: dict[str, dict[str, tuple[Any, ...]]] = {
-    "infonce": CONTRASTIVE,
-    "focal": CONTRASTIVE | {"m": (*NOT_FINITE, *NOT_NUMBERS)},
+    "infonce": CONTRASTIVE | PARTS,
+    "focal": CONTRASTIVE | PARTS | {"m": (*NOT_FINITE, *NOT_NUMBERS)},
+    "logsum": LOGSUM,
+    "sigmoid": SIGMOID,
+    "supcon": SUPCON,
     "uniformity": {
         "x": (*(v for v in NOT_EMBEDDINGS if getattr(v, "is_meta", False) is False), Z[:1]), "t": (0, -1.0,
         torch.tensor(2.0), *NOT_FINITE, *NOT_NUMBERS), "normalize": NOT_FLAGS,
@@ -167,11 +261,12 @@ NOT_RUN: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "distill": {"z": NOT_EMBEDDINGS} | DISTILLATION | {n: CONTRASTIVE[n] for n in ("normalize", "weight", "reduction",
     "backend")},
-    "distillcse": CONTRASTIVE | DISTILLATION | {"m": (*NOT_FINITE, *(v for v in NOT_NUMBERS if v is not None)),
+    "distillcse": {n: tuple(v for v in values if not isinstance(v, With) or not v.others.keys() & PARTS.keys())
+    for n, values in CONTRASTIVE.items()} | DISTILLATION | {"m": (*NOT_FINITE, *(v for v in NOT_NUMBERS if v is not None)),
     "distill_weight": (torch.tensor(1.0), *NOT_FINITE, *NOT_NUMBERS)},
-    "adapacse": {n: v for n, v in CONTRASTIVE.items() if n not in NOT_ANGULAR} | {
+    "adapacse": {n: v for n, v in CONTRASTIVE.items() if n in ANGULAR} | {
         "m": (-0.1, 1.6, torch.tensor(0.3), *NOT_FINITE, *NOT_NUMBERS), "guides": NOT_GUIDES,
-        "guide_weights": ([1], 1.0, torch.ones(1)), "guide_logits": (None, *NOT_LOGITS, Z.clone().requires_grad_()),
+        "guide_weights": ([1], 1.0, torch.ones(1)), "guide_logits": (None, *NOT_LOGITS),
     },
     "masked_linear": LAYER,
     "SparseLinear": {
@@ -182,17 +277,21 @@ NOT_RUN: dict[str, dict[str, tuple[Any, ...]]] = {
 VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "infonce": lambda: dict(z1=Z, z2=Z),
     "focal": lambda: dict(z1=Z, z2=Z),
+    "logsum": lambda: dict(z1=Z, z2=Z),
+    "sigmoid": lambda: dict(z1=Z, z2=Z),
+    "supcon": lambda: dict(z1=Z, ids1=IDS),
+    "adapacse": lambda: dict(z1=Z, z2=Z, guide_logits=torch.ones(B, B)),
     "uniformity": lambda: dict(x=Z),
     "alignment": lambda: dict(x=Z, y=Z),
     "distill": lambda: dict(z=Z, teachers=[Z]),
     "distillcse": lambda: dict(z1=Z, z2=Z, teachers=[Z]),
-    "adapacse": lambda: dict(z1=Z, z2=Z, guide_logits=torch.ones(B, B)),
     "masked_linear": lambda: dict(x=Z, weight=torch.ones(OUT, D), mask=torch.ones(OUT, D).bool(), bias=torch.ones(OUT)),
     "SparseLinear": lambda: dict(x=Z, mask=torch.ones(OUT, D).bool()),
 }
 # Another name under which the same is wrong: what an argument has to fit.
-ALSO = {"z1": ("z2",), "z2": ("z1",), "x": ("y", "weight"), "y": ("x",), "query_ids": ("key_ids",),
-"key_ids": ("query_ids",), "weight": ("x",), "z": ("teachers",)}  # fmt: skip
+ALSO = {"z1": ("z2",), "z2": ("z1", "ids2"), "x": ("y", "weight"), "y": ("x",), "query_ids": ("key_ids",),
+"key_ids": ("query_ids",), "weight": ("x",), "z": ("teachers",),
+"ids1": ("z1",), "ids2": ("z2",), "partition": ("directions",), "guide_weights": ("guides",)}  # fmt: skip
 
 
 def describe(c: Any) -> dict[str, Any]:
@@ -212,8 +311,7 @@ def call(op: str, given: dict[str, Any], module: bool) -> None:
         x, mask = given.pop("x"), given.pop("mask")
         SparseLinear(D, OUT, mask=mask, **given)(x)
     elif module and op in MODULES:
-        batch = ("z", "z1", "z2", "positives", "query_ids", "key_ids", "weight", "teachers", "teacher_logits", "seed",
-                 "guides", "guide_logits")  # fmt: skip
+        batch = MODULES[op].batch
         MODULES[op](**{n: v for n, v in given.items() if n not in batch})(
             **{n: v for n, v in given.items() if n in batch}
         )
@@ -225,10 +323,13 @@ def run(d: dict[str, Any]) -> None:
     """Make the call; Fault where it is not refused by an error that names the argument."""
     name = d["argument"]
     bad = NOT_RUN[d["op"]][name][d["value"]]
-    given = VALID[d["op"]]() | {"backend": d["backend"]} | {name: bad}
+    others: dict[str, Any] = {}
+    if isinstance(bad, With):
+        bad, others = bad.value, bad.others
+    given = VALID[d["op"]]() | {"backend": d["backend"]} | {name: bad} | others
     if name == "teacher_logits":
         given.pop("teachers")
-    what = f"{d['op']}({name}={bad!r:.80})"
+    what = f"{d['op']}({name}={bad!r:.80}{''.join(f', {n}={v!r:.40}' for n, v in others.items())})"
     try:
         call(d["op"], given, d["module"])
     except (TypeError, ValueError, RuntimeError) as error:

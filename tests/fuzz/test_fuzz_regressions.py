@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from pycse import alignment, fused_distill, fused_focal_infonce, fused_infonce, uniformity
+from pycse import alignment, fused_distill, fused_focal_infonce, fused_infonce, logsumexp_similarities, uniformity
 from pycse.pattern import pack_mask
 from pycse.sparse import SparseLinear, masked_linear
 from pycse.sparse.storage import saved_masks
@@ -175,6 +175,7 @@ REFUSED = {
     "nested z1": (lambda: fused_infonce(NESTED, Z), "z1"),
     "nested x": (lambda: uniformity(NESTED), "x"),
     "nested y": (lambda: alignment(Z, NESTED), "y"),
+    "nested z1 of log-sums": (lambda: logsumexp_similarities(NESTED, Z), "z1"),
     "large temperature": (lambda: fused_infonce(Z, Z, 10**400), "temperature"),
     "large t": (lambda: uniformity(Z, 10**400), "t must"),
     "large student_temperature": (lambda: fused_distill(Z, [Z], student_temperature=10**400), "student_temperature"),

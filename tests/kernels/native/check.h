@@ -116,6 +116,9 @@ void contrastive(const Kernels&);
 void small(const Kernels&);
 void distill(const Kernels&);
 void sparse(const Kernels&);
+void sigmoid(const Kernels&);
+void supervised(const Kernels&);
+void guide(const Kernels&);
 constexpr int kThreads = 3;  // odd: shares of rows are ragged
 
 }  // namespace checks

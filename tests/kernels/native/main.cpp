@@ -14,6 +14,9 @@ int main(int arguments, char** argument) {
   checks::small(kernels);
   checks::distill(kernels);
   checks::sparse(kernels);
+  checks::sigmoid(kernels);
+  checks::supervised(kernels);
+  checks::guide(kernels);
   std::printf("%s: %d comparisons, %d failed\n", kernels.isa, checks::comparisons, checks::failures);
   return checks::failures > 0 || checks::comparisons == 0;
 }

@@ -100,6 +100,31 @@ FAULTS = {
     "tokens past the last are not 0": Fault(
         VALUES, "block_tiles.h", "(padded), 0, sizeof padded", "(padded), 0xff, sizeof padded", isa="amx"
     ),
+    "a pair's ragged tail reads one key more": Fault(
+        ADDRESS, "sigmoid.h", "k < n; ++k) tail[k] =", "k <= n; ++k) tail[k] ="
+    ),
+    "the padding has ids": Fault(
+        ADDRESS, "sigmoid.h", "k < n; ++k) signs.y[k] = ids[k]", "k < padded; ++k) signs.y[k] = ids[k]"
+    ),
+    "threads share the signs": Fault(
+        THREADS,
+        "sigmoid.h",
+        "    Signs<acc_t<T>> signs{acc_t<T>(p.bias)};",
+        "    static Signs<acc_t<T>> signs{acc_t<T>(p.bias)};",
+    ),
+    "the padding is of negatives": Fault(
+        VALUES, "sigmoid.h", "  for (int64_t k = n; k < padded; ++k) signs.offset[k] = -INFINITY;\n", ""
+    ),
+    "a class's last key is the next class's": Fault(
+        ADDRESS, "supervised.h", "p.keys + p.ptr[p.classes[i] + 1];", "p.keys + p.ptr[p.classes[i] + 1] + 1;"
+    ),
+    "as many positives as lanes": Fault(ADDRESS, "supervised.h", "T kept[kBlock];", "T kept[kLane];"),
+    "threads share the masks": Fault(THREADS, "supervised.h", "    Masks<A> masks;\n", "    static Masks<A> masks;\n"),
+    "a positive stays hidden": Fault(VALUES, "supervised.h", "                      masks.show(*k - a);\n", ""),
+    "the padding has a guide": Fault(
+        ADDRESS, "rows.h", "k < n; ++k) v[k] = load(t[a + k])", "k < padded; ++k) v[k] = load(t[a + k])"
+    ),
+    "a guide's rows lie as the panel's": Fault(VALUES, "rows.h", "* panel.ld_T * size", "* panel.ld * size"),
     "a mirrored pair counts once": Fault(
         VALUES, "uniformity.h", "sum += 2 * exponentials_of", "sum += exponentials_of"
     ),
@@ -163,7 +188,16 @@ class Builder:
         """everything: the fault is in what the checks include too."""
         choice = self.folder / f"{isa}.cpp"
         choice.write_text(CHOICE.format(isa=isa))
-        names = ["main", "contrastive", "distill", "sparse", *(["team"] if sanitizer == "thread" else [])]
+        names = [
+            "main",
+            "contrastive",
+            "distill",
+            "guide",
+            "sigmoid",
+            "sparse",
+            "supervised",
+            *(["team"] if sanitizer == "thread" else []),
+        ]
         objects = [self.compiled(f"tests/kernels/native/{n}.cpp", n, sanitizer, again=everything) for n in names]
         objects += [self.compiled(str(choice), f"choice-{isa}", sanitizer), *self.kernels(isa, sanitizer, True)]
         out = f"checks-{isa}-{sanitizer}"
