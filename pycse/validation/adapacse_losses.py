@@ -9,7 +9,17 @@ from torch import Tensor
 
 from pycse import transforms
 from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Angular
-from pycse.validation.checks import choice, flag, number, real, rows_and_keys, same_device, vector
+from pycse.validation.checks import (
+    choice,
+    flag,
+    number,
+    positive_number,
+    positives_are_keys,
+    real,
+    rows_and_keys,
+    rows_of_keys,
+    same_device,
+)
 from pycse.validation.contrastive_losses import EXCLUSIVE, guide
 from pycse.validation.supervised_losses import resolvable
 
@@ -32,17 +42,9 @@ def adapacse(
     """Everything that can be checked without reading a tensor's values."""
     B, N = rows_and_keys(z1, z2)
     adapacse_options(temperature, m, **options)
-    vector("positives", positives, B, "integer")
-    vector("query_ids", query_ids, B, "integer")
-    vector("key_ids", key_ids, N, "integer")
-    vector("weight", weight, B, "float")
+    rows_of_keys(B, N, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
     tensors = dict(positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
     same_device(z1, z2=z2, temperature=temperature, **tensors)
-    if positives is None and N < B:
-        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
-    if (query_ids is None) != (key_ids is None):
-        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
     guide(z1, z2, guides, guide_weights, guide_logits)
     if guides is None and guide_logits is None:
         raise ValueError("guides or guide_logits must be given (the margins are a teacher's), got None for both")
@@ -82,12 +84,5 @@ def check_adapacse(p: Angular) -> None:
         for t in (p.temperature, p.positives)
     )
     if temperature is not None:
-        value = temperature.item()
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
-        resolvable(p.z1, value)
-    if positives is not None:
-        low, high = (x.item() for x in positives.aminmax())
-        if low < 0 or high >= p.z2.shape[0]:
-            bad = low if low < 0 else high
-            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
+        resolvable(p.z1, positive_number("temperature", temperature))
+    positives_are_keys(positives, p.z2.shape[0])

@@ -117,6 +117,37 @@ def vector(name: str, value: Any, length: int, kind: str) -> None:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
 
 
+def rows_of_keys(
+    B: int, N: int, *, positives: Any, query_ids: Any, key_ids: Any, weight: Any, needs_positives: bool = True
+) -> None:
+    """What says of each row which keys are its positive, and which are like it; and its weight."""
+    vector("positives", positives, B, "integer")
+    vector("query_ids", query_ids, B, "integer")
+    vector("key_ids", key_ids, N, "integer")
+    vector("weight", weight, B, "float")
+    if (query_ids is None) != (key_ids is None):
+        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
+        raise ValueError(f"{missing} must be given together with {given}, got None")
+    if needs_positives and positives is None and N < B:
+        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
+
+
+def positives_are_keys(positives: Tensor | None, N: int) -> None:
+    if positives is None:
+        return
+    low, high = (x.item() for x in positives.aminmax())
+    if low < 0 or high >= N:
+        raise ValueError(f"positives must lie in [0, {N - 1}] (keys), got {low if low < 0 else high}")
+
+
+def positive_number(name: str, t: Tensor) -> float:
+    """The value of a tensor that must be > 0."""
+    value = t.item()
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got a tensor holding {value!r}")
+    return value
+
+
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

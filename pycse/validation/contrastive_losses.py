@@ -18,8 +18,11 @@ from pycse.validation.checks import (
     flag,
     matrix,
     number,
+    positive_number,
+    positives_are_keys,
     real,
     rows_and_keys,
+    rows_of_keys,
     same_device,
     short,
     vector,
@@ -64,10 +67,7 @@ def contrastive(
     B, N = rows_and_keys(z1, z2)
     contrastive_options(temperature, m, **options)
     exclude_above = options["exclude_above"]
-    vector("positives", positives, B, "integer")
-    vector("query_ids", query_ids, B, "integer")
-    vector("key_ids", key_ids, N, "integer")
-    vector("weight", weight, B, "float")
+    rows_of_keys(B, N, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
     if isinstance(exclude_above, Tensor):
         vector("exclude_above", exclude_above, B, "float")
     same_device(
@@ -81,11 +81,6 @@ def contrastive(
         exclude_above=exclude_above,
         weight=weight,
     )
-    if positives is None and N < B:
-        raise ValueError(f"z2 must have at least z1's {B} rows (row i's positive is key i), got {N}; or pass positives")
-    if (query_ids is None) != (key_ids is None):
-        one, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
-        raise ValueError(f"{missing} must be given together with {one}, got None")
     if options["normalize"]:  # else similarities may be as small as the temperature
         resolvable(
             z1, temperature, m, options["hard_negative_weight"], options["positive_margin"], options["hardness"]
@@ -309,17 +304,11 @@ def check_values(p: Contrastive) -> None:
         t.detach() if isinstance(t, Tensor) and not transforms.batched(t) else None for t in tensors
     )
     if temperature is not None:
-        value = temperature.item()
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
+        positive_number("temperature", temperature)
     if m is not None:
         value = m.item()
         if not math.isfinite(value):
             raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
     if (temperature is not None or m is not None) and p.normalize:
         resolvable(p.z1, 1.0 if temperature is None else temperature.item(), 0.0 if m is None else m.item())
-    if positives is not None:
-        low, high = (x.item() for x in positives.aminmax())
-        if low < 0 or high >= p.z2.shape[0]:
-            bad = low if low < 0 else high
-            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
+    positives_are_keys(positives, p.z2.shape[0])

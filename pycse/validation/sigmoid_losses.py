@@ -10,7 +10,16 @@ from torch import Tensor
 
 from pycse import transforms
 from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Sigmoid
-from pycse.validation.checks import choice, flag, real, rows_and_keys, same_device, vector
+from pycse.validation.checks import (
+    choice,
+    flag,
+    positive_number,
+    positives_are_keys,
+    real,
+    rows_and_keys,
+    rows_of_keys,
+    same_device,
+)
 from pycse.validation.contrastive_losses import LARGEST_LOGIT
 
 
@@ -29,15 +38,9 @@ def sigmoid(
     """Everything that can be checked without reading a tensor's values."""
     B, N = rows_and_keys(z1, z2)
     sigmoid_options(scale, bias, **options)
-    vector("positives", positives, B, "integer")
-    vector("query_ids", query_ids, B, "integer")
-    vector("key_ids", key_ids, N, "integer")
-    vector("weight", weight, B, "float")
-    tensors = dict(scale=scale, bias=bias, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
-    same_device(z1, z2=z2, **tensors)
-    if (query_ids is None) != (key_ids is None):
-        given, missing = ("query_ids", "key_ids") if key_ids is None else ("key_ids", "query_ids")
-        raise ValueError(f"{missing} must be given together with {given}, got None")
+    given = dict(positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
+    rows_of_keys(B, N, **given, needs_positives=False)
+    same_device(z1, z2=z2, scale=scale, bias=bias, **given)
     if positives is not None and query_ids is not None:
         raise ValueError(
             "positives and query_ids exclude each other (a row's positives are one key, or the keys of its id); "
@@ -95,17 +98,11 @@ def check_sigmoid_values(p: Sigmoid) -> None:
     )
     values = [p.scale, p.bias]
     if scale is not None:
-        values[0] = scale.item()
-        if not (math.isfinite(values[0]) and values[0] > 0):
-            raise ValueError(f"scale must be a finite number > 0, got a tensor holding {values[0]!r}")
+        values[0] = positive_number("scale", scale)
     if bias is not None:
         values[1] = bias.item()
         if not math.isfinite(values[1]):
             raise ValueError(f"bias must be a finite number, got a tensor holding {values[1]!r}")
     if (scale is not None or bias is not None) and p.normalize:
         resolvable(p.z1, *values)
-    if positives is not None:
-        low, high = (x.item() for x in positives.aminmax())
-        if low < 0 or high >= p.z2.shape[0]:
-            bad = low if low < 0 else high
-            raise ValueError(f"positives must lie in [0, {p.z2.shape[0] - 1}] (keys), got {bad}")
+    positives_are_keys(positives, p.z2.shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,17 @@ from torch import Tensor
 
 from pycse import transforms
 from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Supervised
-from pycse.validation.checks import choice, embeddings, flag, real, same_device, same_dtype, vector, what
+from pycse.validation.checks import (
+    choice,
+    embeddings,
+    flag,
+    positive_number,
+    real,
+    same_device,
+    same_dtype,
+    vector,
+    what,
+)
 from pycse.validation.contrastive_losses import LARGEST_LOGIT
 
 
@@ -76,8 +85,6 @@ def check_supervised(p: Supervised) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
     if not isinstance(p.temperature, Tensor) or transforms.batched(p.temperature):
         return
-    value = p.temperature.detach().item()
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature must be a finite number > 0, got a tensor holding {value!r}")
+    value = positive_number("temperature", p.temperature.detach())
     if p.normalize:
         resolvable(p.z1, value)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from pycse.backends.addresses import CODES, pointer
-from pycse.backends.cpu.products import Products
+from pycse.backends.cpu.positives import Positives
 from pycse.logits import Coefficients
 from pycse.panels import contrastive as panel
 from pycse.problem import Angular, Result
 
 
-class Kernels(Products, panel.Kernels):
+class Kernels(Positives):
     p: Angular
 
     def __init__(self, p: Angular, state: panel.State) -> None:
@@ -37,13 +37,6 @@ class Kernels(Products, panel.Kernels):
             T.data_ptr(), T.stride(0), CODES[T.dtype], self.threads, grad,
         )  # fmt: skip
         return f
-
-    def positives(self, z1hat: Tensor, i0: int) -> None:
-        z2 = self.p.z2
-        self.native.positives(
-            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), z1hat.shape[1],
-            i0, z1hat.shape[0], self.threads,
-        )  # fmt: skip
 
 
 def adapacse(p: Angular) -> Result:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pycse.backends.addresses import CODES, pointer
-from pycse.backends.cpu.products import Products
+from pycse.backends.cpu.positives import Positives
 from pycse.kernels import native
 from pycse.logits import GRADIENTS
 from pycse.panels import contrastive as panel
@@ -40,7 +40,7 @@ def _each(p: Contrastive) -> Tensor | None:
     return None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous()
 
 
-class Kernels(Products, panel.Kernels):
+class Kernels(Positives):
     statistics = torch.float64
     p: Contrastive
 
@@ -65,13 +65,6 @@ class Kernels(Products, panel.Kernels):
         guide = () if T is None else (T.data_ptr(), T.stride(0), CODES[T.dtype])
         self.native.rows(self.problem, *self._panel(S, i0), pointer(f), self.threads, grad, *guide)
         return f
-
-    def positives(self, z1hat: Tensor, i0: int) -> None:
-        z2 = self.p.z2
-        self.native.positives(
-            self.problem, self.code, z1hat.data_ptr(), z1hat.stride(0), z2.data_ptr(), z2.stride(0), z1hat.shape[1],
-            i0, z1hat.shape[0], self.threads,
-        )  # fmt: skip
 
     def columns(self, S: Tensor, i0: int) -> None:
         self.native.columns(self.problem, *self._panel(S, i0), self.threads)

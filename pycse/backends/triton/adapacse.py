@@ -6,14 +6,14 @@ import math
 
 from torch import Tensor
 
-from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
+from pycse.backends.triton.norms import block_of, on_device_of, warps_of
+from pycse.backends.triton.positives import Positives
 from pycse.kernels.triton import adapacse as kernels
-from pycse.kernels.triton import contrastive as row_kernels
 from pycse.panels import contrastive as panel
 from pycse.problem import Angular, Result
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Positives):
     p: Angular
 
     def __init__(self, p: Angular, state: panel.State) -> None:
@@ -37,14 +37,6 @@ class Kernels(Norms, panel.Kernels):
             S.stride(0), T.stride(0), BLOCK=self.block, num_warps=warps_of(self.block),
         )  # fmt: skip
         return f
-
-    def positives(self, z1hat: Tensor, i0: int) -> None:
-        p, out, (c, D) = self.p, self.state, z1hat.shape
-        block = block_of(D)
-        row_kernels.positives[(c,)](
-            z1hat, p.z2, out.r2, p.positives, out.s_pos, i0, self.N, D, z1hat.stride(0), p.z2.stride(0),
-            BLOCK=block, num_warps=warps_of(block),
-        )  # fmt: skip
 
 
 def adapacse(p: Angular) -> Result:

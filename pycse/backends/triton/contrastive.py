@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from pycse.backends.interpreter import interpreted
-from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
+from pycse.backends.triton.norms import block_of, on_device_of, warps_of
+from pycse.backends.triton.positives import Positives
 from pycse.kernels.triton import contrastive as row_kernels
 from pycse.kernels.triton import fused, fused_symmetric, symmetric
 from pycse.logits import Coefficients
@@ -93,7 +94,7 @@ def dot_kind(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Positives):
     p: Contrastive
 
     def __init__(self, p: Contrastive, state: panel.State) -> None:
@@ -214,14 +215,8 @@ class Kernels(Norms, panel.Kernels):
         return f
 
     def positives(self, z1hat: Tensor, i0: int) -> None:
-        if self._fuses():  # the tile that holds the positive knows it in full precision
-            return
-        p, out, (c, D) = self.p, self.state, z1hat.shape
-        block = block_of(D)
-        row_kernels.positives[(c,)](
-            z1hat, p.z2, out.r2, p.positives, out.s_pos, i0, self.N, D, z1hat.stride(0), p.z2.stride(0),
-            BLOCK=block, num_warps=warps_of(block),
-        )  # fmt: skip
+        if not self._fuses():  # there the tile that holds the positive knows it in full precision
+            super().positives(z1hat, i0)
 
     def columns(self, S: Tensor, i0: int) -> None:
         p, out, sums = self.p, self.state, self.state.sums

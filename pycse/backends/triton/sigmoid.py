@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pycse.backends.triton.norms import Norms, block_of, on_device_of, warps_of
-from pycse.kernels.triton import contrastive as row_kernels
+from pycse.backends.triton.norms import block_of, on_device_of, warps_of
+from pycse.backends.triton.positives import Positives
 from pycse.kernels.triton import sigmoid as kernels
 from pycse.panels import contrastive as panel
 from pycse.problem import Result, Sigmoid
 
 
-class Kernels(Norms, panel.Kernels):
+class Kernels(Positives):
     p: Sigmoid
 
     def __init__(self, p: Sigmoid, state: panel.State) -> None:
@@ -28,14 +28,6 @@ class Kernels(Norms, panel.Kernels):
             S, out.r2, out.s_pos, p.positives, p.query_ids, p.key_ids, self.coef, out.loss,
             out.dlogit if grad else None, self.scale, self.bias, i0, self.B, self.N, S.stride(0),
             GRAD=grad, BLOCK=self.block, num_warps=warps_of(self.block),
-        )  # fmt: skip
-
-    def positives(self, z1hat: Tensor, i0: int) -> None:
-        p, out, (c, D) = self.p, self.state, z1hat.shape
-        block = block_of(D)
-        row_kernels.positives[(c,)](
-            z1hat, p.z2, out.r2, p.positives, out.s_pos, i0, self.N, D, z1hat.stride(0), p.z2.stride(0),
-            BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip
 
 
