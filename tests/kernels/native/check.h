@@ -119,6 +119,7 @@ void sparse(const Kernels&);
 void sigmoid(const Kernels&);
 void supervised(const Kernels&);
 void guide(const Kernels&);
+void adapacse(const Kernels&);
 constexpr int kThreads = 3;  // odd: shares of rows are ragged
 
 }  // namespace checks

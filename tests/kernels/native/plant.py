@@ -121,6 +121,13 @@ FAULTS = {
     "as many positives as lanes": Fault(ADDRESS, "supervised.h", "T kept[kBlock];", "T kept[kLane];"),
     "threads share the masks": Fault(THREADS, "supervised.h", "    Masks<A> masks;\n", "    static Masks<A> masks;\n"),
     "a positive stays hidden": Fault(VALUES, "supervised.h", "                      masks.show(*k - a);\n", ""),
+    "the padding has a teacher": Fault(
+        ADDRESS,
+        "adapacse.h",
+        "  for (int64_t k = 0; k < n; ++k) {\n    A alpha",
+        "  for (int64_t k = 0; k < padded; ++k) {\n    A alpha",
+    ),
+    "every key is turned": Fault(VALUES, "adapacse.h", "s < cos_m ? 2 * half.sin : A(0)", "2 * half.sin"),
     "the padding has a guide": Fault(
         ADDRESS, "rows.h", "k < n; ++k) v[k] = load(t[a + k])", "k < padded; ++k) v[k] = load(t[a + k])"
     ),
@@ -190,6 +197,7 @@ class Builder:
         choice.write_text(CHOICE.format(isa=isa))
         names = [
             "main",
+            "adapacse",
             "contrastive",
             "distill",
             "guide",
