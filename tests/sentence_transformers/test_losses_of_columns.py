@@ -490,3 +490,73 @@ def test_precomputed_embeddings_are_compared_without_texts(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         InfoNCELoss(model).compute_loss_from_embeddings([z1, z2], None)
+
+
+# --- what trainers do around a loss ---
+
+AROUND = [
+    {"bf16": True}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2},
+    {"prompts": {"anchor": "query: ", "positive": "text: "}},
+]  # fmt: skip
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+RUNS = [(name, around) for name in ("InfoNCELoss", "CachedFocalInfoNCELoss") for around in AROUND]
+
+
+@pytest.mark.parametrize(
+    "name, around", [*RUNS, ("InfoNCELoss", COMPILED)], ids=lambda x: x if isinstance(x, str) else next(iter(x))
+)
+def test_training_arguments(tiny_model, name, around, tmp_path):  # noqa: F811
+    import pycse.sentence_transformers as ours
+
+    torch._dynamo.reset()
+    model = st.SentenceTransformer(tiny_model, device="cpu")
+    loss = getattr(ours, name)(model, precision="half" if "bf16" in around else None)
+    _, values = train(model, loss, tmp_path, PAIRS, steps=2, **around)
+    assert len(values) == 2 and all(torch.isfinite(torch.tensor(values)))
+
+
+def test_the_trainer_of_transformers(tiny_model, tmp_path):  # noqa: F811
+    """docs/sentence_transformers.md: compute_loss_func. One step is the step that a loop makes."""
+    from transformers import BertModel, Trainer, TrainingArguments
+
+    from pycse import fused_infonce
+
+    class TwoViews(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = BertModel.from_pretrained(tiny_model).eval()
+
+        def forward(self, anchor, positive):
+            return tuple(self.encoder(**column).last_hidden_state[:, 0] for column in (anchor, positive))
+
+    tokenizer = st.SentenceTransformer(tiny_model, device="cpu").tokenizer
+    rows = list(zip(ANCHORS, POSITIVES))
+
+    def collate(batch):
+        anchors, positives = zip(*batch)
+        columns = (tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (anchors, positives))
+        return dict(zip(("anchor", "positive"), map(dict, columns)))
+
+    def compute_loss(outputs, labels, num_items_in_batch=None):
+        return fused_infonce(*outputs, temperature=0.05)
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, learning_rate=0.1, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trained, expected = TwoViews(), TwoViews()
+    trainer = Trainer(
+        model=trained, args=args, train_dataset=rows, data_collator=collate, compute_loss_func=compute_loss
+    )
+    trained.train = lambda mode=True: trained  # without dropout steps can be compared
+    trainer.train()
+    compute_loss(expected(**collate(rows)), None).backward()
+    with torch.no_grad():
+        for p in expected.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+    for (name, a), (_, b) in zip(trained.named_parameters(), expected.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
