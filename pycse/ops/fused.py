@@ -113,7 +113,7 @@ class Fused:
             and torch._C._len_torch_dispatch_stack() == 0
             and not transforms.active()
             and not torch._C._get_tracing_state()
-            and all(map(_is_plain, (*args[: self.tensors], *listed)))
+            and all([_is_plain(t) for t in (*args[: self.tensors], *listed) if t is not None])
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
@@ -291,9 +291,9 @@ def _raise_on_use(gradients: list[Tensor | None]) -> list[Tensor | None]:
     return [None if g is None else raising(g.detach().requires_grad_()) for g in gradients]
 
 
-def _is_plain(t: Tensor | None) -> bool:
+def _is_plain(t: Tensor) -> bool:
     """Whether the memory at t's address holds its values, so that nothing is left for the dispatcher to do."""
-    return t is None or (type(t) in _PLAIN and not t.is_neg() and not t.is_meta and not t._is_zerotensor())
+    return type(t) in _PLAIN and not t.is_neg() and not t.is_meta and not t._is_zerotensor()
 
 
 def _wants_gradients(tensors: Any) -> bool:

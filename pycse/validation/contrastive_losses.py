@@ -298,6 +298,8 @@ def resolvable(
 
 def check_values(p: Contrastive) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    if type(p.temperature) is float and type(p.m) is float and p.positives is None:  # as nearly always: at once
+        return
     uses_m = any(t.m_over for t in FORMS[p.form].differentiable)
     tensors = (p.temperature, p.m if uses_m else None, p.positives)
     temperature, m, positives = (
