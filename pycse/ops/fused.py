@@ -113,7 +113,7 @@ class Fused:
             and torch._C._len_torch_dispatch_stack() == 0
             and not transforms.active()
             and not torch._C._get_tracing_state()
-            and all([_is_plain(t) for t in (*args[: self.tensors], *listed) if t is not None])
+            and all(_is_plain(t) for t in (*args[: self.tensors], *listed) if t is not None)
             and not torch.is_autocast_enabled(z1.device.type)
         )
         if not plain:
