@@ -7,7 +7,7 @@
         g2    += G^T z1hat[I]         GEMM   2 c N D     dz2 = project(g2) at the end
 
 6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2
-D. Products are PyTorch's GEMMs unless the backend has faster ones (panels/products.py); it brings the kernels between
+D, or 6 where one panel holds all similarities. Products are PyTorch's GEMMs unless the backend has faster ones (panels/products.py); it brings the kernels between
 them (``Kernels``). G may lack the rows' factors
 f_i, which are known only when a row is complete: ``rows`` returns f then, and the small operands take it, z1hat and the
 projection, instead of a second visit of the panel.
@@ -108,6 +108,10 @@ class Kernels(Products):
         self.rows(S, i0, False)
         self.columns(S, i0)
 
+    def keeps_similarities(self) -> bool:
+        """Whether fused_sums leaves the similarities in S."""
+        return True
+
     def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
         """similarities and symmetric in one kernel, or the two in turn."""
         self.symmetric(self.similarities(z1hat, self.p.z2, S), i0)
@@ -177,7 +181,9 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
-            if p.symmetric:
+            if p.symmetric and c == B and k.keeps_similarities():  # of the first sweep
+                k.symmetric(S, i0)
+            elif p.symmetric:
                 k.fused_symmetric(z1hat, S, i0)
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)

@@ -186,6 +186,9 @@ class Kernels(Positives):
             LINEAR=self.linear, ROWS=32, TILES=32, num_warps=4,
         )  # fmt: skip
 
+    def keeps_similarities(self) -> bool:
+        return not self._fuses()
+
     def fused_symmetric(self, z1hat: Tensor, S: Tensor, i0: int) -> None:
         if not self._fuses():
             return super().fused_symmetric(z1hat, S, i0)
