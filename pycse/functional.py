@@ -105,7 +105,8 @@ def fused_focal_infonce(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or (B,) for "none". A row left with its positive only has
-        loss 0. Gradients have the inputs' dtype. Under ``torch.no_grad()`` no gradients are computed.
+        loss 0 (log 2 where "dq" counts it twice). Gradients have the inputs' dtype. Under ``torch.no_grad()`` no
+        gradients are computed.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
@@ -214,7 +215,9 @@ def problem_of(
         if type(options[name]) is not float:
             options[name] = float(options[name])
     both_ways = len(directions) == 2 and options["partition"] == "per_direction" and z1.shape[0] == z2.shape[0]
-    if both_ways and not options["hardness"]:  # which weighs "qd" alone
+    if (
+        both_ways and query_ids is None and not options["hardness"]
+    ):  # rows' ids, and hardness on "qd", are of rows alone
         directions, options["symmetric"] = ("qd",), True  # rows and columns of one matrix: fewer products
     each = isinstance(exclude_above, Tensor)
     queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)

@@ -55,6 +55,11 @@ BAD = [
     ({"hard_negative_weight": torch.tensor(1.0)}, TypeError, r"hard_negative_weight must be a number"),
     ({"exclude_above": math.nan}, ValueError, r"exclude_above must be a finite number"),
     ({"exclude_above": "x"}, TypeError, r"exclude_above must be a number"),
+    (
+        {"exclude_above": torch.tensor([0.1, math.nan, 0.1, 0.1])},
+        ValueError,
+        r"exclude_above must hold numbers, got NaN",
+    ),
     ({"exclude_above": torch.zeros(3)}, ValueError, r"exclude_above must have shape \(4,\), got \(3,\)"),
     ({"exclude_above": long}, TypeError, r"exclude_above must be a float tensor, got torch.int64"),
     ({"exclude_by": "ratio"}, ValueError, r"exclude_by must be one of 'absolute', 'relative', 'constant', got 'ratio'"),

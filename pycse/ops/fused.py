@@ -217,6 +217,9 @@ class _Gradients(torch.autograd.Function):
                 with torch.inference_mode(False):
                     saved[k] = t.clone()
         ctx.save_for_backward(*saved)
+        if fused.list_at is not None:  # the list is saved
+            k = fused.list_at - fused.tensors
+            options = (*options[:k], None, *options[k + 1 :])
         ctx.fused, ctx.run, ctx.options, ctx.needs = fused, run, options, needs
         ctx.dtypes = [t.dtype if needed else None for t, needed in zip(saved, needs)]
         ctx.gradients = None if unknown else gradients

@@ -144,12 +144,24 @@ class Direction:
         self.panel = self.k.empty(c, stride, dtype=self.p.z1.dtype)[:, :N]
         self.guide = Guide(self.p, self.k, c) if self.p.guided else None
 
-    def sums(self, i0: int, n: int, grad: bool) -> Tensor:
-        """lneg of rows I; with ``grad`` G over the panel."""
+    def similarities(self, i0: int, n: int) -> None:
         self.S = self.panel[:n]
         if self.guide is not None:
             self.state.T = self.guide.panel(i0, n)
         self.k.similarities(self.x.rows, self.p.z2, self.S)
+
+    def positives(self, i0: int) -> Tensor:
+        """The similarities of the rows' positives as the panel has them: a key that is equal to it is not above."""
+        n = len(self.S)
+        if self.p.positives is None:
+            j = torch.arange(i0, i0 + n, dtype=torch.int64, device=self.S.device)
+        else:
+            j = self.p.positives[i0 : i0 + n].clamp(0, self.S.shape[1] - 1)
+        return self.S.gather(1, j[:, None]).squeeze(1).to(self.p.acc) * self.state.r2[j]
+
+    def sums(self, i0: int, grad: bool) -> Tensor:
+        """lneg of rows I; with ``grad`` G over the panel."""
+        n = len(self.S)
         self.f = self.k.rows(self.S, i0, grad)
         assert self.state.sums is not None
         return self.state.sums.lneg[i0 : i0 + n]
@@ -171,6 +183,11 @@ class Direction:
         if self.keys is not None and self.keys is not self.y.total:
             assert self.y.total is not None
             self.y.total.total[self.shared] += self.keys.total
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """Row by row. Listed pairs and positives come this way: equal embeddings have equal similarities."""
+    return torch.bmm(x[:, None], y[:, :, None]).view(-1)
 
 
 class Lists:
@@ -196,8 +213,7 @@ class Lists:
     def _dots(self, rows: Tensor, keys: Tensor, i0: int, a: int, b: int) -> Tensor:
         out = torch.empty(b - a, dtype=self.p.acc, device=rows.device)
         for at, i, j in self._chunks(i0, a, b):
-            left, right = rows[i].to(self.p.acc), keys[j].to(self.p.acc)
-            out[at] = torch.bmm(left[:, None], right[:, :, None]).view(-1)
+            out[at] = dots(rows[i].to(self.p.acc), keys[j].to(self.p.acc))
         return out
 
     def sums(self, i0: int, n: int, bound: Tensor | None, guide_bound: Tensor | None) -> Tensor:
@@ -256,7 +272,8 @@ class Positives:
             j = p.positives[i0 : i0 + n]
         self.i0, self.j = i0, j.clamp(0, N - 1)
         self.q, self.d = self.x.rows.to(p.acc), self.y.unit_keys(self.j)
-        self.s = torch.where(self.j == j, (self.q * self.d).sum(1), torch.nan)
+        s = dots(self.q, self.y.keys[self.j].to(p.acc)) * self.y.r[self.j]
+        self.s = torch.where(self.j == j, s, torch.nan)
         return self.s
 
     def logits(self) -> Tensor:
@@ -280,7 +297,7 @@ class Positives:
             t = p.guide_logits[I].gather(1, self.j[:, None]).squeeze(1).to(p.acc)
         else:
             assert p.guide_queries is not None and p.guide_keys is not None
-            t = (p.guide_queries[I].to(p.acc) * p.guide_keys[self.j].to(p.acc)).sum(1)
+            t = dots(p.guide_queries[I].to(p.acc), p.guide_keys[self.j].to(p.acc))
         return p.guide_threshold(t)
 
 
@@ -308,11 +325,13 @@ def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
         for side in sides:
             side.panel(i0, n)
         s_pos = positives.similarities(i0, n)
-        if bounds is not None:
-            bounds[I] = p.threshold(s_pos, I)
-        lneg = [one.sums(i0, n, grad) for one in directions]
+        for one in directions:
+            one.similarities(i0, n)
+        if bounds is not None:  # a panel of 16 bits has rounded its similarities: from the embeddings
+            bounds[I] = p.threshold(s_pos if p.z1.dtype == torch.bfloat16 else directions[0].positives(i0), I)
+        lneg = [one.sums(i0, grad) for one in directions]
         if lists is not None:
-            lneg.append(lists.sums(i0, n, None if bounds is None else bounds[I], positives.guide_bound()))
+            lneg.append(lists.sums(i0, n, p.threshold(s_pos, I) if p.excludes else None, positives.guide_bound()))
         weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
         loss[I], P, w = joined(p, lneg, positives.logits().to(wide), weight)
         if grad:
@@ -407,4 +426,4 @@ def _shared(p: Contrastive) -> tuple[Tensor | slice, Tensor | None]:
     place = torch.empty(N, dtype=torch.int64, device=index.device)
     place[shared] = torch.arange(count, dtype=torch.int64, device=index.device)
     place = place.to(p.z1.device)
-    return shared.to(p.z1.device), place[:B] if p.positives is None else place[p.positives]
+    return shared.to(p.z1.device), place[:B] if p.positives is None else place[p.positives.clamp(0, N - 1)]

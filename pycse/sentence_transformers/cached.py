@@ -41,6 +41,19 @@ def minibatch(features: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
     return {"input_ids": ids[first:last], "offsets": offsets[begin:end] - first, **rest}
 
 
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known already: they wait for the upstream one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *(upstream * g for g in ctx.gradients)
+
+
 class Cached(CachedLossMixin):
     """GradCache for a loss of columns, before it among a class's bases.
 
@@ -76,7 +89,27 @@ class Cached(CachedLossMixin):
             if self.mini_batch_num_tokens is not None:
                 raise ValueError("mini_batch_num_tokens counts a transformer's tokens; give mini_batch_size instead")
             columns = [flat(column) for column in columns]
-        return self.forward_cached(columns, batch)  # type: ignore[arg-type]  # it hands labels on as they are
+        if not torch.is_grad_enabled():
+            return self.forward_cached(columns, batch)  # type: ignore[arg-type]  # it hands labels on as they are
+        # forward_cached detaches the loss; what of it leads to this module's own parameters is kept, with the weights
+        # that a MatryoshkaLoss puts on it.
+        calculate, wrapped = self.calculate_loss, "calculate_loss" in vars(self)
+        attached: list[Tensor] = []
+
+        def kept(*args: Any, **options: Any) -> Tensor:
+            attached.append(calculate(*args, **options))
+            return attached[-1]
+
+        self.calculate_loss = kept  # type: ignore[method-assign]
+        try:
+            loss = self.forward_cached(columns, batch)  # type: ignore[arg-type]
+        finally:
+            del self.calculate_loss
+            if wrapped:
+                self.calculate_loss = calculate  # type: ignore[method-assign]
+        if attached[-1].requires_grad:
+            loss.register_hook(lambda upstream: torch.autograd.backward(attached[-1], upstream))
+        return loss
 
     def embed_minibatch(
         self,
@@ -100,11 +133,19 @@ class Cached(CachedLossMixin):
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         assert isinstance(self, ColumnLoss)
         batch = labels if isinstance(labels, Batch) else Batch(labels)
-        with torch.enable_grad() if with_backward else nullcontext():
+        if not with_backward:
+            return self.compute_loss_from_embeddings([torch.cat(column) for column in reps], batch)
+        with torch.enable_grad():
             loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], batch)
-            if with_backward:
-                loss.backward()
-        return loss.detach() if with_backward else loss
+            embeddings = [rep for column in reps for rep in column]
+            own = [p for p in self.parameters(recurse=False) if p.requires_grad]
+            gradients = torch.autograd.grad(loss, [*embeddings, *own], allow_unused=True)
+            for rep, gradient in zip(embeddings, gradients):
+                rep.grad = gradient if rep.grad is None or gradient is None else rep.grad + gradient
+            known = [(p, g) for p, g in zip(own, gradients[len(embeddings) :]) if g is not None]
+            if not known:
+                return loss.detach()
+            return _Known.apply(loss.detach(), [g for _, g in known], *(p for p, _ in known))
 
     def get_config_dict(self) -> dict[str, Any]:
         own = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}

@@ -58,8 +58,9 @@ class ColumnLoss(nn.Module):
             whose anchor or positive is equal to one of them. Texts are equal where their token ids are (prompts
             included, padding not). Equality chains: if rows 1 and 2 share an anchor, and rows 2 and 3 a positive, all
             three belong together.
-        precision: "full" or None compares embeddings as they come, which under mixed precision is float32; "half"
-            rounds them to bfloat16, for which the kernels are about twice as fast.
+        precision: "full" or None compares embeddings as they come, which with the trainer's mixed precision is float32
+            (within an autocast of one's own what that makes of them); "half" rounds them to bfloat16, for which the
+            kernels are about twice as fast.
     """
 
     fewest_columns = 1

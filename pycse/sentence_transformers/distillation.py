@@ -101,6 +101,14 @@ class DistillCSELoss(InfoNCELoss):
         for k, teacher in enumerate(teachers or ()):
             if teacher is model:
                 raise ValueError(f"teachers[{k}] is the model that is trained; give a copy of it, or another one")
+            if not isinstance(teacher, nn.Module) and not callable(teacher):
+                raise TypeError(f"teachers[{k}] must be a SentenceTransformer or a function of texts, got {teacher!r}")
+        if teacher_widths is not None and not isinstance(teacher_widths, (list, tuple)):
+            raise TypeError(f"teacher_widths must be a sequence of widths, got {teacher_widths!r}")
+        for width in teacher_widths or ():
+            validation.whole("teacher_widths", width)
+            if width < 1:
+                raise ValueError(f"teacher_widths must be at least 1 each, got {width}")
         validation.distillation_options(**distillation)
         if seed is not None:
             validation.whole("seed", seed)
@@ -108,6 +116,9 @@ class DistillCSELoss(InfoNCELoss):
         self.teacher_widths = None if teacher_widths is None else tuple(teacher_widths)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.latest: DistillCSEOutput | None = None
+        self._texts: Any = None  # of the latest batch, and its teachers' embeddings
+        self._made: list[Tensor] = []
+        self._width = 0
         # In a tuple: no children of this module, so neither trained nor saved.
         self._teachers: tuple[Callable[..., Tensor], ...] | None = (
             None if teachers is None else tuple(Teacher(t) if isinstance(t, nn.Module) else t for t in teachers)
@@ -116,9 +127,14 @@ class DistillCSELoss(InfoNCELoss):
     def compare(self, embeddings: list[Tensor], batch: Batch) -> Tensor:
         z1, *others = embeddings
         query_ids, key_ids = batch.ids or (None, None)
+        generator = self.generator
+        if (
+            generator is not None and not torch.is_grad_enabled()
+        ):  # an evaluation draws, and leaves the training's as is
+            generator = torch.Generator().set_state(generator.get_state())
         self.latest = fused_distillcse(
             z1, torch.cat(others) if len(others) > 1 else others[0], self.embedded(batch, z1),
-            query_ids=query_ids, key_ids=key_ids, seed=self.generator, **self.fixed(), **self.distillation,
+            query_ids=query_ids, key_ids=key_ids, seed=generator, **self.fixed(), **self.distillation,
         )  # fmt: skip
         loss = self.latest.loss
         self.latest = DistillCSEOutput(*(x.detach() for x in self.latest))
@@ -133,12 +149,20 @@ class DistillCSELoss(InfoNCELoss):
                     "teachers read texts, which the trainer's collator does not pass on: give the trainer "
                     "data_collator=TextCollator(model.preprocess)"
                 )
-            return [teacher(texts[0]).to(z.device) for teacher in self._teachers]
+            if self._texts is not texts:  # else the batch comes again: MatryoshkaLoss
+                self._texts, self._made = texts, [teacher(texts[0]).to(z.device) for teacher in self._teachers]
+            return self._made
         labels = batch.labels
         if not isinstance(labels, Tensor) or labels.dim() != 2 or not labels.dtype.is_floating_point:
             raise ValueError(
                 "DistillCSELoss without teachers needs a label column with their embeddings of the first column, a "
                 f"list of numbers a row, got {getattr(labels, 'shape', labels)}"
+            )
+        self._width = self._width or labels.shape[1]
+        if labels.shape[1] != self._width:
+            raise ValueError(
+                f"the labels' width changed from {self._width} to {labels.shape[1]}: MatryoshkaLoss cuts labels that "
+                "are as wide as the model's embeddings. Put it around CachedDistillCSELoss, or give teachers"
             )
         widths = self.teacher_widths or (labels.shape[1],)
         if sum(widths) != labels.shape[1]:

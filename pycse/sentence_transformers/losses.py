@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from pycse import validation
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.problem import EXCLUDE_BY
 from pycse.sentence_transformers import citations
 from pycse.sentence_transformers.columns import Batch, ColumnLoss
 from pycse.supervised import fused_supcon
+from pycse.validation import choice, number
 
 # sentence-transformers' words for directions, and ours.
 DIRECTIONS = {"query_to_doc": "qd", "query_to_query": "qq", "doc_to_query": "dq", "doc_to_doc": "dd"}
@@ -56,6 +58,10 @@ class InfoNCELoss(ColumnLoss):
 
     function: ClassVar[Callable[..., Any]] = staticmethod(fused_infonce)
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
+    more_options: ClassVar[tuple[str, ...]] = (
+        "positive_margin", "hard_negative_weight", "exclude_above", "exclude_by", "symmetric", "reduction", "backend",
+        "validate",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -72,8 +78,20 @@ class InfoNCELoss(ColumnLoss):
         **options: Any,
     ) -> None:
         super().__init__(model, deduplicate, precision)
-        for name in set(options) & {"directions", "partition", "hardness", "normalize", "weight"}:
-            raise TypeError(f"option {name!r} is named as sentence-transformers has it, or belongs to a batch")
+        for name in options:
+            if name not in self.more_options:
+                raise TypeError(f"option {name!r} is none of {type(self).__name__}: {', '.join(self.more_options)}")
+        if isinstance(directions, str):
+            raise TypeError(f"directions must be a sequence of names, got {directions!r}")
+        for name in directions:
+            choice("directions", name, (*DIRECTIONS, *DIRECTIONS.values()))
+        number("hardness_strength", hardness_strength)
+        if hardness_strength < 0:
+            raise ValueError(f"hardness_strength must be >= 0, got {hardness_strength!r}")
+        if options.get("symmetric") and len(directions) > 1:
+            raise ValueError("symmetric and directions exclude each other; give one of them")
+        if isinstance(options.get("exclude_above"), Tensor):
+            raise TypeError("exclude_above must be a number here: a tensor belongs to one batch")
         self.similarity_fct = similarity_name(similarity_fct)
         self.options = {
             "directions": tuple(DIRECTIONS.get(name, name) for name in directions),
@@ -99,9 +117,16 @@ class InfoNCELoss(ColumnLoss):
         if not others:
             raise ValueError(f"{type(self).__name__} compares at least two columns of embeddings, got 1")
         query_ids, key_ids = batch.ids or (None, None)
+        options = self.fixed()
+        if len(others) == 1:
+            if options["hardness_mode"] == "hard_negatives":  # there are none
+                options["hardness"] = 0.0
+            both_ways = sorted(options["directions"]) == ["dq", "qd"] and options["partition"] == "per_direction"
+            if both_ways and not options["hardness"]:  # a pair's ids are equal: rows and columns of one matrix
+                options |= {"directions": ("qd",), "symmetric": True}
         return type(self).function(
             z1, torch.cat(others) if len(others) > 1 else others[0],
-            query_ids=query_ids, key_ids=key_ids, **self.fixed(), **self.more(batch),
+            query_ids=query_ids, key_ids=key_ids, **options, **self.more(batch),
         )  # fmt: skip
 
     def more(self, batch: Batch) -> dict[str, Any]:
@@ -177,7 +202,11 @@ class GuidedInfoNCELoss(InfoNCELoss):
         if guide is model:
             raise ValueError("guide must be another model than the one that is trained")
         validation.number("margin", margin)
-        super().__init__(model, temperature, guide_above=-float(margin), guide_by=margin_strategy, **options)
+        choice("margin_strategy", margin_strategy, EXCLUDE_BY)
+        if options.get("symmetric") or len(options.get("directions", ())) > 1:
+            raise ValueError("a guide speaks of anchors and positives alone: symmetric and directions exclude it")
+        super().__init__(model, temperature, **options)
+        self.options |= {"guide_above": -float(margin), "guide_by": margin_strategy}
         self._guide = (Guide(model, guide),)  # in a tuple: no child of this module, so neither trained nor saved
 
     def more(self, batch: Batch) -> dict[str, Any]:
@@ -200,12 +229,21 @@ class GuidedInfoNCELoss(InfoNCELoss):
         return citations.GIST
 
 
+KEPT = 8  # columns of a batch
+# What a model makes of texts, before it has run.
+TOKENS = (
+    "input_ids", "attention_mask", "token_type_ids", "offsets", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k",
+    "max_length_q", "max_length_k", "seq_idx",
+)  # fmt: skip
+
+
 class Guide:
     """A frozen encoder that reads the columns of another's batch."""
 
     def __init__(self, model: Any, encoder: Any) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = getattr(model, "tokenizer", None)
+        self.latest: list[tuple[Tensor, Tensor]] = []
         own = getattr(encoder, "tokenizer", None)
         vocabulary: tuple[dict, dict] = getattr(self.tokenizer, "get_vocab", dict)(), getattr(own, "get_vocab", dict)()
         longest = (
@@ -216,17 +254,29 @@ class Guide:
         if not self.same_tokens and not hasattr(self.tokenizer, "batch_decode"):
             raise ValueError("the model's tokenizer must have batch_decode, since its guide has another vocabulary")
 
-    @torch.no_grad()
     def __call__(self, column: dict[str, Any]) -> Tensor:
+        """Embeddings of the column's rows; of a batch that comes again (MatryoshkaLoss) those made before."""
+        for ids, made in self.latest:
+            if ids is column["input_ids"]:
+                return made
+        if len(self.latest) >= KEPT:
+            self.latest.clear()
+        self.latest.append((column["input_ids"], self.embedded(column)))
+        return self.latest[-1][1]
+
+    @torch.no_grad()
+    def embedded(self, column: dict[str, Any]) -> Tensor:
         device = column["input_ids"].device
         if self.encoder.device != device:
             self.encoder.to(device)
         if self.same_tokens:
-            known = ("input_ids", "attention_mask", "token_type_ids", "offsets")
-            features = {name: column[name] for name in known if name in column}
+            features = {name: column[name] for name in TOKENS if name in column}
         else:
             assert self.tokenizer is not None
-            texts = self.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True)
+            ids = column["input_ids"]
+            if (bounds := column.get("cu_seq_lens_q")) is not None:  # texts behind one another
+                ids = [part.tolist() for part in ids.flatten().tensor_split(bounds[1:-1].cpu())]
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             features = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in self.encoder.preprocess(texts).items()
@@ -266,6 +316,10 @@ class SupConLoss(ColumnLoss):
         if not isinstance(batch.labels, Tensor) or batch.labels.dtype.is_floating_point:
             raise TypeError(
                 f"SupConLoss needs a dataset with a label column of integers (the rows' classes), got {batch.labels!r}"
+            )
+        if batch.labels.numel() != len(embeddings[0]):
+            raise ValueError(
+                f"labels must be one class a row, {len(embeddings[0])} of them, got shape {tuple(batch.labels.shape)}"
             )
         z, ids = torch.cat(embeddings), batch.labels.flatten().repeat(len(embeddings))
         return fused_supcon(z, ids.to(z.device), temperature=self.temperature, **self.options)

@@ -16,6 +16,9 @@ from torch import Tensor
 _PLACE, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
+NOT_TEXT = {"pixel_values", "pixel_values_videos", "input_features", "input_values", "inputs_embeds"}
+
+
 def _mixed(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
@@ -23,15 +26,19 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def hashes(features: dict[str, Any]) -> Tensor | None:
-    """(B,) int64, equal where texts are; None where a column has no token ids (images, precomputed embeddings).
+    """(B,) int64, equal where texts are; None where a column has no token ids, or images and the like beside them.
 
     Padding does not count, on either side; a prompt does. Features are those of a transformer, ``input_ids`` (B, L)
-    with ``attention_mask``, or of a StaticEmbedding, flat ``input_ids`` with ``offsets``.
+    with ``attention_mask``, or in one row with ``cu_seq_lens_q`` between its texts; or of a StaticEmbedding, flat
+    ``input_ids`` with ``offsets``.
     """
     ids = features.get("input_ids")
-    if not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or not NOT_TEXT.isdisjoint(features):
         return None
-    if (offsets := features.get("offsets")) is not None and ids.dim() == 1:
+    offsets = features.get("offsets")
+    if (bounds := features.get("cu_seq_lens_q")) is not None:
+        ids, offsets = ids.flatten(), bounds[:-1].long()
+    if offsets is not None and ids.dim() == 1:
         place = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
         row = torch.searchsorted(offsets, place, right=True) - 1
         token = _mixed((ids.long() + 1) ^ ((place - offsets[row]) * _PLACE))

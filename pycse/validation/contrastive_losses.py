@@ -298,6 +298,9 @@ def resolvable(
 
 def check_values(p: Contrastive) -> None:
     """What only the tensors' values show. On a GPU this waits for the device, hence only with validate=True."""
+    each = p.exclude_each
+    if each is not None and not transforms.batched(each) and bool(each.isnan().any()):
+        raise ValueError("exclude_above must hold numbers, got NaN")
     if type(p.temperature) is float and type(p.m) is float and p.positives is None:  # as nearly always: at once
         return
     uses_m = any(t.m_over for t in FORMS[p.form].differentiable)

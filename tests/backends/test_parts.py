@@ -169,6 +169,34 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(traced, eager)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_are_the_rows_in_every_direction(backend):
+    """Also where both directions could be the symmetric loss, whose columns have the keys' ids."""
+    z1, z2 = embeddings(4, 4)
+    ids = {"query_ids": torch.tensor([0, 0, 1, 2]), "key_ids": torch.tensor([5, 6, 7, 8])}
+    options = {"directions": ["qd", "dq"], "partition": "per_direction", "backend": backend, **ids}
+    torch.testing.assert_close(fused_infonce(z1, z2, **options), fused_infonce(z1, z2, hardness=1e-12, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_key_that_is_equal_to_the_positive_is_not_above_it(backend, dtype):
+    """Bounds of 0: listed keys and positives are dot products of one kind, so equal embeddings have equal similarities."""
+    g = torch.Generator().manual_seed(0)
+    z1 = torch.randn(100, 48, generator=g, dtype=torch.float64).to(dtype)
+    positive = (z1 + torch.randn(100, 48, generator=g, dtype=torch.float64)).to(dtype)
+    z2 = torch.cat([positive, positive])
+    own = (torch.arange(101), torch.arange(100, 200))
+    kept = fused_infonce(z1, z2, negatives=own, exclude_above=0.0, backend=backend, reduction="none").double()
+    below = fused_infonce(z1, z2[:100], exclude_above=0.0, backend="reference", reduction="none").double()
+    twin = torch.logaddexp(below, torch.zeros_like(below))  # which counts as the positive does
+    torch.testing.assert_close(kept, twin, rtol=1e-4, atol=1e-5)
+    guided = fused_infonce(
+        z1, z2, negatives=own, guides=[(z1, z2)], backend=backend, reduction="none"
+    ).double()  # fmt: skip
+    torch.testing.assert_close(guided, twin, rtol=1e-4, atol=1e-5)
+
+
 # --- log-sums ---
 
 LOG_SUMS = [

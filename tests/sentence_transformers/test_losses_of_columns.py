@@ -359,26 +359,17 @@ def test_a_trained_temperature_is_saved_and_restored(tiny_model, tmp_path):  # n
     assert loss.temperature.item() != pytest.approx(0.1) and loss.m.item() != pytest.approx(0.3)
     again_model = st.SentenceTransformer(tiny_model, device="cpu")
     again = losses(again_model)
-    (tmp_path / "checkpoint-4").rename(tmp_path / "last")
+    other = tmp_path / "other"  # where training goes on in another folder: the checkpoint's own numbers count
     train(
-        again_model, again, tmp_path, PAIRS, callbacks=[LossState(again)], save_strategy="steps", save_steps=2, steps=4,
+        again_model, again, other, PAIRS, callbacks=[LossState(again)], save_strategy="steps", save_steps=2, steps=4,
         resume=str(tmp_path / "checkpoint-2"),
     )  # fmt: skip
     torch.testing.assert_close(again.temperature, loss.temperature)
     torch.testing.assert_close(again.m, loss.m)
-    (tmp_path / "checkpoint-2" / "loss_state.pt").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"loss_state.pt is missing: its checkpoint was saved without LossState"
-    ):
-        train(
-            again_model,
-            again,
-            tmp_path,
-            PAIRS,
-            callbacks=[LossState(again)],
-            steps=4,
-            resume=str(tmp_path / "checkpoint-2"),
-        )
+    train(model, losses(model), tmp_path / "without", PAIRS, save_strategy="steps", save_steps=2, steps=2)
+    with pytest.raises(ValueError, match="the checkpoint of step 2 was saved without LossState"):
+        last = str(tmp_path / "without" / "checkpoint-2")
+        train(again_model, again, other, PAIRS, callbacks=[LossState(again)], steps=4, resume=last)
     with pytest.warns(UserWarning, match="temperature, m of the loss is trained"):
         losses(model).train()(features(model, ANCHORS, POSITIVES))
 
@@ -439,7 +430,7 @@ BAD = [
     ({"directions": ["query_to_key"]}, ValueError, "directions must be one of"),
     ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum'"),
     ({"hardness_mode": "some", "hardness_strength": 1.0}, ValueError, "hardness_mode must be one of"),
-    ({"weight": torch.ones(3)}, TypeError, "'weight' is named as sentence-transformers has it, or belongs to a batch"),
+    ({"weight": torch.ones(3)}, TypeError, "option 'weight' is none of CachedFocalInfoNCELoss"),
     ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
     ({"margins": 1}, TypeError, "margins"),
 ]
@@ -560,3 +551,139 @@ def test_the_trainer_of_transformers(tiny_model, tmp_path):  # noqa: F811
                 p -= 0.1 * p.grad
     for (name, a), (_, b) in zip(trained.named_parameters(), expected.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --- what a review found ---
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "matryoshka"])
+def test_a_trained_number_of_a_cached_loss_waits_for_the_upstream_gradient(model, wrapped):
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    import pycse.sentence_transformers as ours
+
+    found = []
+    for name, options in (("FocalInfoNCELoss", {}), ("CachedFocalInfoNCELoss", {"mini_batch_size": 3})):
+        numbers = [torch.nn.Parameter(torch.tensor(v)) for v in (0.1, 0.3)]
+        loss = getattr(ours, name)(model, *numbers, **options)
+        whole = MatryoshkaLoss(model, loss, [32, 16], [1.0, 0.1]) if wrapped else loss
+        value = whole(features(model, ANCHORS, POSITIVES), None)
+        assert all(p.grad is None for p in numbers)  # before anybody asked
+        (value / 4).backward()
+        found.append(torch.stack([p.grad for p in numbers]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_images_beside_tokens_are_not_compared_by_tokens():
+    from pycse.sentence_transformers.texts import hashes
+
+    ids = torch.ones(4, 6, dtype=torch.long)
+    assert hashes({"input_ids": ids}) is not None
+    assert hashes({"input_ids": ids, "pixel_values": torch.randn(4, 3, 2, 2)}) is None
+
+
+def test_texts_behind_one_another(model):
+    """Flattened batches, as unpadded attention takes them, know the texts that padded ones know."""
+    from pycse.sentence_transformers.texts import hashes
+
+    (padded,) = features(model, ["a cat", "two dogs ran", "a cat"])
+    mask = padded["attention_mask"].bool()
+    flat = {
+        "input_ids": padded["input_ids"][mask][None],
+        "cu_seq_lens_q": torch.cat([torch.zeros(1).long(), mask.sum(1).cumsum(0)]).int(),
+    }
+    found, known = hashes(flat), hashes(padded)
+    assert found.shape == (3,) and found[0] == found[2] != found[1] and known[0] == known[2] != known[1]
+
+
+def test_a_seeded_shuffle_is_left_alone_by_evaluation(model):
+    from pycse.sentence_transformers import DistillCSELoss, LossState
+
+    loss = DistillCSELoss(model, seed=7)
+    labels = torch.randn(8, 32)
+    before = loss.generator.get_state()
+    with torch.no_grad():
+        loss(features(model, ANCHORS, POSITIVES), labels)
+    assert torch.equal(before, loss.generator.get_state())
+    loss(features(model, ANCHORS, POSITIVES), labels)
+    assert not torch.equal(before, loss.generator.get_state())
+    saved = json.loads(json.dumps(LossState(loss).state()))
+    again = DistillCSELoss(model, seed=1)
+    LossState(again)._restore({"LossState": saved}, "here")
+    assert torch.equal(again.generator.get_state(), loss.generator.get_state())
+
+
+def test_teachers_and_guides_read_a_batch_once(model, wide_model):  # noqa: F811
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    from pycse.sentence_transformers import DistillCSELoss, GuidedInfoNCELoss
+
+    calls = []
+    loss = DistillCSELoss(model, [lambda texts: calls.append(1) or torch.ones(len(texts), 4)])
+    columns = features(model, ANCHORS, POSITIVES)
+    columns[0]["texts"] = [ANCHORS, POSITIVES]
+    MatryoshkaLoss(model, loss, [32, 16, 8])(columns, None)
+    assert len(calls) == 1
+    guide = st.SentenceTransformer(wide_model, device="cpu")
+    forward, read = guide.forward, []
+    guide.forward = lambda features: read.append(1) or forward(features)
+    MatryoshkaLoss(model, GuidedInfoNCELoss(model, guide), [32, 16])(features(model, ANCHORS, POSITIVES), None)
+    assert len(read) == 2
+    with pytest.raises(ValueError, match="the labels' width changed from 32 to 16: MatryoshkaLoss cuts labels"):
+        MatryoshkaLoss(model, DistillCSELoss(model), [32, 16])(features(model, ANCHORS, POSITIVES), torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_hardness_of_hard_negatives(model, columns):
+    """Without any it weighs nothing, as in MultipleNegativesRankingLoss."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from pycse.sentence_transformers import InfoNCELoss
+
+    options = {"hardness_mode": "hard_negatives", "hardness_strength": 5.0}
+    given = [ANCHORS, POSITIVES, NEGATIVES][:columns]
+    theirs = MultipleNegativesRankingLoss(model, **options)
+    assert_same(model, InfoNCELoss(model, deduplicate=False, **options), theirs, given)
+
+
+WRONG = [
+    (
+        {"symmetric": True, "directions": ["query_to_doc", "doc_to_query"]},
+        ValueError,
+        "symmetric and directions exclude",
+    ),
+    ({"directions": "query_to_doc"}, TypeError, "directions must be a sequence of names, got 'query_to_doc'"),
+    ({"temperatur": 0.1}, TypeError, "option 'temperatur' is none of InfoNCELoss"),
+    ({"guide_above": 0.1}, TypeError, "option 'guide_above' is none of InfoNCELoss"),
+    ({"hardness_strength": -3.0}, ValueError, "hardness_strength must be >= 0, got -3.0"),
+    ({"hardness_strength": "x"}, TypeError, "hardness_strength must be a number, got 'x'"),
+    ({"exclude_above": torch.ones(4)}, TypeError, "exclude_above must be a number here"),
+]
+
+
+@pytest.mark.parametrize("options, error, message", WRONG, ids=[next(iter(o)) for o, _, _ in WRONG])
+def test_wrong_options_are_refused_at_once(model, options, error, message):
+    from pycse.sentence_transformers import InfoNCELoss
+
+    with pytest.raises(error, match=message):
+        InfoNCELoss(model, **options)
+
+
+def test_wrong_teachers_guides_and_labels(model, wide_model):  # noqa: F811
+    import pycse.sentence_transformers as ours
+
+    guide = st.SentenceTransformer(wide_model, device="cpu")
+    with pytest.raises(
+        TypeError, match=r"teachers\[0\] must be a SentenceTransformer or a function of texts, got None"
+    ):
+        ours.DistillCSELoss(model, [None])
+    with pytest.raises(TypeError, match="teacher_widths must be a sequence of widths, got 5"):
+        ours.DistillCSELoss(model, teacher_widths=5)
+    with pytest.raises(ValueError, match="teacher_widths must be at least 1 each, got 0"):
+        ours.DistillCSELoss(model, teacher_widths=[0, 8])
+    with pytest.raises(ValueError, match="margin_strategy must be one of"):
+        ours.GuidedInfoNCELoss(model, guide, margin_strategy="x")
+    with pytest.raises(ValueError, match="a guide speaks of anchors and positives alone"):
+        ours.GuidedInfoNCELoss(model, guide, symmetric=True)
+    with pytest.raises(ValueError, match=r"labels must be one class a row, 8 of them, got shape \(7,\)"):
+        ours.SupConLoss(model)(features(model, ANCHORS), torch.zeros(7).long())

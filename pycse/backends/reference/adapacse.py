@@ -45,7 +45,7 @@ def adapacse(p: Angular) -> Result:
     alpha = alpha.detach().to(s.dtype).clamp(-1, 1).masked_fill(~negative, 1)
     phi = p.m * (1 - alpha)
     turned = s * phi.cos() + sine(s) * phi.sin()
-    l = torch.where(s < math.cos(p.m), turned, s) / p.temperature
+    l = torch.where(s < math.cos(p.m), turned, s + 0 * phi) / p.temperature  # a NaN of the teacher's stays one
 
     # softplus(log sum_neg - l_pos): logsumexp(l) - l_pos without its cancellation.
     l_pos = s.gather(1, pos[:, None]).squeeze(1) / p.temperature
