@@ -7,10 +7,10 @@
         g2    += G^T z1hat[I]         GEMM   2 c N D     dz2 = project(g2) at the end
 
 6 N^2 D operations, O(c N) memory, deterministic. Symmetric: a sweep for the log-sums, then one for the gradients, 8 N^2
-D, or 6 where one panel holds all similarities. Products are PyTorch's GEMMs unless the backend has faster ones (panels/products.py); it brings the kernels between
-them (``Kernels``). G may lack the rows' factors
-f_i, which are known only when a row is complete: ``rows`` returns f then, and the small operands take it, z1hat and the
-projection, instead of a second visit of the panel.
+D, or 6 where one panel holds all similarities. Products are PyTorch's GEMMs unless the backend has faster ones
+(panels/products.py); it brings the kernels between them (``Kernels``). G may lack the rows' factors f_i, which are
+known only when a row is complete: ``rows`` returns f then, and the small operands take it, z1hat and the projection,
+instead of a second visit of the panel.
 """
 
 from __future__ import annotations
