@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from pycse.backends.triton import adapacse as angles
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
+from pycse.backends.triton import sigmoid as pairs
 from pycse.backends.triton import sparse
 from pycse.backends.triton import supervised as classes
 from pycse.backends.triton import uniformity as hypersphere
@@ -38,6 +39,8 @@ from pycse.problem import (
     Distillation,
     Grouping,
     Needs,
+    Sigmoid,
+    SigmoidNeeds,
     Supervised,
     SupervisedNeeds,
     Uniformity,
@@ -120,6 +123,8 @@ def problems(dtype: torch.dtype) -> dict[str, Contrastive]:
         "tensors": problem(32, 512, 64, **tensors),
         "many keys": problem(8, 4096, 1024, temperature=0.01),
         "one": problem(1, 1, 1),
+        "directions": problem(32, 64, 64, directions="qd qq dq dd", exclude_above=0.1),
+        "log-sums": problem(32, 512, 64, form="infonce", output="negatives", **ids),
         "symmetric": problem(32, 32, 64, symmetric=True),
         "symmetric infonce": problem(32, 32, 64, symmetric=True, form="infonce", hardness=1.0, **each),
         "symmetric ids": problem(32, 32, 64, symmetric=True, query_ids=square["query_ids"], key_ids=square["key_ids"]),
@@ -190,6 +195,9 @@ def gather(arch: int) -> None:
         for name, a in angular(dtype).items():
             label = f"{TYPES[dtype]:5} adapacse, {name}"
             angles.adapacse(a)
+        for name, g in sigmoids(dtype).items():
+            label = f"{TYPES[dtype]:5} sigmoid, {name}"
+            pairs.sigmoid(g)
         for name, u in hyperspheres(dtype).items():
             label = f"{TYPES[dtype]:5} uniformity, {name}"
             hypersphere.uniformity(u)
@@ -234,6 +242,22 @@ def angular(dtype: torch.dtype) -> dict[str, Angular]:
         "tensors": problem(32, 512, 64, torch.tensor(0.05), **tensors),
         "many keys": problem(8, 4096, 64, 0.01),
         "forward": problem(1, 1, 1, needs=AngularNeeds()),
+    }
+
+
+def sigmoids(dtype: torch.dtype) -> dict[str, Sigmoid]:
+    def problem(B: int, N: int, D: int, scale: Any = 10.0, bias: Any = -10.0, **options: Any) -> Sigmoid:
+        z1, z2 = torch.randn(B, D).to(dtype), torch.randn(N, D).to(dtype)
+        return Sigmoid(z1, z2, scale, bias, **{"needs": SigmoidNeeds(True, True), **options})
+
+    tensors = {"weight": torch.ones(32), "needs": SigmoidNeeds(True, True, True, True, True)}
+    return {
+        "plain": problem(32, 512, 64),
+        "ragged": problem(33, 515, 35, positives=torch.arange(33)),
+        "ids": problem(32, 512, 64, query_ids=torch.arange(32), key_ids=torch.arange(512)),
+        "tensors": problem(32, 512, 64, torch.tensor(10.0), torch.tensor(-10.0), **tensors),
+        "many keys": problem(8, 4096, 64),
+        "forward": problem(1, 1, 1, needs=SigmoidNeeds()),
     }
 
 
