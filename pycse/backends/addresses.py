@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # DType in kernels/cpu/contrastive.h
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # DType in kernels/common/problem.h
 GROUPINGS = {"mass": 1, "size": 2, "span": 3}  # GroupKind in kernels/common/groups.h
-DIVERGENCES = {"ce": 0, "kl": 1, "js": 2}  # Divergence in kernels/cpu/contrastive.h
+DIVERGENCES = {"ce": 0, "kl": 1, "js": 2}  # Divergence in kernels/common/problem.h
 
 
 def pointer(t: Tensor | float | None) -> int:

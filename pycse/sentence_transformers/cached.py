@@ -16,7 +16,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandCon
 from torch import Tensor
 
 from pycse.sentence_transformers import citations
-from pycse.sentence_transformers.columns import Batch, ColumnLoss
+from pycse.sentence_transformers.columns import NO_EMBEDDING, Batch, ColumnLoss
 from pycse.sentence_transformers.distillation import DistillCSELoss
 from pycse.sentence_transformers.losses import FocalInfoNCELoss, InfoNCELoss
 from pycse.validation import flag, whole
@@ -125,8 +125,6 @@ class Cached(CachedLossMixin):
             kept = RandContext(*(v for v in features.values() if isinstance(v, Tensor))) if copy_random_state else None
             output = self.model(features)
             if "sentence_embedding" not in output:
-                from pycse.sentence_transformers.columns import NO_EMBEDDING
-
                 raise ValueError(NO_EMBEDDING)
             return output["sentence_embedding"], kept
 

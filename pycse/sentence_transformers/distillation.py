@@ -16,7 +16,9 @@ from pycse.sentence_transformers.columns import Batch
 from pycse.sentence_transformers.losses import InfoNCELoss
 
 TEXTS = "texts"  # where the first column's features hold the texts of all columns
-ON_A_CPU = 16  # sentences a pass: batches of alike lengths save half of the time there
+# Sentences a pass: encode sorts by length, and small batches of alike lengths save half of the time on a CPU. 64 of the
+# default text through MiniLM, one thread: 2.1 s at 64, 1.0 at 16 and at 8.
+ON_A_CPU = 16
 
 
 class TextCollator(SentenceTransformerDataCollator):
@@ -35,6 +37,15 @@ class TextCollator(SentenceTransformerDataCollator):
         return batch
 
 
+def embed(encoder: Any, texts: Sequence[str]) -> Tensor:
+    """(B, D) embeddings by a teacher, without gradient."""
+    device = encoder.device.type
+    size = ON_A_CPU if device == "cpu" else len(texts)
+    with torch.autocast(device, enabled=False):  # they do not depend on how the student is trained
+        z = encoder.encode(list(texts), batch_size=size, convert_to_tensor=True, show_progress_bar=False)
+    return z.clone()  # encode makes inference tensors, which autograd cannot keep
+
+
 class Teacher:
     """A frozen SentenceTransformer as a function of texts."""
 
@@ -42,11 +53,7 @@ class Teacher:
         self.encoder = encoder.eval().requires_grad_(False)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        device = self.encoder.device.type
-        size = ON_A_CPU if device == "cpu" else len(texts)
-        with torch.autocast(device, enabled=False):  # it does not depend on how the student is trained
-            z = self.encoder.encode(list(texts), batch_size=size, convert_to_tensor=True, show_progress_bar=False)
-        return z.clone()  # encode makes inference tensors, which autograd cannot keep
+        return embed(self.encoder, texts)
 
 
 class DistillCSELoss(InfoNCELoss):

@@ -101,13 +101,10 @@ class InfoNCELoss(ColumnLoss):
             "normalize": SIMILARITIES[self.similarity_fct],
             **options,
         }
-        self._options(temperature)
+        validation.contrastive_options(temperature, **self.options)
         if self.options.get("reduction", "mean") == "none":
             raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
         self.temperature = temperature
-
-    def _options(self, temperature: Any) -> None:
-        validation.contrastive_options(temperature, **self.options)
 
     def fixed(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.numbers} | self.options
