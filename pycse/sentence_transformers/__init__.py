@@ -12,6 +12,7 @@ except ImportError as error:
         "pycse.sentence_transformers needs sentence-transformers >= 6: pip install 'pycse-kernels[train]'"
     ) from error
 
+from pycse.sentence_transformers.batches import same_dataset_batches
 from pycse.sentence_transformers.cached import CachedDistillCSELoss, CachedFocalInfoNCELoss, CachedInfoNCELoss
 from pycse.sentence_transformers.columns import ColumnLoss
 from pycse.sentence_transformers.distillation import DistillCSELoss, TextCollator
@@ -30,4 +31,5 @@ __all__ = [
     "LossState",
     "SupConLoss",
     "TextCollator",
+    "same_dataset_batches",
 ]
