@@ -17,8 +17,8 @@ def train(model, loss, tmp_path, columns, steps=4, collator=None, callbacks=(), 
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     args = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
-        use_cpu=True, report_to="none", disable_tqdm=True, **{"save_strategy": "no", **arguments},
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
+        report_to="none", disable_tqdm=True, **{"learning_rate": 1e-3, "save_strategy": "no", **arguments},
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(
         model=model, args=args, train_dataset=Dataset.from_dict(columns), loss=loss, data_collator=collator,
@@ -56,6 +56,35 @@ def test_training_like_sentence_transformers(tiny_model, tmp_path):
     for kind in (InfoNCELoss, MultipleNegativesRankingLoss):
         model = st.SentenceTransformer(tiny_model, device="cpu")
         values.append(train(model, kind(model), tmp_path, PAIRS | {"negative": NEGATIVES}, steps=6)[1])
+    torch.testing.assert_close(*map(torch.tensor, values), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "get_peft_model"])
+def test_an_adapter_is_trained_alone(tiny_model, way, tmp_path):
+    """LoRA: the values of MultipleNegativesRankingLoss step by step, and the model's own weights stay."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.import_utils import is_peft_greater_or_equal
+
+    from pycse.sentence_transformers import InfoNCELoss
+
+    if way == "add_adapter" and not is_peft_greater_or_equal(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers' add_adapter needs peft >= {MIN_PEFT_VERSION}, found {peft.__version__}")
+    values = []
+    for kind in (InfoNCELoss, MultipleNegativesRankingLoss):
+        model = st.SentenceTransformer(tiny_model, device="cpu")
+        config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+        torch.manual_seed(0)
+        if way == "add_adapter":
+            model.add_adapter(config)
+        else:
+            model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        values.append(train(model, kind(model), tmp_path, PAIRS, learning_rate=0.05)[1])
+        changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert changed == {n for n in before if "lora_" in n}
+        assert len(changed) == 16  # A and B of two matrices in four layers
     torch.testing.assert_close(*map(torch.tensor, values), rtol=1e-3, atol=1e-4)
 
 
