@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from columns_of_texts import needs_extras
+from two_views import PAIRS, RATE, TwoViews, assert_same_weights, step_of_a_loop, step_of_transformers
+
+from pycse import fused_infonce
 
 pytestmark = [needs_extras, pytest.mark.filterwarnings("ignore")]
 st = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
@@ -190,6 +193,31 @@ def steps_of_this_process(folder, tiny_model, sampler, resume=False, **arguments
     return steps
 
 
+# Trainer of transformers, two processes: whether the batch has labels, average_tokens_across_devices.
+STEPS = {"without": (False, True), "labels": (True, False), "averaged": (True, True)}
+
+
+def rows_of_both():
+    """z1, z2 of 2 x 4 rows before a weight that both processes train."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 2, 4, 8, generator=g), torch.randn(8, 6, generator=g).requires_grad_()
+
+
+def gathered_by_hand():
+    """The gradient, as DDP averages it, of docs/sentence_transformers.md's loss of keys that Lightning gathers: what its
+    all_gather returns is this stack."""
+    import torch.distributed as dist
+    from torch.distributed.nn.functional import all_gather
+
+    (rows, weight), rank = rows_of_both(), dist.get_rank()
+    z1, z2 = rows[:, rank] @ weight
+    keys = torch.stack(all_gather(z2)).flatten(0, -2)
+    own = rank * len(z2) + torch.arange(len(z2))
+    fused_infonce(z1, keys, temperature=0.05, positives=own).backward()
+    dist.all_reduce(weight.grad)
+    return (weight.grad / dist.get_world_size()).tolist()
+
+
 def worker(folder, tiny_model):
     """One of two processes."""
     from pycse.sentence_transformers import same_dataset_batches
@@ -202,6 +230,12 @@ def worker(folder, tiny_model):
     found["resumed"] = steps_of_this_process(
         folder, tiny_model, same_dataset_batches(), resume=f"{folder}/checkpoint-9", dataloader_num_workers=1
     )
+    for case, (labels, average) in STEPS.items():
+        options = {"per_device_train_batch_size": 4, "average_tokens_across_devices": average, "ddp_backend": "gloo"}
+        trained, found[case] = step_of_transformers(tiny_model, folder, labels, **options)
+        if os.environ["RANK"] == "0":
+            torch.save(trained.state_dict(), f"{folder}/{case}")
+    found["gathered"] = gathered_by_hand()
     with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
         json.dump(found, file)
     sys.stdout.flush()
@@ -244,9 +278,10 @@ def two_processes(code, tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names the loopback interface as Linux does")
-def test_two_processes_of_the_trainer(tiny_model, tmp_path):
+def test_two_processes_of_trainers(tiny_model, tmp_path):
     code = f"import test_datasets_and_processes as t; t.worker({str(tmp_path)!r}, {tiny_model!r})"
     first, second = two_processes(code, tmp_path)
+    # docs/sentence_transformers.md: same_dataset_batches
     for run, epoch in (("library", 8), ("proportional", 7), ("round_robin", 3)):
         assert len(first[run]) == len(second[run]) == 2 * epoch
         for e in range(2):
@@ -258,3 +293,19 @@ def test_two_processes_of_the_trainer(tiny_model, tmp_path):
     for found in (first, second):
         assert found["proportional"][:7] != found["proportional"][7:]
         assert found["resumed"] == found["proportional"][9:]
+
+    # transformers' own Trainer: the step of the mean over processes, but times their number with labels and the default
+    for case, (labels, average) in STEPS.items():
+        batches = [*first[case], *second[case]]
+        assert sorted(map(tuple, chain(*batches))) == sorted(PAIRS)
+        trained = TwoViews(tiny_model)
+        trained.load_state_dict(torch.load(tmp_path / case))
+        expected = step_of_a_loop(tiny_model, batches, RATE * (2 if labels and average else 1))
+        assert_same_weights(trained, expected)
+
+    # keys gathered by hand: the gradient of the mean over all rows
+    rows, weight = rows_of_both()
+    z1, z2 = (rows @ weight).flatten(1, 2)
+    (expected,) = torch.autograd.grad(fused_infonce(z1, z2, temperature=0.05), weight)
+    for found in (first, second):
+        torch.testing.assert_close(torch.tensor(found["gathered"]), expected, rtol=1e-4, atol=1e-6)

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from columns_of_texts import ANCHORS, NEGATIVES, POSITIVES, features, needs_extras
+from two_views import PAIRS as PAIRS_OF_TEXTS
+from two_views import RATE, Collator, TwoViews, assert_same_weights, step_of_a_loop, step_of_transformers
 
 pytestmark = [needs_extras, pytest.mark.filterwarnings("ignore")]
 st = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
@@ -185,49 +187,38 @@ def test_training_arguments(tiny_model, name, around, tmp_path):
     assert len(values) == 2 and all(torch.isfinite(torch.tensor(values)))
 
 
-def test_the_trainer_of_transformers(tiny_model, tmp_path):
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_trainer_of_transformers(tiny_model, tmp_path, accumulated, labels):
     """docs/sentence_transformers.md: compute_loss_func. One step is the step that a loop makes."""
-    from transformers import BertModel, Trainer, TrainingArguments
+    rows = {"per_device_train_batch_size": 8 // accumulated, "average_tokens_across_devices": False}
+    trained, batches = step_of_transformers(tiny_model, tmp_path, labels, accumulated, **rows)
+    assert len(batches) == accumulated
+    assert_same_weights(trained, step_of_a_loop(tiny_model, batches))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_loop_of_accelerate(tiny_model, accumulated):
+    """docs/sentence_transformers.md: one step of it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from pycse import fused_infonce
 
-    class TwoViews(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = BertModel.from_pretrained(tiny_model).eval()
-
-        def forward(self, anchor, positive):
-            return tuple(self.encoder(**column).last_hidden_state[:, 0] for column in (anchor, positive))
-
-    tokenizer = st.SentenceTransformer(tiny_model, device="cpu").tokenizer
-    rows = list(zip(ANCHORS, POSITIVES))
-
-    def collate(batch):
-        anchors, positives = zip(*batch)
-        columns = (tokenizer(list(texts), padding=True, return_tensors="pt") for texts in (anchors, positives))
-        return dict(zip(("anchor", "positive"), map(dict, columns)))
-
-    def compute_loss(outputs, labels, num_items_in_batch=None):
-        return fused_infonce(*outputs, temperature=0.05)
-
-    args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, learning_rate=0.1, optim="sgd",
-        lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.0, use_cpu=True, report_to="none",
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a trainer before has set
+    accelerator, collate = Accelerator(cpu=True, gradient_accumulation_steps=accumulated), Collator(tiny_model)
+    trained = TwoViews(tiny_model)
+    model, optimizer, loader = accelerator.prepare(
+        trained, torch.optim.SGD(trained.parameters(), lr=RATE),
+        torch.utils.data.DataLoader(PAIRS_OF_TEXTS, 8 // accumulated, collate_fn=collate),
     )  # fmt: skip
-    trained, expected = TwoViews(), TwoViews()
-    trainer = Trainer(
-        model=trained, args=args, train_dataset=rows, data_collator=collate, compute_loss_func=compute_loss
-    )
-    trained.train = lambda mode=True: trained  # without dropout steps can be compared
-    trainer.train()
-    compute_loss(expected(**collate(rows)), None).backward()
-    with torch.no_grad():
-        for p in expected.parameters():
-            if p.grad is not None:
-                p -= 0.1 * p.grad
-    for (name, a), (_, b) in zip(trained.named_parameters(), expected.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = fused_infonce(*model(**batch), temperature=0.05)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_weights(trained, step_of_a_loop(tiny_model, collate.batches))
 
 
 def test_a_seeded_shuffle_is_left_alone_by_evaluation(model):
