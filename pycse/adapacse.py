@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pycse import ops, validation
-from pycse.functional import as_long, number_or_tensor, side_by_side
+from pycse.functional import BY_BATCH, as_long, number_or_tensor, side_by_side
 from pycse.problem import Angular
 from pycse.transforms import recordable
 
@@ -27,6 +28,7 @@ def fused_adapacse(
     key_ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -63,6 +65,7 @@ def fused_adapacse(
         query_ids, key_ids: (B,) and (N,) integers. A key with the row's id that is not its positive is no negative.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: "auto", "reference", "torch", "cpu" or "triton"; see ``pycse.info()``. A named backend never falls
             back. "cuda" has no kernels of it.
         validate: also check tensor values (positives, temperature) on a GPU, which waits for it. On a CPU they are
@@ -79,15 +82,46 @@ def fused_adapacse(
     Source: Nguyen et al., "KDMCSE: Knowledge Distillation Multimodal Sentence Embeddings with Adaptive Angular margin
     Contrastive Learning", NAACL 2024 (arXiv 2403.17486).
     """
-    validation.adapacse(
-        z1, z2, temperature, m,
+    given: dict[str, Any] = dict(
         guides=guides, guide_weights=guide_weights, guide_logits=guide_logits, positives=positives,
         query_ids=query_ids, key_ids=key_ids, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    if group is not None:
+        from pycse import distributed
+
+        batch = {"z1": z1, "z2": z2, **{name: given[name] for name in BY_BATCH if name in given}}
+        make = lambda **more: problem_of(temperature=temperature, m=m, **{**given, **more})  # noqa: E731
+        return distributed.adapacse(
+            "fused_adapacse", make, batch, group=group, backend=backend, validate=validate
+        )  # fmt: skip
+    return ops.adapacse(problem_of(z1, z2, temperature, m, **given), backend, validate)
+
+
+def problem_of(
+    z1: Any,
+    z2: Any,
+    temperature: Any,
+    m: Any,
+    *,
+    guides: Any,
+    guide_weights: Any,
+    guide_logits: Tensor | None,
+    positives: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    **others: Any,
+) -> Angular:
+    """The problem that the public function's arguments state, once they are checked."""
+    validation.adapacse(
+        z1, z2, temperature, m,
+        guides=guides, guide_weights=guide_weights, guide_logits=guide_logits, positives=positives,
+        query_ids=query_ids, key_ids=key_ids, weight=weight, reduction=reduction, **others,
+    )  # fmt: skip
     queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)
-    p = Angular(
+    return Angular(
         z1, z2, number_or_tensor(temperature), weight,
         positives=as_long(positives), query_ids=as_long(query_ids), key_ids=as_long(key_ids),
         guide_queries=queries, guide_keys=keys, guide_logits=guide_logits, m=float(m), reduction=reduction,
     )  # fmt: skip
-    return ops.adapacse(p, backend, validate)

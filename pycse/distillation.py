@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pycse import ops, validation
-from pycse.functional import problem_of
+from pycse.functional import BY_BATCH, problem_of
 from pycse.problem import Contrastive, Distillation, Grouping
 from pycse.transforms import recordable
 
@@ -61,6 +61,7 @@ def fused_distillcse(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> DistillCSEOutput:
@@ -83,7 +84,8 @@ def fused_distillcse(
             group_size, span, shuffle, divergence, seed: as in :func:`pycse.fused_distill`.
         positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric: as in
             :func:`pycse.fused_focal_infonce`; they act on the contrastive part only.
-        normalize, weight, reduction, backend, validate: likewise, for both parts (teachers are always normalised).
+        normalize, weight, reduction, group, backend, validate: likewise, for both parts (teachers are always
+            normalised). Over a group ``contrastive`` and ``distillation`` are the rank's as well.
 
     Returns:
         A named tuple (loss, contrastive, distillation): 0-d, or (B,) for reduction="none"; float32, or float64 for
@@ -96,22 +98,37 @@ def fused_distillcse(
     Source: Xu et al., "DistillCSE: Distilled Contrastive Learning for Sentence Embeddings", Findings of EMNLP 2023
     (arXiv 2310.13499).
     """
-    p = problem_of(
-        "infonce" if m is None else "focal", z1, z2, temperature, 0.0 if m is None else m,
+    form, m = ("infonce", 0.0) if m is None else ("focal", m)
+    of_pairs: dict[str, Any] = dict(
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
         exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
         guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
         normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    d = _distillation(
-        z1, "z1", teachers,
+    of_teachers: dict[str, Any] = dict(
         teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=distill_weight,
         student_temperature=student_temperature, teacher_temperature=teacher_temperature,
         group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
-        divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
+        divergence=divergence, seed=seed, normalize=normalize, reduction=reduction, shared=group is not None,
     )  # fmt: skip
-    loss, contrastive, distillation = ops.distill(p, d, backend, validate)
+
+    def problems(**batch: Any) -> tuple[Contrastive, Distillation]:
+        z1, z2, teachers, weight = (batch.pop(name) for name in ("z1", "z2", "teachers", "weight"))
+        p = problem_of(form, z1, z2, temperature, m, **{**of_pairs, "weight": weight, **batch})
+        return p, _distillation(z1, "z1", teachers, weight=weight, **of_teachers)
+
+    batch: dict[str, Any] = {"z1": z1, "z2": z2, "teachers": teachers}
+    batch |= {name: of_pairs[name] for name in BY_BATCH if name in of_pairs}
+    if group is not None:
+        from pycse import distributed
+
+        losses: tuple[Tensor, ...] = distributed.distill(
+            "fused_distillcse", problems, batch, group=group, backend=backend, validate=validate, paired=symmetric
+        )  # fmt: skip
+    else:
+        losses = ops.distill(*problems(**batch), backend, validate)
+    loss, contrastive, distillation = losses
     return DistillCSEOutput(loss, contrastive.detach(), distillation.detach())
 
 
@@ -134,6 +151,7 @@ def fused_distill(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Distillation of in-batch similarities from several teachers, with Group-P shuffling, without B x B x D work.
@@ -170,6 +188,8 @@ def fused_distill(
         normalize: False where rows of z have unit norm already.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none".
+        group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`: rows are shuffled
+            by rank 0's seed, and alike on any number of ranks.
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
 
     Returns:
@@ -182,17 +202,26 @@ def fused_distill(
 
     Source: as :func:`fused_distillcse`, sections 3 and 4.2; "expected" is pycse's own.
     """
-    validation.rows_and_choices(z, "z", normalize, weight, reduction, backend)
-    d = _distillation(
-        z, "z", teachers,
-        teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=1.0,
-        student_temperature=student_temperature, teacher_temperature=teacher_temperature,
-        group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
-        divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
-    )  # fmt: skip
-    no_keys: Any = None
-    without_keys = Contrastive(z, no_keys, 1.0, weight=weight, normalize=normalize, reduction=reduction)
-    return ops.distill(without_keys, d, backend, False)[0]
+
+    def problems(z1: Any, teachers: Any, weight: Any) -> tuple[Contrastive, Distillation]:
+        validation.rows_and_choices(z1, "z", normalize, weight, reduction, backend)
+        d = _distillation(
+            z1, "z", teachers,
+            teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=1.0,
+            student_temperature=student_temperature, teacher_temperature=teacher_temperature,
+            group_temperature=group_temperature, group_p=group_p, group_size=group_size, span=span, shuffle=shuffle,
+            divergence=divergence, seed=seed, weight=weight, normalize=normalize, reduction=reduction,
+            shared=group is not None,
+        )  # fmt: skip
+        no_keys: Any = None
+        return Contrastive(z1, no_keys, 1.0, weight=weight, normalize=normalize, reduction=reduction), d
+
+    if group is not None:
+        from pycse import distributed
+
+        batch = dict(z1=z, teachers=teachers, weight=weight)
+        return distributed.distill("fused_distill", problems, batch, group=group, backend=backend, validate=False)[0]
+    return ops.distill(*problems(z, teachers, weight), backend, False)[0]
 
 
 # Numbers of groups and ranks fit 32 bits: a smaller P counts as this one, a larger group as this many ranks.
@@ -234,13 +263,14 @@ def _distillation(
     weight: Tensor | None,
     normalize: bool,
     reduction: str,
+    shared: bool,
     **options: Any,
 ) -> Distillation:
     """The problem that a public function's arguments state, once they are checked; ``name`` is the caller's for z."""
     validation.distillation(
         z, name, teachers,
         teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=distill_weight, group_p=group_p,
-        group_size=group_size, span=span, seed_value=seed, **options,
+        group_size=group_size, span=span, seed_value=seed, shared=shared, **options,
     )  # fmt: skip
     for temperature in ("student_temperature", "teacher_temperature", "group_temperature"):
         options[temperature] = float(options[temperature])

@@ -42,6 +42,8 @@ def fused_focal_infonce(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
+    replicated_keys: int = 0,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -98,6 +100,13 @@ def fused_focal_infonce(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        group: None, or the processes that share the batch: a torch.distributed.ProcessGroup, or "world". Each rank has
+            rows and keys of its own, and the other ranks' keys as negatives; positives, negatives and hard negatives (K
+            the same on all ranks) are among its own keys. With W ranks "mean" gives W / sum B times the sum over the
+            rank's rows (with weights W / sum w), "sum" W times it: the mean over ranks is the joined batch's loss, and
+            the gradients that DDP averages are its gradients. Those of temperature and m are the ranks' mean. "none" is
+            the rank's rows. Ranks call alike and differentiate alike: backward exchanges gradients (docs/scaling.md).
+        replicated_keys: how many of z2's last keys are the same on all ranks (a queue), and count once.
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``. A named backend never
             falls back.
         validate: also check tensor values (positives, temperature, m) on a GPU, which waits for it. On a CPU they are
@@ -117,8 +126,7 @@ def fused_focal_infonce(
     Source: Hou & Li, "Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE", Findings of EMNLP 2023
     (arXiv 2310.06918), eq. 5. The modulation is differentiated through.
     """
-    p = problem_of(
-        "focal", z1, z2, temperature, m,
+    given: dict[str, Any] = dict(
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
         exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
@@ -126,7 +134,9 @@ def fused_focal_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    return ops.contrastive(p, backend, validate)
+    if group is not None:
+        return across("fused_focal_infonce", "focal", z1, z2, temperature, m, given, group, replicated_keys)
+    return ops.contrastive(problem_of("focal", z1, z2, temperature, m, **given), backend, validate)
 
 
 @recordable
@@ -156,6 +166,8 @@ def fused_infonce(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
+    replicated_keys: int = 0,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -171,8 +183,7 @@ def fused_infonce(
     Source: Gao, Yao & Chen, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", EMNLP 2021
     (arXiv 2104.08821), eq. 1.
     """
-    p = problem_of(
-        "infonce", z1, z2, temperature, 0.0,
+    given: dict[str, Any] = dict(
         positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
         hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
         exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
@@ -180,7 +191,27 @@ def fused_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    return ops.contrastive(p, backend, validate)
+    if group is not None:
+        return across("fused_infonce", "infonce", z1, z2, temperature, 0.0, given, group, replicated_keys)
+    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, **given), backend, validate)
+
+
+BY_BATCH = ("positives", "query_ids", "key_ids", "exclude_above", "guides", "guide_logits", "negatives", "weight")
+
+
+def across(
+    name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, given: dict[str, Any], group: Any,
+    replicated_keys: int = 0,
+) -> Tensor:  # fmt: skip
+    """The loss of a public function over a group."""
+    from pycse import distributed  # at the first such call: it takes torch.distributed's half second
+
+    batch = {"z1": z1, "z2": z2, **{key: given[key] for key in BY_BATCH if key in given}}
+    make = lambda **more: problem_of(form, temperature=temperature, m=m, **{**given, **more})  # noqa: E731
+    return distributed.contrastive(
+        name, make, batch, group=group, replicated_keys=replicated_keys, backend=given["backend"],
+        validate=given["validate"], paired=given["symmetric"] is True,
+    )  # fmt: skip
 
 
 def problem_of(

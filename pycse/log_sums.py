@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pycse import ops
-from pycse.functional import problem_of
+from pycse.functional import across, problem_of
 from pycse.transforms import recordable
 from pycse.validation import embeddings, flag
 
@@ -26,6 +26,7 @@ def logsumexp_similarities(
     exclude_above: float | Tensor | None = None,
     exclude_by: str = "absolute",
     normalize: bool = True,
+    group: Any = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -53,6 +54,7 @@ def logsumexp_similarities(
         exclude_above, exclude_by: keys whose similarity is above this bound are left out, as in
             :func:`pycse.fused_focal_infonce`; not differentiated.
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
+        group: as in :func:`pycse.fused_focal_infonce`, with reduction "none": the sums are over all ranks' keys.
         backend: as in :func:`pycse.fused_focal_infonce`; "cuda" has no kernels for it yet.
         validate: also check values (positives, temperature) on a GPU, which waits for it. On a CPU they always are.
 
@@ -73,15 +75,16 @@ def logsumexp_similarities(
     if include_positive and positives is None and query_ids is None and exclude_above is None:
         positives = _any_key(z1)
     no: Any = None
-    p = problem_of(
-        "infonce", z1, z2, temperature, 0.0,
+    given: dict[str, Any] = dict(
         positives=positives, positive_margin=0.0, hard_negative_weight=0.0, hardness=0.0, hardness_mode="all_negatives",
         query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, exclude_by=exclude_by, guides=no,
         guide_weights=no, guide_logits=no, guide_above=0.0, guide_by="absolute", symmetric=False, normalize=normalize,
         weight=None, reduction="none", backend=backend, validate=validate,
         output="logsum" if include_positive else "negatives",
     )  # fmt: skip
-    return ops.contrastive(p, backend, validate)
+    if group is not None:
+        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, given, group)
+    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, **given), backend, validate)
 
 
 def _any_key(z1: Tensor) -> Tensor:

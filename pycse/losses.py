@@ -16,6 +16,8 @@ from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
+ACROSS = ("group", "replicated_keys")  # looked at where a batch comes: groups come and go
+
 
 class Loss(nn.Module):
     """A public function whose options are fixed here, by name; what belongs to a batch is given to ``forward``."""
@@ -34,7 +36,7 @@ class Loss(nn.Module):
                     "belongs to a batch: give it to forward" if name in self.batch else f"is none of {', '.join(names)}"
                 )
                 raise TypeError(f"option {name!r} {why}")
-        type(self).check(**options)
+        type(self).check(**{name: value for name, value in options.items() if name not in ACROSS})
         for name in self.numbers:
             setattr(self, name, options.pop(name))
         self.options = options

@@ -37,12 +37,54 @@ class Needs(NamedTuple):
     weight: bool = False
 
 
+class Share(NamedTuple):
+    """Which rows of a batch that several processes hold are this process'. Rows are numbered as in the joined batch."""
+
+    begin: int = 0
+    end: int = 0
+    total: int = 0  # rows of the joined batch; 0: there is one process, and all rows are its own
+
+
 class Rows:
-    """What follows from one loss a row: how they are reduced. Its problems hold z1, weight and reduction."""
+    """What follows from one loss a row: how they are reduced. Its problems hold z1, weight and reduction.
+
+    Where several processes share the batch (``share``), matrices have the process' own rows, or all; weight is of its
+    own; other vectors have an entry for each row of the joined batch, of which those of other processes are not looked
+    at.
+    """
 
     z1: Tensor
     weight: Tensor | None
     reduction: str
+    share: Share
+
+    @property
+    def B(self) -> int:
+        """Rows of the batch, those of all processes."""
+        return self.share.total or self.z1.shape[0]
+
+    @property
+    def mine(self) -> slice:
+        """This process' rows among them."""
+        return slice(self.share.begin, self.share.end) if self.share.total else slice(0, self.z1.shape[0])
+
+    @property
+    def first(self) -> int:
+        """The number of z1's first row."""
+        return 0 if self.z1.shape[0] == self.B else self.share.begin
+
+    def rows_of(self, x: Tensor, i0: int, n: int) -> Tensor:
+        """Rows [i0, i0 + n) of a matrix that has all rows, or this process'."""
+        at = i0 if x.shape[0] == self.B else i0 - self.share.begin
+        return x[at : at + n]
+
+    def placed(self, own: Any) -> Any:
+        """A vector of this process' rows as one of all; a number stays one."""
+        if not isinstance(own, Tensor) or not self.share.total:
+            return own
+        result = own.new_zeros(self.B)
+        result[self.mine] = own
+        return result
 
     @property
     def acc(self) -> torch.dtype:
@@ -142,6 +184,7 @@ class Contrastive(Pairs):
     output: str = "loss"  # of a row: its loss, the log of its sum, or of the negatives' alone
     normalize: bool = True
     reduction: str = "mean"
+    share: Share = Share()
     needs: Needs = Needs()
 
     one_positive = True
@@ -176,7 +219,8 @@ class Contrastive(Pairs):
     @property
     def in_parts(self) -> bool:
         """Whether a row's log-sum is wanted or made of several: pycse/panels/parts.py."""
-        return self.output != "loss" or self.directions != "qd" or self.negatives_ptr is not None
+        columns = self.symmetric and self.share.total > 0  # which no process has whole
+        return self.output != "loss" or self.directions != "qd" or self.negatives_ptr is not None or columns
 
     @property
     def guided(self) -> bool:  # type: ignore[override]
@@ -235,6 +279,7 @@ class Sigmoid(Pairs):
     key_ids: Tensor | None = None  # (N,) int64
     normalize: bool = True
     reduction: str = "mean"
+    share: Share = Share()
     needs: SigmoidNeeds = SigmoidNeeds()
 
     gradients = 2
@@ -296,6 +341,7 @@ class Supervised(Pairs):
     inside: bool = False  # the positives' mean inside the logarithm
     normalize: bool = True
     reduction: str = "mean"
+    share: Share = Share()
     needs: SupervisedNeeds = SupervisedNeeds()
 
     gradients = 1  # of 1 / temperature
@@ -358,6 +404,7 @@ class Angular(Pairs):
     guide_logits: Tensor | None = None
     m: float = 0.1  # in radians
     reduction: str = "mean"
+    share: Share = Share()
     needs: AngularNeeds = AngularNeeds()
 
     normalize = True  # an angle needs unit rows
@@ -408,6 +455,7 @@ class Distillation(Rows):
     weight: Tensor | None = None
     normalize: bool = True
     reduction: str = "mean"
+    share: Share = Share()
     need: bool = False  # the gradient of z1
 
     @property
@@ -422,6 +470,7 @@ class Uniformity:
 
     z: Tensor  # (N, D)
     t: float
+    others: Tensor | None = None  # rows of other processes: pairs with them count as of z's rows alone
     normalize: bool = True
     need: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pycse import ops, validation
@@ -23,6 +25,7 @@ def fused_sigmoid(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -52,6 +55,7 @@ def fused_sigmoid(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: "auto", "reference", "torch", "cpu" or "triton"; see ``pycse.info()``. A named backend never falls
             back. "cuda" has no kernels of it.
         validate: also check tensor values (positives, scale, bias) on a GPU, which waits for it. On a CPU they are
@@ -68,14 +72,41 @@ def fused_sigmoid(
     Source: Zhai, Mustafa, Kolesnikov & Beyer, "Sigmoid Loss for Language Image Pre-Training", ICCV 2023
     (arXiv 2303.15343), algorithm 1.
     """
-    validation.sigmoid(
-        z1, z2, scale, bias,
+    given: dict[str, Any] = dict(
         positives=positives, query_ids=query_ids, key_ids=key_ids, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
-    p = Sigmoid(
+    if group is not None:
+        from pycse import distributed
+
+        batch = dict(z1=z1, z2=z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
+        make = lambda **more: problem_of(scale=scale, bias=bias, **{**given, **more})  # noqa: E731
+        return distributed.sigmoid("fused_sigmoid", make, batch, group=group, backend=backend, validate=validate)
+    return ops.sigmoid(problem_of(z1, z2, scale, bias, **given), backend, validate)
+
+
+def problem_of(
+    z1: Any,
+    z2: Any,
+    scale: Any,
+    bias: Any,
+    *,
+    positives: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    normalize: bool,
+    weight: Tensor | None,
+    reduction: str,
+    **others: Any,
+) -> Sigmoid:
+    """The problem that the public function's arguments state, once they are checked."""
+    validation.sigmoid(
+        z1, z2, scale, bias,
+        positives=positives, query_ids=query_ids, key_ids=key_ids, normalize=normalize, weight=weight,
+        reduction=reduction, **others,
+    )  # fmt: skip
+    return Sigmoid(
         z1, z2, number_or_tensor(scale), number_or_tensor(bias), weight,
         positives=as_long(positives), query_ids=as_long(query_ids), key_ids=as_long(key_ids), normalize=normalize,
         reduction=reduction,
     )  # fmt: skip
-    return ops.sigmoid(p, backend, validate)

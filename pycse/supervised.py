@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pycse import ops, validation
@@ -22,6 +24,7 @@ def fused_supcon(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -50,6 +53,7 @@ def fused_supcon(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: as in :func:`pycse.fused_focal_infonce`; "cuda" has no kernels for this loss yet.
         validate: also check the temperature's value on a GPU, which waits for it. On a CPU it is always checked.
 
@@ -64,13 +68,47 @@ def fused_supcon(
     Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020 (arXiv 2004.11362), eq. 2 and 3. Its loss is
     the sum over rows of two views; here they are rows of z1.
     """
-    validation.supervised(
-        z1, ids1, z2, ids2, temperature,
+    given: dict[str, Any] = dict(
         inside=inside, normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    if group is not None:
+        from pycse import distributed
+
+        batch = dict(z1=z1, ids1=ids1, z2=z2, ids2=ids2, weight=weight)
+        make = lambda **more: problem_of(temperature=temperature, **{**given, **more})  # noqa: E731
+        return distributed.supervised("fused_supcon", make, batch, group=group, backend=backend, validate=validate)
+    return ops.supervised(problem_of(z1, ids1, z2, ids2, temperature, **given), backend, validate)
+
+
+def problem_of(
+    z1: Any,
+    ids1: Any,
+    z2: Any,
+    ids2: Any,
+    temperature: Any,
+    *,
+    inside: bool,
+    normalize: bool,
+    weight: Tensor | None,
+    reduction: str,
+    **others: Any,
+) -> Supervised:
+    """The problem that the public function's arguments state, once they are checked."""
+    validation.supervised(
+        z1,
+        ids1,
+        z2,
+        ids2,
+        temperature,
+        inside=inside,
+        normalize=normalize,
+        weight=weight,
+        reduction=reduction,
+        **others,
+    )
     rows = as_long(ids1)
     assert rows is not None  # checked
-    p = Supervised(
+    return Supervised(
         z1,
         z2,
         number_or_tensor(temperature),
@@ -81,4 +119,3 @@ def fused_supcon(
         normalize=normalize,
         reduction=reduction,
     )
-    return ops.supervised(p, backend, validate)

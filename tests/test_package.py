@@ -187,6 +187,7 @@ LAYERS = (
     "kernels",
     "backends panels",
     "ops",
+    "distributed",
     "adapacse functional distillation hypersphere log_sums losses report sigmoid sparse supervised",
     "sentence_transformers",
     "training",

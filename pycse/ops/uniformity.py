@@ -18,7 +18,7 @@ def _uniformity(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None,
     p = UNIFORMITY.problem(Uniformity, a, need=needs[0])
     run = backends.module(a["backend"], p.z.device.type, "uniformity").uniformity
     if a["backend"] not in backends.DIFFERENTIABLE:
-        p.z = fused.rows(p.z)
+        p.z, p.others = fused.rows(p.z), None if p.others is None else fused.rows(p.others)
     out = run(p)
     return out.loss, out.dz1
 

@@ -131,12 +131,12 @@ def panel_rows(B: int, N: int, p: Pairs, temporaries: int) -> int:
 
 
 def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
-    z1, z2 = p.z1, p.z2
-    (B, D), N = z1.shape, z2.shape[0]
+    z1, z2, own = p.z1, p.z2, p.mine
+    B, D, N, count = p.B, z1.shape[1], z2.shape[0], own.stop - own.start
     new = lambda *shape, dtype=p.acc: torch.empty(shape, dtype=dtype, device=z1.device)  # noqa: E731
 
     grad = p.needs.z1 or p.needs.z2 or p.trained
-    state = State(r2=new(N), coef=p.row_coefficients(), loss=new(B))
+    state = State(r2=new(N), coef=p.placed(p.row_coefficients()), loss=new(B))
     state.dlogit = new(p.gradients, B) if p.trained else None
     if p.one_positive and (z1.dtype == torch.bfloat16 or (p.symmetric and p.excludes)):
         state.s_pos = new(B)
@@ -151,16 +151,16 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
         k.normalize(z2, None, p.z2)
         state.r2.fill_(1)
 
-    c = panel_rows(B, N, p, k.temporaries)
+    c = panel_rows(count, N, p, k.temporaries)
     r1, panel = new(c), k.empty(c, products.row_stride(N, z1.device, z1.element_size()), dtype=z1.dtype)[:, :N]
     guide = Guide(p, k, c) if p.guided else None
     z1hat_panel = new(c, D, dtype=z1.dtype) if p.normalize else None
 
     def panels():
         """Panels in turn: first row, z1[I], z1hat[I], r1[I], S[I]."""
-        for i0 in range(0, B, c):
-            z = z1[i0 : i0 + c]
-            n = z.shape[0]
+        for i0 in range(own.start, own.stop, c):
+            n = min(c, own.stop - i0)
+            z = p.rows_of(z1, i0, n)
             z1hat = z
             if z1hat_panel is not None:
                 z1hat = z1hat_panel[:n]
@@ -176,19 +176,21 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
 
     # Keys that are the rows: both gradients in one sum, in the units of the keys'.
     one_sum = p.same and p.needs.z1
-    dz1 = k.empty(c if one_sum else B, D, dtype=z1.dtype) if p.needs.z1 else None
-    g2 = KeyGradient(z2, k, single=c == B and not one_sum) if p.needs.z2 or one_sum else None
+    dz1 = k.empty(c if one_sum else z1.shape[0], D, dtype=z1.dtype) if p.needs.z1 else None
+    if dz1 is not None and not one_sum and z1.shape[0] > count:
+        dz1.zero_()
+    g2 = KeyGradient(z2, k, single=c == count and not one_sum) if p.needs.z2 or one_sum else None
     if grad or not p.symmetric:
         for i0, z, z1hat, r, S in panels():
             f: Tensor | None = None
-            if p.symmetric and c == B and k.keeps_similarities():  # of the first sweep
+            if p.symmetric and c == count and k.keeps_similarities():  # of the first sweep
                 k.symmetric(S, i0)
             elif p.symmetric:
                 k.fused_symmetric(z1hat, S, i0)
             else:
                 f = k.fused_rows(z1hat, S, i0, grad)
             if dz1 is not None:
-                first = 0 if one_sum else i0
+                first = 0 if one_sum else i0 - p.first
                 part = dz1[first : first + S.shape[0]]
                 g1 = k.product(S, p.z2, part)
                 if p.normalize and not one_sum:
@@ -212,7 +214,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
             dz2.copy_(total)
     if one_sum:
         dz1, dz2 = dz2, None
-    return p.result(state.loss, dz1, dz2, state.dlogit)
+    return p.result(state.loss[own], dz1, dz2, None if state.dlogit is None else state.dlogit[:, own])
 
 
 class Guide:
@@ -232,10 +234,10 @@ class Guide:
     def panel(self, i0: int, n: int) -> Tensor:
         p = self.p
         if p.guide_logits is not None:
-            rows = p.guide_logits[i0 : i0 + n]
+            rows = p.rows_of(p.guide_logits, i0, n)
             return rows if self.memory is None else self.memory[:n].copy_(rows)
         assert p.guide_queries is not None and p.guide_keys is not None and self.memory is not None
-        return self.k.product(p.guide_queries[i0 : i0 + n], p.guide_keys.t(), self.memory[:n])
+        return self.k.product(p.rows_of(p.guide_queries, i0, n), p.guide_keys.t(), self.memory[:n])
 
 
 class KeyGradient:

@@ -56,12 +56,12 @@ class Kernels(Products):
 
 
 def panel_rows(d: Distillation, temporaries: int) -> int:
-    B = d.z1.shape[0]
+    B, rows = d.B, d.mine.stop - d.mine.start
     if d.z1.is_cuda:
-        return products.panel_rows(B, B, d.z1.shape[1], 2 * d.z1.element_size())
+        return products.panel_rows(rows, B, d.z1.shape[1], 2 * d.z1.element_size())
     row_bytes = B * (d.z1.element_size() + (1 + temporaries) * d.acc.itemsize)
     c = max(64, min(1024, PANEL_BYTES // row_bytes))
-    return B if B * row_bytes <= PANEL_BYTES else c
+    return rows if rows * row_bytes <= PANEL_BYTES else min(c, rows)
 
 
 def joins(d: Distillation) -> bool:
@@ -85,7 +85,7 @@ class Teachers:
     """Panels of T: c x B similarities in float32, float64 or, where one product of bfloat16 makes them, bfloat16."""
 
     def __init__(self, d: Distillation, k: Kernels, c: int) -> None:
-        self.d, self.k, self.B = d, k, d.z1.shape[0]
+        self.d, self.k, self.B = d, k, d.B
         self.units: Tensor | None = None
         if d.logits is not None:
             in_place = d.logits.stride(1) == 1 and d.logits.dtype in (torch.float32, d.acc)
@@ -146,12 +146,12 @@ class Teachers:
 
 
 def distill(d: Distillation, kernels: type[Kernels]) -> Result:
-    z = d.z1
+    z, own = d.z1, d.mine
     B, D = z.shape
     new = lambda *shape, dtype=d.acc: torch.empty(shape, dtype=dtype, device=z.device)  # noqa: E731
     if B == 1:  # no pair
-        return Result(new(1).zero_(), torch.zeros_like(z) if d.need else None)
-    state = State(d.row_coefficients() * d.factor, new(B))
+        return Result(new(own.stop - own.start).zero_(), torch.zeros_like(z) if d.need else None)
+    state = State(d.placed(d.row_coefficients() * d.factor), new(B))
     k = kernels(d, state)
     zhat, r = z, new(B)
     if d.normalize:
@@ -163,12 +163,12 @@ def distill(d: Distillation, kernels: type[Kernels]) -> Result:
         gram(k, zhat, S)
         k.rows(S, teachers.panel(0, B), 0, d.need)
         if not d.need:
-            return Result(state.loss)
+            return Result(state.loss[own])
         total = k.product(k.symmetrize(S), zhat, k.empty(B, D, dtype=z.dtype))
     else:
         g = KeyGradient(zhat, k, single=False)
-        for i0 in range(0, B, c):
-            part = zhat[i0 : i0 + c]
+        for i0 in range(own.start, own.stop, c):
+            part = zhat[i0 : min(i0 + c, own.stop)]
             n = part.shape[0]
             k.product(part, zhat.t(), S[:n])
             k.rows(S[:n], teachers.panel(i0, n), i0, d.need)
@@ -176,10 +176,10 @@ def distill(d: Distillation, kernels: type[Kernels]) -> Result:
                 g.add(S[:n], part)
                 g.add_rows(i0, S[:n], zhat)
         if not d.need:
-            return Result(state.loss)
+            return Result(state.loss[own])
         total = g.total
     if not d.normalize:
-        return Result(state.loss, total.to(z.dtype).contiguous())
+        return Result(state.loss[own], total.to(z.dtype).contiguous())
     dz = total if total.dtype == z.dtype and total.is_contiguous() else k.empty(B, D, dtype=z.dtype)
     k.project(z, total, r, dz)
-    return Result(state.loss, dz)
+    return Result(state.loss[own], dz)

@@ -62,10 +62,11 @@ class Part(Contrastive):
 
 
 class Side:
-    """Embeddings that are rows or keys of parts, and the sum of their gradients, in units of the keys' r."""
+    """Embeddings that are rows or keys of parts, and the sum of their gradients, in units of the keys' r. ``first`` is
+    the first one's number as a row."""
 
-    def __init__(self, p: Contrastive, z: Tensor, k: Kernels, need: bool) -> None:
-        self.p, self.z, self.k = p, z, k
+    def __init__(self, p: Contrastive, z: Tensor, k: Kernels, need: bool, first: int = 0) -> None:
+        self.p, self.z, self.k, self.first = p, z, k, first
         self.keys, self.norms = z, torch.ones(z.shape[0], dtype=p.acc, device=z.device)
         self.r, self.far = self.norms, None  # of keys
         if p.normalize:
@@ -83,7 +84,7 @@ class Side:
 
     def panel(self, i0: int, n: int) -> None:
         """rows: the unit rows from i0 on."""
-        self.rows = self.z[i0 : i0 + n]
+        self.rows = self.z[i0 - self.first : i0 - self.first + n]
         if self.p.normalize:
             rows, self.rows = self.rows, self.memory[:n]
             self.k.normalize(rows, None, self.rows)
@@ -94,8 +95,9 @@ class Side:
     def add_rows(self, i0: int, g: Tensor, factors: Tensor | None = None) -> None:
         """The gradient g of unit rows from i0 on, times factors."""
         if self.total is not None:
-            r = self.r[i0 : i0 + g.shape[0]]
-            self.total.add_scaled(i0, g, r if factors is None else r * factors)
+            at = i0 - self.first
+            r = self.r[at : at + g.shape[0]]
+            self.total.add_scaled(at, g, r if factors is None else r * factors)
 
     def add_keys(self, j: Tensor, g: Tensor) -> None:
         """The gradient g of unit keys j, the same sum each time: on a GPU a sorted one, as atomic sums come in any
@@ -125,7 +127,7 @@ class Direction:
     """One part: its kernels, panel and sides. All rows share its keys, ``shared`` says which of y's they are."""
 
     def __init__(self, part: Part, kernels: type[Kernels], x: Side, y: Side, shared: Tensor | slice) -> None:
-        B, N, acc, device = part.z1.shape[0], part.z2.shape[0], part.acc, part.z1.device
+        B, N, acc, device = part.B, part.z2.shape[0], part.acc, part.z1.device
         new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
         self.p, self.x, self.y, self.shared = part, x, y, shared
         self.state = State(r2=y.r[shared], coef=1.0, loss=new(B))
@@ -232,10 +234,10 @@ class Lists:
             l.masked_fill_(self.s > bound[row - i0], -torch.inf)
         if guide_bound is not None:
             if p.guide_logits is not None:
-                t = p.guide_logits[row, index].to(p.acc)
+                t = p.rows_of(p.guide_logits, i0, n)[row - i0, index].to(p.acc)
             else:
                 assert p.guide_queries is not None and p.guide_keys is not None
-                t = self._dots(p.guide_queries[i0 : i0 + n], p.guide_keys, i0, a, b)
+                t = self._dots(p.rows_of(p.guide_queries, i0, n), p.guide_keys, i0, a, b)
             l.masked_fill_(t > guide_bound[row - i0], -torch.inf)
         lengths = self.lengths[i0 : i0 + n]
         top = torch.segment_reduce(l, "max", lengths=lengths, initial=LOWEST)
@@ -251,7 +253,7 @@ class Lists:
             self.dlogit += torch.stack(((P * self.s * self.s).sum(), (P * self.s).sum()))
         g = (P * (self.c.slope if self.p.logit.linear else 2 * self.c.q * self.s + self.c.slope))[:, None]
         for at, i, j in self._chunks(i0, a, b):
-            self.x.add_keys(i + i0, g[at] * self.y.unit_keys(j))
+            self.x.add_keys(i + (i0 - self.x.first), g[at] * self.y.unit_keys(j))
             self.y.add_keys(j, g[at] * self.x.rows[i])
 
 
@@ -259,7 +261,7 @@ class Positives:
     """The rows' positives, pair by pair."""
 
     def __init__(self, p: Contrastive, x: Side, y: Side, c: Coefficients) -> None:
-        B, device = p.z1.shape[0], p.z1.device
+        B, device = p.B, p.z1.device
         self.p, self.x, self.y, self.c = p, x, y, c
         self.dlogit = torch.empty(3, B, dtype=p.acc, device=device)
 
@@ -290,69 +292,70 @@ class Positives:
 
     def guide_bound(self) -> Tensor | None:
         """Above which a key is no negative by the guide."""
-        p, I = self.p, slice(self.i0, self.i0 + len(self.j))
+        p, at = self.p, (self.i0, len(self.j))
         if not p.guided:
             return None
         if p.guide_logits is not None:
-            t = p.guide_logits[I].gather(1, self.j[:, None]).squeeze(1).to(p.acc)
+            t = p.rows_of(p.guide_logits, *at).gather(1, self.j[:, None]).squeeze(1).to(p.acc)
         else:
             assert p.guide_queries is not None and p.guide_keys is not None
-            t = dots(p.guide_queries[I].to(p.acc), p.guide_keys[self.j].to(p.acc))
+            t = dots(p.rows_of(p.guide_queries, *at).to(p.acc), p.guide_keys[self.j].to(p.acc))
         return p.guide_threshold(t)
 
 
 def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
-    (B, D), device, acc = p.z1.shape, p.z1.device, p.acc
+    B, D, own, device, acc = p.B, p.z1.shape[1], p.mine, p.z1.device, p.acc
     wide, grad = kernels.statistics or acc, p.needs.z1 or p.needs.z2 or p.trained
     new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
     state = State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(B))
     norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), state)
-    x, y = Side(p, p.z1, norms, p.needs.z1), Side(p, p.z2, norms, p.needs.z2)
+    x, y = Side(p, p.z1, norms, p.needs.z1, p.first), Side(p, p.z2, norms, p.needs.z2)
     c = Coefficients(*p.coefficients())
     bounds = new(B) if p.excludes else None
-    directions, positives = _directions(p, x, y, bounds, kernels), Positives(p, x, y, c)
+    parts, positives = _directions(p, x, y, bounds, kernels), Positives(p, x, y, c)
     lists = Lists(p, x, y, c, wide) if p.negatives_index is not None else None
 
-    c_rows = panel_rows(B, sum(one.p.z2.shape[0] for one in directions), p, norms.temporaries)
-    sides = (x, y) if any(one.x is y for one in directions) else (x,)
-    for each in (*directions, *sides):
+    c_rows = panel_rows(own.stop - own.start, sum(one.p.z2.shape[0] for one in parts), p, norms.temporaries)
+    sides = (x, y) if any(one.x is y for one in parts) else (x,)
+    for each in (*parts, *sides):
         each.allocate(c_rows)
     g1 = norms.empty(c_rows if grad else 0, D, dtype=p.z1.dtype)
-    loss, coef = new(B), p.row_coefficients()
-    for i0 in range(0, B, c_rows):
-        I = slice(i0, min(B, i0 + c_rows))
+    loss, coef = new(B), p.placed(p.row_coefficients())
+    for i0 in range(own.start, own.stop, c_rows):
+        I = slice(i0, min(own.stop, i0 + c_rows))
         n = I.stop - i0
         for side in sides:
             side.panel(i0, n)
         s_pos = positives.similarities(i0, n)
-        for one in directions:
+        for one in parts:
             one.similarities(i0, n)
         if bounds is not None:  # a panel of 16 bits has rounded its similarities: from the embeddings
-            bounds[I] = p.threshold(s_pos if p.z1.dtype == torch.bfloat16 else directions[0].positives(i0), I)
-        lneg = [one.sums(i0, grad) for one in directions]
+            bounds[I] = p.threshold(s_pos if p.z1.dtype == torch.bfloat16 else parts[0].positives(i0), I)
+        lneg = [one.sums(i0, grad) for one in parts]
         if lists is not None:
             lneg.append(lists.sums(i0, n, p.threshold(s_pos, I) if p.excludes else None, positives.guide_bound()))
         weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
         loss[I], P, w = joined(p, lneg, positives.logits().to(wide), weight)
         if grad:
-            for one, w_k in zip(directions, w):
+            for one, w_k in zip(parts, w):
                 one.add_gradients(i0, w_k, g1)
             if lists is not None:
                 lists.add_gradients(i0, n, w[-1])
             positives.add_gradients(P.to(acc))
 
-    for one in directions:
+    for one in parts:
         one.finish()
     dlogit: Tensor | None = None
     if p.trained:
         dlogit = torch.zeros(p.gradients, B, dtype=acc, device=device)
         dlogit[:3] = positives.dlogit
-        for one in directions:
+        for one in parts:
             assert one.state.dlogit is not None
             dlogit[3:] += one.state.dlogit[3:]
         if lists is not None:
-            dlogit[3:, 0] += lists.dlogit
-    return p.result(loss, x.gradient(), y.gradient(), dlogit)
+            dlogit[3:, own.start] += lists.dlogit
+        dlogit = dlogit[:, own]
+    return p.result(loss[own], x.gradient(), y.gradient(), dlogit)
 
 
 def _directions(p: Contrastive, x: Side, y: Side, bounds: Tensor | None, kernels: type[Kernels]) -> list[Direction]:
@@ -368,20 +371,26 @@ def _directions(p: Contrastive, x: Side, y: Side, bounds: Tensor | None, kernels
     )  # fmt: skip
     result = [Direction(main, kernels, x, y, shared)]
     sides, ids = {"q": x, "d": y}, {"q": p.query_ids, "d": p.key_ids}
-    for name in p.directions.split()[1:]:
+    for name in directions(p)[1:]:
         rows, keys = (sides[side] for side in name)
-        own = (0.0, -math.inf) if name == "dd" and p.z2.shape[0] > p.z1.shape[0] else (0.0, 0.0)
+        own = (0.0, -math.inf) if name == "dd" and p.z2.shape[0] > p.B else (0.0, 0.0)
+        # A column of a symmetric loss is a row of documents in all respects; other directions' rows are the queries'.
         part = _part(
-            p, rows.z[: p.z1.shape[0]], keys.keys, bounds=bounds, hard=False, own=own, key_ids=ids[name[1]]
+            p, p.z1, keys.keys, bounds=bounds, hard=p.symmetric, own=own,
+            query_ids=p.key_ids if p.symmetric else p.query_ids, key_ids=ids[name[1]],
         )  # fmt: skip
         result.append(Direction(part, kernels, rows, keys, slice(None)))
     return result
 
 
+def directions(p: Contrastive) -> list[str]:
+    return ["qd", "dq"] if p.symmetric else p.directions.split()
+
+
 def joined(p: Contrastive, lneg: list[Tensor], l_pos: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """From the parts' log-sums the rows' values L, and coef dL/dl_pos and coef dL/dlneg of each part."""
-    names = p.directions.split()
-    if p.partition == "per_direction" and len(names) > 1:
+    names = directions(p)
+    if p.symmetric or (p.partition == "per_direction" and len(names) > 1):
         d = torch.stack(lneg) - l_pos
         w = coef / len(names) * d.sigmoid()
         return torch.logaddexp(torch.zeros_like(d), d).mean(0), -w.sum(0), list(w)
@@ -407,7 +416,7 @@ def _part(p: Contrastive, z1: Tensor, z2: Tensor, bounds: Tensor | None = None, 
         z1, z2, p.temperature, p.m, **{
             "query_ids": p.query_ids, "exclude_each": bounds, "exclude_by": "constant", "form": p.form,
             "guide_above": p.guide_above, "guide_by": p.guide_by, "normalize": False, "reduction": "sum",
-            "needs": needs, "whole": p, **more,
+            "share": p.share, "needs": needs, "whole": p, **more,
         },
     )  # fmt: skip
 
@@ -415,7 +424,7 @@ def _part(p: Contrastive, z1: Tensor, z2: Tensor, bounds: Tensor | None = None, 
 def _shared(p: Contrastive) -> tuple[Tensor | slice, Tensor | None]:
     """Which keys all rows share, and where the rows' positives stand among them."""
     assert p.negatives_index is not None
-    B, N = p.z1.shape[0], p.z2.shape[0]
+    B, N = p.B, p.z2.shape[0]
     index = p.negatives_index
     listed = torch.zeros(N, dtype=torch.bool, device=index.device)
     listed[index] = True

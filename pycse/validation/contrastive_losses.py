@@ -230,7 +230,7 @@ def check_lists(p: Contrastive) -> None:
     ptr, index = p.negatives_ptr, p.negatives_index
     if ptr is None or index is None or transforms.batched(ptr) or transforms.batched(index):
         return
-    B, N = p.z1.shape[0], p.z2.shape[0]
+    N, own = p.z2.shape[0], p.mine
     ptr, index = ptr.cpu(), index.cpu()
     steps = ptr.diff()
     if ptr[0] != 0 or (steps < 0).any() or ptr[-1] != index.shape[0]:
@@ -248,9 +248,9 @@ def check_lists(p: Contrastive) -> None:
     if (counts > 1).any():
         twice = entries[counts > 1][0].item()
         raise ValueError(f"negatives lists key {twice % N} twice for row {twice // N}")
-    rows = torch.arange(B, dtype=torch.int64, device="cpu")
+    rows = torch.arange(own.start, own.stop, dtype=torch.int64, device="cpu")
     of = torch.full((N,), -1, dtype=torch.int64, device="cpu")
-    of[rows if p.positives is None else p.positives.cpu().clamp(0, N - 1)] = rows
+    of[rows if p.positives is None else p.positives[own].cpu().clamp(0, N - 1)] = rows
     if (of[index] >= 0).any():
         k = int((of[index] >= 0).nonzero()[0])
         raise ValueError(

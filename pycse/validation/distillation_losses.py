@@ -119,15 +119,21 @@ def distillation(
     teacher_weights: Any,
     seed_value: Any,
     span: Any,
+    shared: bool = False,
     **options: Any,
 ) -> None:
+    """shared: by ranks of a group, which look at ``span`` once they know how many rows there are."""
     teachers(z1, name, embedded, teacher_logits, teacher_weights)
     distillation_options(span=span, **options)
-    B = z1.shape[0]
-    if span is not None and B > 1 and span[1] > B - 1:
-        raise ValueError(f"span must satisfy 0 <= start < end <= B - 1 = {B - 1}, got {tuple(span)}")
+    if span is not None and not shared:
+        span_of_ranks(span, z1.shape[0])
     seed(seed_value)
     same_device(z1, name, seed=seed_value)
+
+
+def span_of_ranks(span: Any, B: int) -> None:
+    if B > 1 and span[1] > B - 1:
+        raise ValueError(f"span must satisfy 0 <= start < end <= B - 1 = {B - 1}, got {tuple(span)}")
 
 
 def distillcse_options(**options: Any) -> None:

@@ -21,7 +21,7 @@ class Kernels(Positives):
         b = p.sharpness()  # on a CPU read already
         assert not isinstance(b, Tensor)
         self.problem = self.native.Contrastive(
-            B=p.z1.shape[0], N=p.z2.shape[0], logit=Coefficients(0.0, b, 0.0, 0.0, b, b, 0.0, 0.0), shift=p.shift,
+            B=p.B, N=p.z2.shape[0], logit=Coefficients(0.0, b, 0.0, 0.0, b, b, 0.0, 0.0), shift=p.shift,
             r2=pointer(state.r2), s_pos=pointer(state.s_pos), positives=pointer(p.positives),
             query_ids=pointer(p.query_ids), key_ids=pointer(p.key_ids),
             coef=pointer(state.coef), coef_all=1.0 if isinstance(state.coef, Tensor) else state.coef,

@@ -32,7 +32,7 @@ def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, 
         "exclude_each": exclude_each, "positives": p.positives, "query_ids": p.query_ids, "key_ids": p.key_ids,
     }  # fmt: skip
     given.update([(name, t.data_ptr()) for name, t in tensors.items() if t is not None])
-    return native().Contrastive(B=p.z1.shape[0], N=p.z2.shape[0], logit=coefficients, shift=p.shift, **given)
+    return native().Contrastive(B=p.B, N=p.z2.shape[0], logit=coefficients, shift=p.shift, **given)
 
 
 def _each(p: Contrastive) -> Tensor | None:
@@ -48,7 +48,7 @@ class Kernels(Positives):
         super().__init__(p.z1)
         self.p, self.state = p, state
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
-            state.coef = torch.full((p.z1.shape[0],), state.coef, dtype=p.acc, device=p.z1.device)
+            state.coef = torch.full((p.B,), state.coef, dtype=p.acc, device=p.z1.device)
         self.exclude_each = _each(p)  # alive for the kernels
         sums = {} if state.sums is None else vars(state.sums)
         self.problem = _problem(
@@ -109,6 +109,6 @@ def contrastive(p: Contrastive) -> Result:
     if p.in_parts:
         return parts.contrastive(p, Kernels)
     work = p.z1.shape[0] * p.z2.shape[0] * p.z1.shape[1]
-    if work <= SMALL.get(p.z1.dtype, 0) and not p.guided and (result := _small(p)) is not None:
+    if work <= SMALL.get(p.z1.dtype, 0) and not p.guided and not p.share.total and (result := _small(p)) is not None:
         return result
     return panel.contrastive(p, Kernels)

@@ -18,7 +18,7 @@ SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 def _problem(d: Distillation, coef: Tensor | float, loss: Tensor):
     cut = d.cut
     return native().Distill(
-        B=d.z1.shape[0],
+        B=d.B,
         student_temperature=d.student_temperature,
         teacher_temperature=d.teacher_temperature,
         group_temperature=d.group_temperature,
@@ -69,7 +69,7 @@ def _small(d: Distillation) -> Result | None:
 
 def _is_small(d: Distillation) -> bool:
     B, D = d.z1.shape
-    if B == 1 or SMALL.get(d.z1.dtype, 0) < B * B * D:
+    if B == 1 or d.share.total or SMALL.get(d.z1.dtype, 0) < B * B * D:
         return False
     if d.logits is not None:
         return d.logits.dtype in CODES and d.logits.stride(1) == 1

@@ -17,7 +17,7 @@ class Kernels(Positives):
     def __init__(self, p: Sigmoid, state: panel.State) -> None:
         super().__init__(p.z1)
         self.p, self.state = p, state
-        (B, _), N = p.z1.shape, p.z2.shape[0]
+        B, N = p.B, p.z2.shape[0]
         scale, bias = p.numbers()  # on a CPU read already
         shared = dict(r2=pointer(state.r2), s_pos=pointer(state.s_pos), positives=pointer(p.positives))
         self.pairs = self.native.Sigmoid(

@@ -35,7 +35,7 @@ class Kernels(Products, panel.Kernels):
         self.lists = classes(p.ids1, p.key_ids)  # alive for the kernels
         ptr, keys, of_rows = self.lists
         self.problem = native().Supervised(
-            B=p.z1.shape[0],
+            B=p.B,
             N=state.r2.shape[0],
             b=p.sharpness(),
             shift=p.shift,

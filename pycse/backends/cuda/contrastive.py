@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
 def _problem(kernels: Any, p: Contrastive, numbers: Numbers, coef: Tensor | float, **tensors: Tensor | None) -> Any:
     coefficients, exclude_each = numbers
     return kernels.Contrastive(
-        B=p.z1.shape[0],
+        B=p.B,
         N=p.z2.shape[0],
         logit=NO_NUMBERS if isinstance(coefficients, Tensor) else coefficients,
         logit_at=pointer(coefficients) if isinstance(coefficients, Tensor) else 0,
@@ -135,7 +135,7 @@ def fits(p: Contrastive) -> bool:
     """Whether the one launch is taken, where the device can hold a grid that waits for itself."""
     (B, D), N = p.z1.shape, p.z2.shape[0]
     work = B * N * D
-    return max(B, N) <= SMALL_ROWS and work <= SMALL.get(p.z1.dtype, 0)
+    return not p.share.total and max(B, N) <= SMALL_ROWS and work <= SMALL.get(p.z1.dtype, 0)
 
 
 def small(p: Contrastive, k: Norms) -> Result:

@@ -19,7 +19,7 @@ class Kernels(Norms, panel.Kernels):
         cut, seed, coef = d.cut, d.seed, state.coef
         self.scratch: Tensor | None = None
         self.problem = self.kernels.Distill(
-            B=d.z1.shape[0],
+            B=d.B,
             student_temperature=d.student_temperature,
             teacher_temperature=d.teacher_temperature,
             group_temperature=d.group_temperature,

@@ -33,10 +33,11 @@ def adapacse(p: Angular) -> Result:
     """The rows' losses, by autograd all the way."""
     s = (normalized(p.z1) @ normalized(p.z2).t()).to(p.acc)
     i, j = (torch.arange(n, dtype=torch.int64, device=s.device) for n in s.shape)
-    pos = i if p.positives is None else p.positives
+    held = slice(p.first, p.first + p.z1.shape[0])
+    pos = i + p.first if p.positives is None else p.positives[held]
     negative = j != pos[:, None]
     if p.query_ids is not None and p.key_ids is not None:
-        negative = negative & (p.query_ids[:, None] != p.key_ids)
+        negative = negative & (p.query_ids[held, None] != p.key_ids)
 
     alpha = p.guide_logits
     if alpha is None:

@@ -10,13 +10,14 @@ This is the oracle that every kernel is tested against.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycse.logits import NONE, Term
-from pycse.problem import Contrastive, Result
+from pycse.problem import Contrastive, Result, Rows
 
 
 def normalized(z: Tensor) -> Tensor:
@@ -31,18 +32,33 @@ def normalized(z: Tensor) -> Tensor:
 
 def contrastive(p: Contrastive) -> Result:
     """The rows' losses, by autograd all the way."""
+    if not p.symmetric and "q" not in (name[1] for name in p.directions.split()):  # rows are no keys: its own do
+        p = replace(p, z1=p.z1[p.mine.start - p.first : p.mine.stop - p.first])
+    return Result(own_of(p, losses_of(p)))
+
+
+def own_of(p: Rows, losses: Tensor) -> Tensor:
+    """This process' losses of those of z1's rows."""
+    return losses[p.mine.start - p.first : p.mine.stop - p.first]
+
+
+def losses_of(p: Contrastive) -> Tensor:
+    """The losses of z1's rows."""
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     s = (z1 @ z2.t()).to(p.acc)
-    B, N = s.shape
-    i, j = (torch.arange(n, dtype=torch.int64, device=s.device) for n in (B, N))
-    pos = i if p.positives is None else p.positives
+    (rows, N), B = s.shape, p.B
+    i, j = (torch.arange(n, dtype=torch.int64, device=s.device) for n in (rows, N))
+    i = i + p.first
+    held = slice(p.first, p.first + rows)  # of all rows
+    pos = i if p.positives is None else p.positives[held]
+    query_ids = None if p.query_ids is None else p.query_ids[held]
 
     positive = j == pos[:, None]
     s_pos = s.gather(1, pos[:, None])
     own = (j >= B) & (j % B == i[:, None])  # its hard negatives
     not_shared = torch.zeros_like(positive)
     if p.negatives_ptr is not None and p.negatives_index is not None:
-        row = torch.repeat_interleave(i, p.negatives_ptr.diff().to(s.device))
+        row = torch.repeat_interleave(i - p.first, p.negatives_ptr.diff()[held].to(s.device))
         own = torch.zeros_like(positive)
         own[row, p.negatives_index.to(s.device)] = True
         not_shared = own.any(0) & ~own
@@ -71,8 +87,8 @@ def contrastive(p: Contrastive) -> Result:
         l = l + torch.where(own & ~positive, own_b * s.detach() + own_c, 0)
 
     same_id = not_shared
-    if p.query_ids is not None and p.key_ids is not None:
-        same_id = same_id | (p.query_ids[:, None] == p.key_ids)
+    if query_ids is not None and p.key_ids is not None:
+        same_id = same_id | (query_ids[:, None] == p.key_ids)
 
     if p.guided:
         t = p.guide_logits
@@ -87,7 +103,9 @@ def contrastive(p: Contrastive) -> Result:
     def too_near(s: Tensor, s_pos: Tensor, dim: int) -> Tensor:
         if not p.excludes:
             return torch.zeros_like(s, dtype=torch.bool)
-        above: Any = p.exclude_above if p.exclude_each is None else p.exclude_each.detach().to(s.dtype).unsqueeze(dim)
+        above: Any = p.exclude_above
+        if p.exclude_each is not None:
+            above = p.exclude_each[held].detach().to(s.dtype).unsqueeze(dim)
         at = s_pos.detach()
         bound = {"absolute": at + above, "relative": at + above * at.abs(), "constant": at * 0 + above}
         return s.detach() > bound[p.exclude_by]
@@ -109,27 +127,27 @@ def contrastive(p: Contrastive) -> Result:
     dropped = positive | same_id
     negatives = l.masked_fill(dropped | too_near(s, s_pos, 1), -torch.inf)
     if p.output == "negatives":
-        return Result(log_sum(negatives, 1))
+        return log_sum(negatives, 1)
     if p.output == "logsum":
         total = log_sum(negatives, 1)
-        return Result(torch.where(torch.isneginf(total), l_pos.squeeze(1), torch.logaddexp(total, l_pos.squeeze(1))))
+        return torch.where(torch.isneginf(total), l_pos.squeeze(1), torch.logaddexp(total, l_pos.squeeze(1)))
     if p.symmetric:
         columns = l.masked_fill(dropped | too_near(s, s_pos.t(), 0), -torch.inf)
-        return Result((losses(negatives, 1) + losses(columns, 0)) / 2)
+        return (losses(negatives, 1) + losses(columns, 0)) / 2
     if p.directions == "qd":
-        return Result(losses(negatives, 1))
+        return losses(negatives, 1)
 
     parts = {"qd": negatives}
     embeddings, ids = {"q": z1, "d": z2}, {"q": p.query_ids, "d": p.key_ids}
     for direction in p.directions.split()[1:]:
-        rows, keys = (embeddings[side] for side in direction)
-        s = (rows[:B] @ keys.t()).to(p.acc)
+        of, keys = (embeddings[side] for side in direction)
+        s = ((of if of is z1 else of[held]) @ keys.t()).to(p.acc)
         gone = (
             torch.arange(s.shape[1], dtype=torch.int64, device=s.device) % B == i[:, None]
         )  # itself, its positive, its hard negatives
-        if (key_ids := ids[direction[1]]) is not None and p.query_ids is not None:
-            gone = gone | (p.query_ids[:, None] == key_ids)
+        if (key_ids := ids[direction[1]]) is not None and query_ids is not None:
+            gone = gone | (query_ids[:, None] == key_ids)
         parts[direction] = negative_logits(s, hardness=False).masked_fill(gone | too_near(s, s_pos, 1), -torch.inf)
     if p.partition == "joint":
-        return Result(losses(torch.cat(list(parts.values()), 1), 1, 2 if "dq" in parts else 1))
-    return Result(torch.stack([losses(part, 1) for part in parts.values()]).mean(0))
+        return losses(torch.cat(list(parts.values()), 1), 1, 2 if "dq" in parts else 1)
+    return torch.stack([losses(part, 1) for part in parts.values()]).mean(0)

@@ -81,4 +81,4 @@ def distill(d: Distillation) -> Result:
         raise RuntimeError(
             "backend='reference' of a distillation sorts rows, which vmap cannot batch: use another backend"
         )
-    return Result(losses(d))
+    return Result(losses(d)[d.mine])

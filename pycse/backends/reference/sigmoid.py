@@ -18,9 +18,10 @@ def sigmoid(p: Sigmoid) -> Result:
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     s = (z1 @ z2.t()).to(p.acc)
     x = p.scale * s + p.bias
+    held = slice(p.first, p.first + p.z1.shape[0])
     if p.query_ids is not None and p.key_ids is not None:
-        positive = p.query_ids[:, None] == p.key_ids
+        positive = p.query_ids[held, None] == p.key_ids
     else:
         i, j = (torch.arange(n, dtype=torch.int64, device=s.device) for n in s.shape)
-        positive = j == (i if p.positives is None else p.positives)[:, None]
+        positive = j == (i + p.first if p.positives is None else p.positives[held])[:, None]
     return Result(-F.logsigmoid(torch.where(positive, x, -x)).sum(1))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycse.backends.reference.contrastive import normalized
+from pycse.backends.reference.contrastive import normalized, own_of
 from pycse.problem import Result, Supervised
 
 
@@ -23,7 +23,7 @@ def supervised(p: Supervised) -> Result:
     assert p.z2 is not None
     z1, z2 = (normalized(p.z1), normalized(p.z2)) if p.normalize else (p.z1, p.z2)
     l = (z1 @ z2.t()).to(p.acc) / p.temperature
-    positive = p.ids1[:, None] == p.key_ids
+    positive = p.ids1[p.first : p.first + l.shape[0], None] == p.key_ids
     negative = ~positive
     if p.same:
         positive = positive & ~torch.eye(l.shape[0], dtype=torch.bool, device=l.device)
@@ -41,4 +41,4 @@ def supervised(p: Supervised) -> Result:
         rows = rows + n.log()
     else:
         rows = rows + (l_pos[:, None] - l).masked_fill(~positive, 0).sum(1) / n
-    return Result(rows.masked_fill(none, 0))
+    return Result(own_of(p, rows.masked_fill(none, 0)))

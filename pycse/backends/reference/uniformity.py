@@ -21,10 +21,15 @@ def alignment(p: Alignment) -> Result:
 
 
 def uniformity(p: Uniformity) -> Result:
-    z = normalized(p.z) if p.normalize else p.z
-    N = z.shape[0]
+    z = p.z if p.others is None else torch.cat((p.z, p.others))
+    z = normalized(z) if p.normalize else z
+    N, own = z.shape[0], p.z.shape[0]
     i, j = torch.triu_indices(N, N, 1, dtype=torch.int64, device=z.device)
     square = z.square().sum(1)
     distance = (square[i] + square[j] - 2 * (z @ z.t())[i, j]).to(p.acc)
+    # Of a pair with another process' row half the value is this one's, and the whole gradient.
+    shared = j >= own
+    distance = torch.where(shared, 2 * distance - distance.detach(), distance)
     rows = -p.t * distance
+    rows = torch.where(shared, rows - math.log(2), rows)[i < own]
     return Result(rows, loss=rows.logsumexp(0) - math.log(N * (N - 1) / 2))

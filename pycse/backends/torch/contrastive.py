@@ -68,7 +68,7 @@ class Kernels(Norms, panel.Kernels):
         p = self.p
         l = self.logit(s)
         if p.logit.has_own:
-            B, k = p.z1.shape[0], self.coefficients
+            B, k = p.B, self.coefficients
             own = torch.arange(1, s.shape[1] // B, dtype=torch.int64, device=s.device) * B + i[:, None]
             l.scatter_add_(1, own, s.gather(1, own) * k.own_b + k.own_c)
         if p.query_ids is not None and p.key_ids is not None:
@@ -129,7 +129,7 @@ class Kernels(Norms, panel.Kernels):
         assert sums is not None
         part = slice(i0, i0 + S.shape[0])
         s, pos, s_pos, i = self._panel(S, i0)
-        coef = torch.as_tensor(out.coef, dtype=p.acc, device=S.device).expand(p.z1.shape[0])
+        coef = torch.as_tensor(out.coef, dtype=p.acc, device=S.device).expand(p.B)
         lse = torch.logaddexp(sums.lneg[part], sums.lpos[part])[:, None].to(p.acc)
         # Exponents of probabilities are above 0 by rounding only: of logits beyond 1e8 that is a lot.
         P = coef[part, None] * (self._negatives(s, pos, i, self._row_threshold(s_pos, part)) - lse).clamp_max_(0).exp_()

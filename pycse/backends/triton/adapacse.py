@@ -19,7 +19,7 @@ class Kernels(Positives):
     def __init__(self, p: Angular, state: panel.State) -> None:
         super().__init__(p.z1)
         self.p, self.state = p, state
-        self.B, self.N = p.z1.shape[0], p.z2.shape[0]
+        self.B, self.N = p.B, p.z2.shape[0]
         self.coef = self.number(state.coef, self.B)  # row by row where it is a tensor
         self.b = self.number(p.sharpness())
         self.half_m, self.cos_m = self.number(p.m / 2), self.number(math.cos(p.m))

@@ -31,7 +31,7 @@ class Kernels(Norms, panel.Kernels):
     def __init__(self, d: Distillation, state: panel.State) -> None:
         super().__init__(d.z1)
         self.d, self.state = d, state
-        self.B = d.z1.shape[0]
+        self.B = d.B
         self.coef = self.number(state.coef, self.B)  # row by row where it is a tensor
         self.inv_student = self.number(1 / d.student_temperature)
         self.inv_teacher = self.number(1 / d.teacher_temperature)

@@ -18,7 +18,7 @@ class Kernels(Norms, panel.Kernels):
     def __init__(self, p: Supervised, state: panel.State) -> None:
         super().__init__(p.z1)
         self.p, self.state = p, state
-        self.B, self.N = p.z1.shape[0], state.r2.shape[0]
+        self.B, self.N = p.B, state.r2.shape[0]
         self.coef = self.number(state.coef, self.B)  # row by row where it is a tensor
         self.b = self.number(p.sharpness())
         self.shift = None if p.shift is None else self.number(p.shift / math.log(2))

@@ -1,0 +1,90 @@
+"""Alignment and uniformity of the joined batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pycse import ops
+from pycse.distributed.groups import group_of
+from pycse.distributed.payload import Layout, Piece, gathered
+from pycse.distributed.talk import during, exchange
+from pycse.problem import Alignment, Uniformity
+
+
+def _heads(name: str, make: Callable[[], Any], group: Any, z: Any, backend: str) -> tuple[Any, Any, Any]:
+    device = z.device if isinstance(z, Tensor) else torch.device("cpu")
+    group = group_of(group, device.type)
+    refused: Exception | None = None
+    p: Any = None
+    try:
+        p = make()
+    except (TypeError, ValueError, RuntimeError) as error:
+        refused = error
+    told = {"function": name, "backend": repr(backend), "gradients": str(torch.is_grad_enabled())}
+    if p is not None:
+        told |= {k: repr(v) for k, v in vars(p).items() if not isinstance(v, Tensor) and k not in ("needs", "need")}
+        told |= {"features": str(z.shape[1]), "dtype": str(z.dtype), "gradient": str(z.requires_grad)}
+    return group, p, exchange(group, device, told, refused, rows=0 if p is None else z.shape[0])
+
+
+@torch.compiler.disable(reason="pycse: ranks talk to each other")
+def alignment(make: Callable[..., Alignment], x: Tensor, y: Tensor, group: Any, backend: str) -> Tensor:
+    """W / sum B times the sum over this rank's pairs."""
+    empty = isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] == 0
+    given = (x.detach().new_zeros(1, x.shape[1]), y.detach().new_zeros(1, y.shape[1])) if empty else (x, y)
+    group, p, heads = _heads("alignment", lambda: make(*given), group, x, backend)
+    if sum(heads.rows) == 0:
+        raise ValueError("x must have at least one row on some rank, got none")
+    if empty:
+        return (x.sum() + y.sum()).to(torch.promote_types(x.dtype, torch.float32))
+    return ops.alignment(p, backend) * (heads.size * x.shape[0] / sum(heads.rows))
+
+
+@torch.compiler.disable(reason="pycse: ranks talk to each other")
+def uniformity(make: Callable[..., Uniformity], z: Tensor, group: Any, backend: str) -> Tensor:
+    """The joined batch's uniformity, the same on every rank.
+
+    A rank sums its own rows' pairs with all others; their log-sums are joined, and each rank's gradient is complete.
+    """
+    short = isinstance(z, Tensor) and z.dim() == 2 and z.shape[0] < 2 and z.shape[1] > 0
+    given = z.detach().new_zeros(2, z.shape[1]) if short else z
+    group, p, heads = _heads("uniformity", lambda: make(given), group, z, backend)
+    layout, own = Layout(heads.rank, heads.rows, [0] * heads.size), z.shape[0]
+    if layout.B < 2:
+        raise ValueError(f"x must have at least two rows on all ranks together, got {layout.B}")
+    (rows,) = gathered(group, layout, [Piece(z, "rows")])
+    acc = torch.promote_types(z.dtype, torch.float32)
+    if own:
+        before, after = rows[: layout.row_begin[heads.rank]], rows[layout.row_begin[heads.rank + 1] :]
+        p.z, p.others = z, torch.cat((before, after))
+        local = ops.uniformity(p, backend)
+    else:
+        local = z.sum().to(acc) - math.inf
+    return _Joined.apply(local, group)
+
+
+class _Joined(torch.autograd.Function):
+    """log sum over ranks exp(l). Every rank's loss depends on all rows alike: upstream gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
+        parts = local.detach().new_empty(dist.get_world_size(group), dtype=torch.float64)
+        with during("the sums"):
+            dist.all_gather_into_tensor(parts, local.detach().double().view(1), group=group)
+        total = parts.logsumexp(0)
+        ctx.group, ctx.share = group, (local.detach().double() - total).exp()
+        return total.to(local.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        total = upstream.double().clone()
+        with during("the upstream gradients"):
+            dist.all_reduce(total, group=ctx.group)
+        return (total * ctx.share).to(upstream.dtype), None

@@ -1,0 +1,83 @@
+"""Each loss over 1 to 4 ranks against one process on the joined batch: value and every gradient."""
+
+import pytest
+import torch
+from shared_batches import Shared, compare, on_rank
+
+F64, BF16 = torch.float64, torch.bfloat16
+EVERY = {"directions": ["qd", "qq", "dq", "dd"]}
+
+CASES = [
+    Shared((7,)),
+    Shared((6, 6)),
+    Shared((5, 9)),
+    Shared((5, 0)),
+    Shared((0, 4), upstream=True),
+    Shared((3, 4, 5), "focal", upstream=True, tensors=True),
+    Shared((3, 4, 0, 5), "focal", upstream=True, tensors=True, batch=("weight",)),
+    Shared((4, 4), "focal", hard=2, tensors=True),
+    Shared((4, 7), "focal", hard=1, options={"hard_negative_weight": 0.7}),
+    Shared((4, 0, 7), "focal", hard=1, options={"hardness": 3.0, "hardness_mode": "hard_negatives"}),
+    Shared((5, 6), hard=1, options={"hardness": 3.0, "hardness_mode": "in_batch_negatives"}, tensors=True),
+    Shared((4, 6), keys=(9, 11), batch=("positives", "ids")),
+    Shared((4, 6), keys=(9, 7)),
+    Shared((4, 6, 5), batch=("ids", "weight", "exclude"), upstream=True),
+    Shared((4, 6), batch=("exclude",), options={"exclude_by": "relative"}),
+    Shared((4, 6), options={"exclude_above": 0.1, "positive_margin": 0.1}),
+    Shared((4, 6), batch=("guides",), options={"guide_above": -0.1}),
+    Shared((4, 6), hard=1, batch=("lists", "ids"), options={"hard_negative_weight": 0.5}, tensors=True),
+    Shared((4, 6, 1), hard=1, batch=("lists",), upstream=True),
+    Shared((4, 6), "focal", batch=("queue",)),
+    Shared((4, 6), "focal", batch=("queue", "positives", "ids")),
+    Shared((5, 7), "focal", options={"symmetric": True}, tensors=True, upstream=True),
+    Shared((5, 0, 7), "focal", options={"symmetric": True}, batch=("weight", "ids", "exclude")),
+    Shared((5, 5), options={"symmetric": True, "hardness": 2.0}),
+    Shared((5, 7), options=EVERY, tensors=True, batch=("ids", "exclude")),
+    Shared((5, 7, 2), options=EVERY, hard=1, batch=("weight",), upstream=True),
+    Shared((5, 7), options={"directions": ["qd", "dq"], "partition": "per_direction"}),
+    Shared((5, 7), options={"directions": ["qd", "dd"]}, hard=2),
+    Shared((5, 7), options={"reduction": "sum"}, batch=("weight",), upstream=True),
+    Shared((5, 7), options={"reduction": "none"}, batch=("weight",), upstream=True),
+    Shared((5, 7, 0), "focal", options={"reduction": "none"}),
+    Shared((5, 7), "focal", options={"normalize": False}),
+    Shared((5, 7), without=("z1",)),
+    Shared((5, 7), without=("z2",), tensors=True),
+    Shared((5, 7), without=("z1", "z2")),
+    Shared((5, 7), "log-sums", options={"include_positive": False}, upstream=True),
+    Shared((5, 7), "log-sums", keys=(3, 4)),
+    Shared((5, 7), "sigmoid", tensors=True, upstream=True),
+    Shared((5, 7, 0), "sigmoid", tensors=True, batch=("ids", "weight"), hard=1),
+    Shared((5, 7), "adapacse", tensors=True, batch=("guides", "ids")),
+    Shared((5, 7), "supcon", tensors=True, upstream=True),
+    Shared((5, 0, 7), "supcon", batch=("weight",), options={"inside": True}),
+    Shared((5, 7), "supcon pairs", keys=(8, 9), tensors=True),
+    Shared((9, 12), "distill"),
+    Shared((9, 0, 5), "distill", batch=("weight",), options={"shuffle": "expected", "divergence": "js"}, upstream=True),
+    Shared((9, 5), "distill", options={"shuffle": "none", "divergence": "kl", "reduction": "none"}),
+    Shared((9, 5), "distill", options={"group_size": 3, "teacher_weights": [0.3, 0.7]}),
+    Shared((9, 5), "distill", options={"span": (2, 6)}),
+    Shared((9, 5, 4), "distillcse", tensors=True, batch=("weight", "ids"), upstream=True, hard=1),
+    Shared((9, 5), "distillcse", options={"m": 0.2, "symmetric": True, "distill_weight": 0.3}),
+    Shared(
+        (9, 5), "distillcse", batch=("guides",), options={"distill_weight": 0.3, "hard_negative_weight": 0.4}, hard=1
+    ),
+    Shared((9, 5, 2), "uniformity", upstream=True),
+    Shared((9, 1, 0, 4), "uniformity", options={"t": 30.0}),
+    Shared((9, 5), "uniformity", options={"normalize": False}),
+    Shared((9, 0, 4), "alignment", upstream=True),
+]
+BACKENDS = ["cpu", "torch", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_are_the_joined_batch(ranks, backend):
+    failures = []
+    for case in CASES:
+        case.backend = backend
+        for dtype in (torch.float32, F64, BF16) if backend == "cpu" else (F64,):
+            case.dtype = dtype
+            try:
+                compare(case, ranks.run(case.size, on_rank, case))
+            except AssertionError as error:
+                failures.append(str(error))
+    assert not failures, "\n".join(failures)
