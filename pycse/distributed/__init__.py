@@ -7,5 +7,17 @@ its own rows (joined.py). docs/scaling.md has the collectives, bytes and operati
 
 from pycse.distributed.calls import adapacse, contrastive, distill, sigmoid, supervised
 from pycse.distributed.hypersphere import alignment, uniformity
+from pycse.distributed.rows import averaged, differ, joined_rows
 
-__all__ = ["adapacse", "alignment", "contrastive", "distill", "sigmoid", "supervised", "uniformity"]
+__all__ = [
+    "adapacse",
+    "alignment",
+    "averaged",
+    "contrastive",
+    "differ",
+    "distill",
+    "joined_rows",
+    "sigmoid",
+    "supervised",
+    "uniformity",
+]

@@ -54,6 +54,16 @@ class _Known(torch.autograd.Function):
         return None, None, *(upstream * g for g in ctx.gradients)
 
 
+def _check_alike(upstream: Tensor, group: Any) -> None:
+    from pycse import distributed
+
+    if values := distributed.differ(upstream, group):
+        raise ValueError(
+            "a cached loss over several processes needs the same upstream gradient on all of them, since it has summed "
+            f"their gradients in forward; got {values} by rank"
+        )
+
+
 class Cached(CachedLossMixin):
     """GradCache for a loss of columns, before it among a class's bases.
 
@@ -107,6 +117,9 @@ class Cached(CachedLossMixin):
             del self.calculate_loss
             if wrapped:
                 self.calculate_loss = calculate  # type: ignore[method-assign]
+        if (group := self.group) is not None:
+            # The gradients in the cache are those of upstream gradients of 1, summed over ranks.
+            loss.register_hook(lambda upstream: _check_alike(upstream, group))
         if attached[-1].requires_grad:
             loss.register_hook(lambda upstream: torch.autograd.backward(attached[-1], upstream))
         return loss

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pycse.sentence_transformers import texts
@@ -17,6 +18,10 @@ PRECISIONS = ("full", "half")
 NO_EMBEDDING = (
     "the model gives no 'sentence_embedding', which a loss of sentences needs: does it end with a Pooling module?"
 )
+
+
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @functools.cache
@@ -61,19 +66,55 @@ class ColumnLoss(nn.Module):
         precision: "full" or None compares embeddings as they come, which with the trainer's mixed precision is float32
             (within an autocast of one's own what that makes of them); "half" rounds them to bfloat16, for which the
             kernels are about twice as fast.
+        gather_across_devices: compare with the columns of all processes, where torch.distributed has several: the mean
+            over processes is the loss of their joined batch, and DDP's averaged gradients are its gradients.
+        group: the processes, a torch.distributed.ProcessGroup; None: all of them.
     """
 
     fewest_columns = 1
 
-    def __init__(self, model: nn.Module, deduplicate: bool = True, precision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        deduplicate: bool = True,
+        precision: str | None = None,
+        gather_across_devices: bool = True,
+        group: Any = None,
+    ) -> None:
         super().__init__()
         flag("deduplicate", deduplicate)
+        flag("gather_across_devices", gather_across_devices)
         if precision is not None:
             choice("precision", precision, PRECISIONS)
         self.model = model
         self.deduplicate, self.precision = deduplicate, precision
+        self.gather_across_devices, self._group = gather_across_devices, group
         self.state_kept = False  # by LossState
         self._checked: set[str] = set()
+
+    @property
+    def group(self) -> Any:
+        """The processes that share a batch; None where each has its own."""
+        if not self.gather_across_devices or not several_processes():
+            return None
+        return self._group or "world"
+
+    def number(self, name: str) -> Any:
+        """A number of the loss; where it is trained and processes do not gather, with its gradient averaged."""
+        value = getattr(self, name)
+        if isinstance(value, Tensor) and value.requires_grad and self.group is None and several_processes():
+            from pycse import distributed
+
+            return distributed.averaged(value)
+        return value
+
+    def own_options(self) -> dict[str, Any]:
+        """What the loss was made with, for get_config_dict."""
+        return {
+            "deduplicate": self.deduplicate,
+            "precision": self.precision,
+            "gather_across_devices": self.gather_across_devices,
+        }
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         columns, batch = self.prepared(sentence_features, labels)
@@ -100,17 +141,32 @@ class ColumnLoss(nn.Module):
                 )
             columns.append(dict(columns[0]))  # a model writes into the dictionary it is given
         self._warn_once()
-        hashed = [texts.hashes(column) for column in columns] if self.deduplicate and self.wants_positives else []
-        ids = None
-        if hashed and all(h is not None for h in hashed):
-            ids = texts.ids_of(hashed) if len({len(h) for h in hashed if h is not None}) == 1 else None  # type: ignore[arg-type]
-        elif hashed and "texts" not in self._checked:
+        ids = self._ids(columns) if self.deduplicate and self.wants_positives else None
+        return columns, Batch(labels, ids, columns, views)
+
+    def _ids(self, columns: list[dict[str, Any]]) -> tuple[Tensor, Tensor] | None:
+        """Of rows and keys; equal where the texts of all processes say that they belong together."""
+        found = [texts.hashes(column) for column in columns]
+        hashed = [h for h in found if h is not None]
+        known = len(hashed) == len(found)
+        if not known and "texts" not in self._checked:
             self._checked.add("texts")
             warnings.warn(
                 "deduplicate=True finds no token ids in these columns, so equal inputs are not recognised",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return columns, Batch(labels, ids, columns, views)
+        fit = known and len({len(h) for h in hashed}) == 1  # else the loss says which column is shorter
+        if self.group is None:
+            return texts.ids_of(hashed) if fit else None
+        from pycse import distributed
+
+        first = next(x for x in columns[0].values() if isinstance(x, Tensor))
+        every, own = distributed.joined_rows(type(self).__name__, hashed if fit else None, first.device, self.group)
+        ids = texts.ids_of(every) if every else None
+        if ids is None:
+            return None
+        rows, keys = ids
+        return rows[own], torch.cat([column[own] for column in keys.split(len(rows))])
 
     wants_positives = True  # whether columns beside the anchor are compared with it
 
@@ -129,7 +185,8 @@ class ColumnLoss(nn.Module):
                 )
         if self.precision == "half":
             embeddings = [z.to(torch.bfloat16) for z in embeddings]
-        if len(embeddings) == 2 and rows[0] == 1 and self.wants_positives and "one" not in self._checked:
+        alone = len(embeddings) == 2 and rows[0] == 1 and self.wants_positives and self.group is None
+        if alone and "one" not in self._checked:
             self._checked.add("one")
             warnings.warn(
                 "a batch of one row has no negatives: its loss is constant. dataloader_drop_last=True leaves the last, "

@@ -141,7 +141,7 @@ class DistillCSELoss(InfoNCELoss):
             generator = torch.Generator().set_state(generator.get_state())
         self.latest = fused_distillcse(
             z1, torch.cat(others) if len(others) > 1 else others[0], self.embedded(batch, z1),
-            query_ids=query_ids, key_ids=key_ids, seed=generator, **self.fixed(), **self.distillation,
+            query_ids=query_ids, key_ids=key_ids, seed=generator, group=self.group, **self.fixed(), **self.distillation,
         )  # fmt: skip
         loss = self.latest.loss
         self.latest = DistillCSEOutput(*(x.detach() for x in self.latest))
@@ -179,7 +179,7 @@ class DistillCSELoss(InfoNCELoss):
     def get_config_dict(self) -> dict[str, Any]:
         numbers = {"temperature": float(self.temperature), "m": None if self.m is None else float(self.m)}
         options = {name: value for name, value in self.options.items() if name != "normalize"}
-        own = {"similarity_fct": self.similarity_fct, "deduplicate": self.deduplicate, "precision": self.precision}
+        own = {"similarity_fct": self.similarity_fct, **self.own_options()}
         teachers = None if self._teachers is None else [str(getattr(t, "encoder", t)) for t in self._teachers]
         return {
             **numbers,

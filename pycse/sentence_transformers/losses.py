@@ -46,7 +46,7 @@ class InfoNCELoss(ColumnLoss):
             alone, not its.
         similarity_fct: ``cos_sim`` (default) or ``dot_score`` of sentence_transformers.util, or their names.
         directions, partition_mode, hardness_mode, hardness_strength: as MultipleNegativesRankingLoss.
-        deduplicate, precision: :class:`ColumnLoss`.
+        deduplicate, precision, gather_across_devices, group: :class:`ColumnLoss`.
         options: other options of :func:`pycse.fused_infonce`: positive_margin, hard_negative_weight, exclude_above (a
             number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate.
 
@@ -75,9 +75,11 @@ class InfoNCELoss(ColumnLoss):
         hardness_strength: float = 0.0,
         deduplicate: bool = True,
         precision: str | None = None,
+        gather_across_devices: bool = True,
+        group: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, deduplicate, precision)
+        super().__init__(model, deduplicate, precision, gather_across_devices, group)
         for name in options:
             if name not in self.more_options:
                 raise TypeError(f"option {name!r} is none of {type(self).__name__}: {', '.join(self.more_options)}")
@@ -107,7 +109,7 @@ class InfoNCELoss(ColumnLoss):
         self.temperature = temperature
 
     def fixed(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.numbers} | self.options
+        return {name: self.number(name) for name in self.numbers} | self.options
 
     def compare(self, embeddings: list[Tensor], batch: Batch) -> Tensor:
         z1, *others = embeddings
@@ -123,7 +125,7 @@ class InfoNCELoss(ColumnLoss):
                 options |= {"directions": ("qd",), "symmetric": True}
         return type(self).function(
             z1, torch.cat(others) if len(others) > 1 else others[0],
-            query_ids=query_ids, key_ids=key_ids, **options, **self.more(batch),
+            query_ids=query_ids, key_ids=key_ids, group=self.group, **options, **self.more(batch),
         )  # fmt: skip
 
     def more(self, batch: Batch) -> dict[str, Any]:
@@ -140,8 +142,7 @@ class InfoNCELoss(ColumnLoss):
         given["partition_mode"] = given.pop("partition")
         given["hardness_mode"] = given["hardness_mode"] if given["hardness_strength"] else None
         del given["normalize"]
-        own = {"similarity_fct": self.similarity_fct, "deduplicate": self.deduplicate, "precision": self.precision}
-        return given | own
+        return given | {"similarity_fct": self.similarity_fct} | self.own_options()
 
     @property
     def citation(self) -> str:
@@ -299,9 +300,11 @@ class SupConLoss(ColumnLoss):
         *,
         similarity_fct: Any = "cos_sim",
         precision: str | None = None,
+        gather_across_devices: bool = True,
+        group: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, False, precision)
+        super().__init__(model, False, precision, gather_across_devices, group)
         self.similarity_fct = similarity_name(similarity_fct)
         self.options = {"normalize": SIMILARITIES[self.similarity_fct], **options}
         validation.supervised_options(temperature, **self.options)
@@ -319,12 +322,15 @@ class SupConLoss(ColumnLoss):
                 f"labels must be one class a row, {len(embeddings[0])} of them, got shape {tuple(batch.labels.shape)}"
             )
         z, ids = torch.cat(embeddings), batch.labels.flatten().repeat(len(embeddings))
-        return fused_supcon(z, ids.to(z.device), temperature=self.temperature, **self.options)
+        return fused_supcon(
+            z, ids.to(z.device), temperature=self.number("temperature"), group=self.group, **self.options
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         options = {name: value for name, value in self.options.items() if name != "normalize"}
-        own = {"similarity_fct": self.similarity_fct, "precision": self.precision}
-        return {"temperature": float(self.temperature), **options, **own}
+        own = self.own_options()
+        del own["deduplicate"]
+        return {"temperature": float(self.temperature), **options, "similarity_fct": self.similarity_fct, **own}
 
     @property
     def citation(self) -> str:

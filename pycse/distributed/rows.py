@@ -1,0 +1,61 @@
+"""What ranks share beside losses: rows of something, and numbers that all of them train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pycse.distributed.groups import group_of
+from pycse.distributed.payload import Layout, Piece, gathered
+from pycse.distributed.talk import during, exchange
+
+
+def joined_rows(
+    name: str, tensors: list[Tensor] | None, device: torch.device, group: Any
+) -> tuple[list[Tensor], slice]:
+    """All ranks' rows of each tensor, in the order of the ranks, and which of them are this rank's.
+
+    Args:
+        name: whose rows, for the error where ranks differ.
+        tensors: (B,) or (B, ...) each, B this rank's own; None where it has none of them, as then no rank may have.
+        device: of the tensors.
+    """
+    group = group_of(group, device.type)
+    told = {"function": name, "columns": "none" if tensors is None else str([(t.dtype, t.shape[1:]) for t in tensors])}
+    heads = exchange(group, device, told, None, rows=len(tensors[0]) if tensors else 0)
+    layout = Layout(heads.rank, heads.rows, [0] * heads.size)
+    own = slice(layout.row_begin[heads.rank], layout.row_begin[heads.rank + 1])
+    return gathered(group, layout, [Piece(t, "rows") for t in tensors]) if tensors else [], own
+
+
+def averaged(t: Tensor, group: Any = "world") -> Tensor:
+    """t, whose gradient becomes the ranks' mean: of a number that all of them train, and that DDP does not know."""
+    return _Averaged.apply(t, group_of(group, t.device.type))
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return t.view_as(t)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        total = upstream.clone()
+        with during("the gradient of a number"):
+            dist.all_reduce(total, group=ctx.group)
+        return total / dist.get_world_size(ctx.group), None
+
+
+def differ(t: Tensor, group: Any) -> list[float]:
+    """A number of each rank, in their order; equal ones are []."""
+    group = group_of(group, t.device.type)
+    every = t.detach().new_empty(dist.get_world_size(group), dtype=torch.float64)
+    with during("a number"):
+        dist.all_gather_into_tensor(every, t.detach().double().view(1), group=group)
+    values = every.tolist()
+    return values if len(set(values)) > 1 else []
