@@ -13,6 +13,7 @@ except ImportError as error:
     ) from error
 
 from pycse.sentence_transformers.cached import CachedDistillCSELoss, CachedFocalInfoNCELoss, CachedInfoNCELoss
+from pycse.sentence_transformers.cached_teacher import CachedTeacher
 from pycse.sentence_transformers.columns import ColumnLoss
 from pycse.sentence_transformers.distillation import DistillCSELoss, TextCollator
 from pycse.sentence_transformers.losses import FocalInfoNCELoss, GuidedInfoNCELoss, InfoNCELoss, SupConLoss
@@ -22,6 +23,7 @@ __all__ = [
     "CachedDistillCSELoss",
     "CachedFocalInfoNCELoss",
     "CachedInfoNCELoss",
+    "CachedTeacher",
     "ColumnLoss",
     "DistillCSELoss",
     "FocalInfoNCELoss",
