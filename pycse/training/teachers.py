@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pycse.training import ranks
 from pycse.training.encoder import load_encoder, resolve_teachers
 from pycse.training.errors import UserError
 
@@ -79,6 +80,14 @@ def cache_of_the_user() -> Iterator[None]:
         yield
     except CacheError as error:
         raise UserError(f"--cache-teachers: {error}") from error
+
+
+def described(teachers: Sequence[Teacher]) -> list[dict]:
+    """as_dict of every teacher; the sentences are those of all ranks."""
+    one = [teacher.as_dict() for teacher in teachers]
+    every = ranks.exchange([[teacher.embedded, teacher.found] for teacher in teachers])
+    counts = [tuple(map(sum, zip(*of_ranks))) for of_ranks in zip(*every)]
+    return [known | {"embedded": made, "from_cache": found} for known, (made, found) in zip(one, counts)]
 
 
 def load_teachers(names: Sequence[str], device: str, cache: str | None) -> list[Teacher]:
