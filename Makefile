@@ -6,11 +6,12 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BASE ?= HEAD
 MINUTES ?= 5
+PROCESSES ?= 2
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test sanitize fuzz train lint bench bench-check bench-compare bench-update bench-docs wheel clean
+.PHONY: test sanitize fuzz train train-distributed lint bench bench-check bench-compare bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -18,6 +19,13 @@ test: $(VENV)/test  ## run the tests
 
 train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--recipe simcse" for options of pycse train
 	$(VENV)/bin/pycse train $(ARGS)
+
+# torchrun would give each process one thread. They speak over the loopback interface alone.
+THREADS = $${OMP_NUM_THREADS:-$$($(RUN) -c "import os; print(max(1, os.cpu_count() // $(PROCESSES)))")}
+LOOPBACK = $(if $(filter Darwin,$(shell uname)),lo0,lo)
+train-distributed: $(VENV)/train  ## a short training of one model by PROCESSES processes on this machine's CPU; ARGS as for train
+	OMP_NUM_THREADS=$(THREADS) GLOO_SOCKET_IFNAME=$(LOOPBACK) $(RUN) -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+	  --nproc-per-node $(PROCESSES) -m pycse train --device cpu --steps 10 $(ARGS)
 
 # GCC brings its sanitizers' libraries. The checks alone under ThreadSanitizer; leaks are not asked for: Python and PyTorch keep
 # memory until the process ends. Memory that is fresh is NaN.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pycse.problem import DIVERGENCES, SHUFFLES
+from pycse.training import ranks
 from pycse.training.errors import UserError, require_extras
 from pycse.training.recipes import PRUNING, RECIPES
 from pycse.training.settings import (
@@ -60,12 +62,36 @@ EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
 
 @contextmanager
 def reported(command: str) -> Iterator[None]:
-    """Turn what the user can put right into one line on stderr and exit code 2. The only place that does."""
+    """Turn what the user can put right into one line on stderr and exit code 2. The only place that does.
+
+    Of several processes one says what went wrong, and with which rank, and all exit with its code.
+    """
+
+    def line(error: UserError, where: str = "") -> None:
+        typer.echo(f"pycse {command}: error: {where}{' '.join(str(error).split())}", err=True)
+
     try:
-        yield
-    except UserError as error:
-        typer.echo(f"pycse {command}: error: {' '.join(str(error).split())}", err=True)
+        with ranks.one_voice():
+            yield
+    except ranks.Agreed as error:
+        if ranks.first():
+            line(error)
         raise typer.Exit(2) from None
+    except UserError as error:
+        known = error
+        if ranks.size() == 1:
+            line(error)
+            raise typer.Exit(2) from None
+        raise typer.Exit(ranks.failed(2, lambda where: line(known, where))) from None
+    except ranks.Elsewhere:
+        raise typer.Exit(1) from None
+    except Exception:
+        if ranks.size() == 1:
+            raise
+        text = traceback.format_exc()
+        raise typer.Exit(
+            ranks.failed(1, lambda where: typer.echo(f"pycse {command}: {where}{text}", err=True))
+        ) from None
 
 
 def quiet(local: bool) -> None:
@@ -80,7 +106,16 @@ def quiet(local: bool) -> None:
     disable_progress_bar()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    for message in (".*pin_memory.*", ".*OMP_NUM_THREADS.*", ".*broadcast_buffers.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def finish(write: Callable[[], None]) -> None:
+    """The end of a run: rank 0 writes what all have done."""
+    with ranks.together():
+        if ranks.first():
+            write()
+    ranks.leave()
 
 
 def is_local(model: str | None, teachers: tuple[str, ...] = ()) -> bool:
@@ -214,7 +249,9 @@ def train(
     ] = DEFAULTS.hard_negative_weight,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Mean of the loss in both directions.")] = False,
     backend: Annotated[str, typer.Option(help="Backend of the loss; pycse info lists them.")] = DEFAULTS.backend,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = DEFAULTS.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows a step; of each process where there are several.")
+    ] = DEFAULTS.batch_size,
     steps: Annotated[int | None, typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Times through the text, instead of --steps.")] = None,
     lr: Annotated[
@@ -239,14 +276,16 @@ def train(
     """Train a sentence encoder and evaluate it before and after.
 
     Writes model/, metrics.json and curves.png to the output folder, and nothing elsewhere but in --cache-teachers. With
-    the defaults it needs no network.
+    the defaults it needs no network. Several processes train one model together, with the same options: torchrun
+    --nproc-per-node 2 -m pycse train.
     """
     options = {name: value for name, value in locals().items() if name not in ("eval_file", "teacher")}
     with reported("train"):
-        settings = Settings(**options, eval_files=tuple(eval_file or ()), teachers=tuple(teacher or ()))
-        settings.check()
-        require_extras()
-        quiet(is_local(model, settings.teachers))
+        with ranks.together():
+            settings = Settings(**options, eval_files=tuple(eval_file or ()), teachers=tuple(teacher or ()))
+            settings.check()
+            require_extras()
+            quiet(is_local(model, settings.teachers))
 
         from rich.console import Console
 
@@ -255,7 +294,7 @@ def train(
 
         console = Console(markup=False, highlight=False)  # square brackets in file names are no markup
         run, folder = run_training(settings, console)
-        report.show_and_write(run, folder, console)
+        finish(lambda: report.show_and_write(run, folder, console))
 
 
 @app.command()
@@ -313,12 +352,15 @@ def sparsify(
     """
     options = {name: value for name, value in locals().items() if name != "eval_file"}
     with reported("sparsify"):
-        if recipe in RECIPES and RECIPES[recipe].prunes:
-            raise UserError(f"--recipe {recipe} removes parameters itself; use it with pycse train, or another here")
-        settings = Settings(**options, layers="all", eval_files=tuple(eval_file or ()), prunes=True)
-        settings.check()
-        require_extras()
-        quiet(is_local(model))
+        with ranks.together():
+            if recipe in RECIPES and RECIPES[recipe].prunes:
+                raise UserError(
+                    f"--recipe {recipe} removes parameters itself; use it with pycse train, or another here"
+                )
+            settings = Settings(**options, layers="all", eval_files=tuple(eval_file or ()), prunes=True)
+            settings.check()
+            require_extras()
+            quiet(is_local(model))
 
         from rich.console import Console
 
@@ -327,7 +369,7 @@ def sparsify(
 
         console = Console(markup=False, highlight=False)
         run, folder = sparsify_run(settings, console)
-        report.show_and_write(run, folder, console)
+        finish(lambda: report.show_and_write(run, folder, console))
 
 
 @app.command("eval")
@@ -341,6 +383,8 @@ def evaluate(
 ) -> None:
     """Print Spearman on the Lee documents and on every --eval-file, alignment and uniformity."""
     with reported("eval"):
+        if not ranks.first():  # it is the work of one
+            return
         Settings(device=device, batch_size=batch_size).check()
         if json is not None and Path(json).exists():
             raise UserError(f"--json {json} exists and is not overwritten; give a new file")
@@ -373,7 +417,17 @@ def main() -> None:
     """Entry point of the `pycse` command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets a poorer curve, not a traceback
-    app(prog_name="pycse")
+    if ranks.first():
+        app(prog_name="pycse")
+        return
+    # Help, and what is wrong with the command line, come from rank 0 alone.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        try:
+            sys.exit(app(prog_name="pycse", standalone_mode=False))
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

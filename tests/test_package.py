@@ -192,7 +192,7 @@ LAYERS = (
     "sentence_transformers",
     "training",
     "cli",
-    "__init__",
+    "__init__ __main__",
 )
 
 

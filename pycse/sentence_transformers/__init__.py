@@ -14,6 +14,7 @@ except ImportError as error:
 
 from pycse.sentence_transformers.batches import same_dataset_batches
 from pycse.sentence_transformers.cached import CachedDistillCSELoss, CachedFocalInfoNCELoss, CachedInfoNCELoss
+from pycse.sentence_transformers.cached_teacher import CachedTeacher
 from pycse.sentence_transformers.columns import ColumnLoss
 from pycse.sentence_transformers.distillation import DistillCSELoss, TextCollator
 from pycse.sentence_transformers.losses import FocalInfoNCELoss, GuidedInfoNCELoss, InfoNCELoss, SupConLoss
@@ -23,6 +24,7 @@ __all__ = [
     "CachedDistillCSELoss",
     "CachedFocalInfoNCELoss",
     "CachedInfoNCELoss",
+    "CachedTeacher",
     "ColumnLoss",
     "DistillCSELoss",
     "FocalInfoNCELoss",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
+from pycse.training import ranks
 from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
 from pycse.training.run import Run
 from pycse.training.settings import EVALUATIONS
@@ -47,20 +49,28 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     with bar.Progress(*bar_columns, console=console) as progress:
         task = progress.add_task("training", total=run.steps, loss="", score="")
         trainer.add_callback(progress_callback(progress, task, names[0]))
-        run.before = scores_now()
+        ranks.seed_dropout(run.settings.seed)
         started = time.perf_counter()
         trainer.train()
         run.seconds["train"] = time.perf_counter() - started
+    run.parts = ranks.mean(run.parts)  # as the trainer's loss is
     log = trainer.state.log_history
     run.loss = [(int(entry["step"]), entry["loss"]) for entry in log if "loss" in entry]
-    run.scores = [(0, run.before)] + [
+    run.scores = [
         (int(entry["step"]), by_set(entry, names, "eval_"))
         for entry in log
         if f"eval_{names[0]}_spearman_cosine" in entry
     ]
     if run.scores[-1][0] != run.steps:
         run.scores.append((run.steps, scores_now()))
-    run.after = run.scores[-1][1]
+    run.before, run.after = run.scores[0][1], run.scores[-1][1]
+    if run.processes > 1:
+        # Of the trainer's wrapper, which adds up gradients over the ranks, nothing may be left: a later training of the
+        # same encoder has its own.
+        loss.model = encoder
+        trainer.accelerator.free_memory()
+        del trainer, scores_now
+        gc.collect()
 
 
 def training_arguments(run: Run, scratch: str):
@@ -81,10 +91,16 @@ def training_arguments(run: Run, scratch: str):
         seed=settings.seed,
         data_seed=settings.seed,
         eval_strategy="steps",
+        # By the training itself: transformers takes an encoder that it has evaluated before for one that is wrapped
+        # already, and would not add up its gradients over several processes.
+        eval_on_start=True,
         eval_steps=settings.eval_steps or max(1, run.steps // EVALUATIONS),
         logging_steps=1,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
+        # Buffers (masks, positions) are equal on all ranks and stay so; written anew at every pass, they would spoil
+        # the gradients of the one before where columns are embedded one by one.
+        ddp_broadcast_buffers=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

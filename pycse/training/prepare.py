@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pycse.training import ranks
 from pycse.training.data import default_text, read_train_file
 from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
 from pycse.training.errors import UserError
@@ -31,12 +35,29 @@ def prepare(settings: Settings, name: str | None = None):
     if settings.positives_of_sentences == "next":
         text = text.with_next()
     settings.check_columns(len(text.columns))
-    if len(text.rows) < settings.batch_size:
+    if len(text.rows) < settings.batch_size * ranks.size():
+        each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""
         raise UserError(
-            f"{text.source} has {len(text.rows)} usable lines, fewer than a batch of {settings.batch_size}; "
+            f"{text.source} has {len(text.rows)} usable lines, fewer than a batch of {settings.batch_size}{each}; "
             f"give more text or a smaller --batch-size"
         )
     return out, sets, text, model, keep
+
+
+@contextmanager
+def working_folder(out: Path) -> Iterator[tuple[Path, str]]:
+    """(output folder, folder for the trainer's working files): rank 0 makes both, where all have checked that it may.
+
+    The trainer keeps no checkpoints; its files end with the block. All ranks have rank 0's names: of the default one
+    the date is a part.
+    """
+    out = Path(ranks.of_first(str(out)))
+    if not ranks.first():
+        yield out, ranks.of_first(None)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+        yield out, ranks.of_first(scratch)
 
 
 def model_name(settings: Settings) -> str:

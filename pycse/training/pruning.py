@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,18 @@ from torch import nn
 
 from pycse.sparse import Report, score, sparsify
 from pycse.sparse.sparsify import count_parameters
+from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, evaluate
 from pycse.training.fit import fit
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare
+from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
 from pycse.training.settings import Settings, n_of_m
+from pycse.training.teachers import described
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -73,17 +75,31 @@ def batches(settings: Settings, text: Text) -> list[Any]:
 
 
 def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
-    """Score the encoder's parameters on the text and remove those that the settings say."""
+    """Score the encoder's parameters on the text and remove those that the settings say.
+
+    Every rank scores, on the same batches, and takes rank 0's scores, since processors differ in rounding: the masks
+    are equal.
+    """
     chosen = settings.pruning()
     own_length = encoder.max_seq_length
     encoder.max_seq_length = settings.max_length
     try:
-        scores = score(encoder, batches(settings, text), chosen["balance"], chosen["means"], seed=settings.seed)
-        return sparsify(encoder, scores, **arguments(settings))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        with ranks.together(), of_the_user():
+            scores = score(encoder, batches(settings, text), chosen["balance"], chosen["means"], seed=settings.seed)
+        ranks.take_from_first(scores)
+        with of_the_user():
+            return sparsify(encoder, scores, **arguments(settings))
     finally:
         encoder.max_seq_length = own_length
+
+
+@contextmanager
+def of_the_user() -> Iterator[None]:
+    """What the library refuses, the user can put right."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def tuning_steps(settings: Settings, trained: int) -> int:
@@ -116,7 +132,8 @@ def tune(
         pruned = Pruned(report, scores, later.before, later.after)
     else:
         pruned = Pruned(report, scores, evaluate(encoder, sets))
-    pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
+    if ranks.first():
+        pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
     return pruned
 
 
@@ -163,19 +180,21 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     from transformers import set_seed
 
     started = time.perf_counter()
-    out, sets, text, model, _ = prepare(settings, "sparsify")
-    set_seed(settings.seed)
-    encoder = load_encoder(model, settings.device)
-    steps = settings.pruning()["finetune_steps"] or 0
-    check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
-    check_prunable(settings, encoder, text)
-    shown = model_name(settings)
-    loss, teachers = None, []
-    if steps:
-        check_loss(settings, encoder.device)
-        teachers = load_all_teachers(settings, encoder, model, f"{shown}, before the removal")
-        loss = build_loss(settings, encoder, teachers)
-    layers = list(range(keep_layers(encoder, None)))
+    with ranks.together():
+        out, sets, text, model, _ = prepare(settings, "sparsify")
+        set_seed(settings.seed)
+        encoder = load_encoder(model, ranks.device(settings.device))
+        steps = settings.pruning()["finetune_steps"] or 0
+        check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
+        check_prunable(settings, encoder, text)
+        shown = model_name(settings)
+        loss, teachers = None, []
+        if steps:
+            check_loss(settings, encoder.device)
+            teachers = load_all_teachers(settings, encoder, model, f"{shown}, before the removal")
+            loss = build_loss(settings, encoder, teachers)
+        layers = list(range(keep_layers(encoder, None)))
+    ranks.join(encoder.device)
     run = Run(
         settings=settings,
         text=text,
@@ -185,15 +204,16 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         device=str(encoder.device),
         steps=steps,
+        processes=ranks.size(),
     )
     console.print(text_table(text))
     scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
     report = remove(settings, encoder, text)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+    with working_folder(out) as (out, scratch):
         run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
     run.before, run.after = scores, run.pruned.final
-    run.teachers = [teacher.as_dict() for teacher in teachers]
-    encoder.save_pretrained(str(out / "model"))
+    run.teachers = described(teachers)
+    if ranks.first():
+        encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
     return run, out

@@ -93,18 +93,19 @@ def run_table(run: Run, out: Path) -> Table:
         rows += [("teacher", teacher_line(teacher)) for teacher in run.teachers]
         rows += [("loss", f"{settings.recipe}: {options}")]
         rows += [("", part) for part in part_lines(run)]
+        batch = f"{settings.batch_size}"
+        if run.processes > 1:
+            batch += f" a process, {settings.batch_size * run.processes} in all"
         tokens = f"at most {settings.max_length} tokens"
         rows += [
-            (
-                "steps",
-                f"{run.steps} of {settings.batch_size}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}",
-            )
+            ("steps", f"{run.steps} of {batch}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}"),
         ]
     if run.pruned:
         rows += [("removed", run.pruned.report.summary())]
     training = f"{run.seconds['train']:.0f} s training with its evaluations, " if "train" in run.seconds else ""
+    processes = f", {run.processes} processes" if run.processes > 1 else ""
     rows += [
-        ("device", run.device + (", bf16" if settings.bf16 else "")),
+        ("device", run.device + processes + (", bf16" if settings.bf16 else "")),
         ("time", f"{training}{run.seconds['total']:.0f} s in all"),
         ("written to", f"{out}: {', '.join(written(run))}"),
     ]
@@ -237,6 +238,7 @@ def write_metrics(run: Run, path: Path) -> None:
         },
         "teachers": run.teachers,
         "device": run.device,
+        **({"processes": run.processes} if run.processes > 1 else {}),
         "steps": run.steps,
         "text": {
             "source": run.text.source,

@@ -43,6 +43,7 @@ class Run:
     parameters: int
     device: str
     steps: int
+    processes: int = 1
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
     loss: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)

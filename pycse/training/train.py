@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.fit import fit
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare
+from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import text_table
 from pycse.training.run import Run
 from pycse.training.settings import DEFAULT_STEPS, Settings
+from pycse.training.teachers import described
 
 
 def train(settings: Settings, console) -> tuple[Run, Path]:
-    """Run the training that the settings describe; writes the model to OUT/model.
+    """Run the training that the settings describe; writes the model to OUT/model. Of several processes each calls it,
+    and rank 0 writes.
 
     Args:
         settings: the run.
@@ -34,21 +36,23 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         UserError: for input that cannot be used; nothing has been written then.
     """
     started = time.perf_counter()
-    out, sets, text, model, keep = prepare(settings)
+    with ranks.together():
+        out, sets, text, model, keep = prepare(settings)
+        prunes = RECIPES[settings.recipe].prunes
 
-    from transformers import set_seed
+        from transformers import set_seed
 
-    set_seed(settings.seed)
-    encoder = load_encoder(model, settings.device)
-    layers_before = keep_layers(encoder, keep)
-    check_for_training(encoder, len(text.columns), settings.max_length)
-    prunes = RECIPES[settings.recipe].prunes
-    if prunes:
-        check_prunable(settings, encoder, text)
-    shown = model_name(settings)
-    check_loss(settings, encoder.device)
-    teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
-    loss = build_loss(settings, encoder, teachers)
+        set_seed(settings.seed)
+        encoder = load_encoder(model, ranks.device(settings.device))
+        layers_before = keep_layers(encoder, keep)
+        check_for_training(encoder, len(text.columns), settings.max_length)
+        if prunes:
+            check_prunable(settings, encoder, text)
+        shown = model_name(settings)
+        check_loss(settings, encoder.device)
+        teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
+        loss = build_loss(settings, encoder, teachers)
+    ranks.join(encoder.device)
 
     run = Run(
         settings=settings,
@@ -59,12 +63,11 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         device=str(encoder.device),
         steps=step_count(settings, text),
+        processes=ranks.size(),
     )
     console.print(text_table(text))
-    out.mkdir(parents=True, exist_ok=True)
     own_length = encoder.max_seq_length
-    # The trainer's working files (it keeps no checkpoints) go to a folder that ends with the run.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
+    with working_folder(out) as (out, scratch):
         fit(run, encoder, loss, sets, scratch, console)
         if prunes:
             encoder.max_seq_length = own_length
@@ -74,13 +77,15 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
             run.pruned = tune(later, encoder, dense, report, run.after, loss, sets, scratch, console)
             run.follow(later)
             run.after = run.pruned.final
-    run.teachers = [teacher.as_dict() for teacher in teachers]
+    run.teachers = described(teachers)
     encoder.max_seq_length = own_length
-    encoder.save_pretrained(str(out / "model"))
+    if ranks.first():
+        encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
     return run, out
 
 
 def step_count(settings: Settings, text: Text) -> int:
-    per_epoch = len(text.rows) // settings.batch_size
+    """Training steps: each takes a batch on every process."""
+    per_epoch = len(text.rows) // (settings.batch_size * ranks.size())
     return settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from fuzz.calls import Fault
+from pycse.embedding_cache import HEADER, CacheError, EmbeddingCache
 from pycse.pattern import pack_mask
 from pycse.sparse.storage import restore, saved_masks, transformer_folder
-from pycse.training.cache import HEADER, EmbeddingCache
 from pycse.training.data import read_train_file
 from pycse.training.errors import UserError
 from pycse.training.evaluate import read_eval_file
@@ -118,7 +118,7 @@ def cache_file(r: random.Random, folder: Path) -> None:
     path.write_bytes(content)
     try:
         cache = EmbeddingCache(folder, KEY, WIDTH)
-    except UserError as error:
+    except CacheError as error:
         if content[:HEADER] == valid[:HEADER]:
             raise Fault(f"the cache refused a file with a right header: {error}") from error
         return _named(error, path)

@@ -3,12 +3,13 @@
     file     FOLDER/KEY.embeddings: a header of 512 bytes, then records of one size
     header   JSON padded with spaces: format, key, width. A file whose header is another's is never read
     record   sha256 of the text (32 bytes) | embedding (D little-endian float32) | CRC-32 of both (4 bytes)
-    key      sha256 of all that an embedding depends on (teachers.py makes it)
+    key      sha256 of all that an embedding depends on (sentence_transformers/cached_teacher.py)
 
 What a killed run leaves is a last record that is too short: it is not read, and the next append cuts it off. A record
 whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock on KEY.lock, so
-several runs can share a folder; each takes in what the others appended. Reading maps the file into memory; the index
-(text -> record) costs about 150 bytes of memory a sentence and one pass over the file when it is opened.
+several runs, and the processes of one, can share a folder; each takes in what the others appended. Reading maps the
+file into memory; the index (text -> record) costs about 150 bytes of memory a sentence and one pass over the file when
+it is opened.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from pycse.training.errors import UserError
-
 FORMAT = "pycse teacher embeddings 1"
 HEADER = 512
+
+
+class CacheError(ValueError):
+    """A file of embeddings that cannot be used, or a folder that cannot be written."""
 
 
 class EmbeddingCache:
@@ -36,6 +39,9 @@ class EmbeddingCache:
         folder: made if it is not there.
         key: hexadecimal name of the teacher and of everything else that its embeddings depend on.
         width: size of an embedding.
+
+    Raises:
+        CacheError: the folder cannot be written; or its file of that name is another teacher's.
     """
 
     def __init__(self, folder: str | Path, key: str, width: int):
@@ -55,11 +61,10 @@ class EmbeddingCache:
             with self.path.open("rb") as file:
                 found = file.read(HEADER)
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise unusable(self.path, error, "write") from error
         if found != self.header:
-            raise UserError(
-                f"--cache-teachers: {self.path} does not hold embeddings of this teacher; delete the file or give "
-                f"another folder"
+            raise CacheError(
+                f"{self.path} does not hold embeddings of this teacher; delete the file or give another folder"
             )
         self.follow()
 
@@ -76,7 +81,7 @@ class EmbeddingCache:
         return record["embedding"] if record["crc"] == checksum(name, record["embedding"]) else None
 
     def add(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
-        """Append the embeddings of texts, (n, D)."""
+        """Append the embeddings of texts, (n, D). CacheError where the file cannot be written."""
         new = np.empty(len(texts), self.record)
         for i, text in enumerate(texts):
             name = digest(text)
@@ -89,17 +94,24 @@ class EmbeddingCache:
                     file.truncate(file.seek(-rest, 2))
                 file.write(new.tobytes())
         except OSError as error:
-            raise unwritable(self.path, error) from error
+            raise unusable(self.path, error, "write") from error
         self.follow()
 
     def follow(self) -> None:
-        """Take in the whole records that this run or another has appended; the latest of a text counts."""
-        rows = max(0, self.path.stat().st_size - HEADER) // self.record.itemsize
-        if rows > len(self.records):
+        """Take in the whole records that this run or another has appended; the latest of a text counts.
+
+        CacheError where the file cannot be read.
+        """
+        try:
+            rows = max(0, self.path.stat().st_size - HEADER) // self.record.itemsize
+            if rows <= len(self.records):
+                return
             known = len(self.records)
             self.records = np.memmap(self.path, self.record, "r", HEADER, (rows,))
-            for row, name in enumerate(self.records["text"][known:], known):
-                self.index[name.tobytes()] = row
+        except OSError as error:
+            raise unusable(self.path, error, "read") from error
+        for row, name in enumerate(self.records["text"][known:], known):
+            self.index[name.tobytes()] = row
 
 
 def digest(text: str) -> bytes:
@@ -110,8 +122,8 @@ def checksum(name: bytes, embedding: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(embedding).tobytes(), zlib.crc32(name))
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"--cache-teachers: cannot write {path} ({error.strerror or error}); give another folder")
+def unusable(path: Path, error: OSError, what: str) -> CacheError:
+    return CacheError(f"cannot {what} {path} ({error.strerror or error}); give another folder")
 
 
 def key_of(parts: dict[str, Any], tensors: dict[str, Any]) -> str:
