@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pycse import ops
+from pycse.distributed.collectives import all_gather, all_reduce
 from pycse.distributed.groups import group_of
 from pycse.distributed.payload import Layout, Piece, gathered
-from pycse.distributed.talk import during, exchange
+from pycse.distributed.talk import exchange
 from pycse.problem import Alignment, Uniformity
 
 
@@ -75,8 +76,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: Any) -> Tensor:
         parts = local.detach().new_empty(dist.get_world_size(group), dtype=torch.float64)
-        with during("the sums"):
-            dist.all_gather_into_tensor(parts, local.detach().double().view(1), group=group)
+        all_gather(parts, local.detach().double().view(1), group, "sums")
         total = parts.logsumexp(0)
         ctx.group, ctx.share = group, (local.detach().double() - total).exp()
         return total.to(local.dtype)
@@ -85,6 +85,5 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         total = upstream.double().clone()
-        with during("the upstream gradients"):
-            dist.all_reduce(total, group=ctx.group)
+        all_reduce(total, ctx.group, "upstream gradients")
         return (total * ctx.share).to(upstream.dtype), None

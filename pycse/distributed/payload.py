@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pycse.distributed.talk import during
+from pycse.distributed.collectives import all_gather, all_reduce, reduce_scatter
 
 ALIGNED = 16  # bytes
 
@@ -86,8 +86,7 @@ def gathered(group: dist.ProcessGroup, layout: Layout, pieces: list[Piece]) -> l
         piece = pieces[0]
         all_ranks = piece.t.new_empty(sum(counts[piece.of]), *piece.t.shape[1:])
         if all_ranks.numel():
-            with during("the keys"):
-                dist.all_gather_into_tensor(_bytes(all_ranks), _bytes(piece.t.detach().contiguous()), group=group)
+            all_gather(_bytes(all_ranks), _bytes(piece.t.detach().contiguous()), group, "keys")
         return [all_ranks if layout.groups < 2 else layout.joined(list(all_ranks.chunk(layout.size)), piece.of)]
     begins = [
         [0, *itertools.accumulate(-(-counts[p.of][rank] * p.bytes // ALIGNED) * ALIGNED for p in pieces)]
@@ -101,8 +100,7 @@ def gathered(group: dist.ProcessGroup, layout: Layout, pieces: list[Piece]) -> l
         own[at : at + len(flat)] = flat
     received = torch.empty(layout.size * most, dtype=torch.uint8, device=device)
     if most:
-        with during("the keys"):
-            dist.all_gather_into_tensor(received, own, group=group)
+        all_gather(received, own, group, "keys")
     result = []
     for k, piece in enumerate(pieces):
         parts = []
@@ -155,8 +153,7 @@ class Exchange(torch.autograd.Function):
             zero = torch.zeros((), dtype=torch.float64, device=ctx.like[numbers[0]][2])
             given = [upstream[k] for k in numbers]
             packed = torch.stack([zero if g is None else g.double() for g in given])
-            with during("the gradients of numbers"):
-                dist.all_reduce(packed, group=ctx.group)
+            all_reduce(packed, ctx.group, "gradients of numbers")
             for k, total in zip(numbers, packed):
                 result[k] = (total if of[k] == "summed" else total / layout.size).to(ctx.like[k][1])
         return (*[None] * OWN, *result)
@@ -178,20 +175,18 @@ def reduced(group: dist.ProcessGroup, layout: Layout, totals: list[Tensor], of: 
     D = totals[0].shape[1]
     out = totals[0].new_empty(sum(mine), D)
     even = all(len(set(counts[name])) == 1 for name in of)
-    with during("the gradients"):
-        if even and len(totals) == 1 and (of[0] == "rows" or layout.groups < 2):
-            if out.numel():
-                dist.reduce_scatter_tensor(out, totals[0], group=group)
-        else:
-            by_rank = list(zip(*(layout.parts(t, name) for t, name in zip(totals, of))))
-            sent = [torch.cat(parts) for parts in by_rank]
-            # Ranks with fewer rows are padded: a collective of equal parts is one, of unequal ones many.
-            most = max(len(x) for x in sent)
-            padded = totals[0].new_zeros(layout.size, most, D)
-            for at, x in zip(padded, sent):
-                at[: len(x)] = x
-            home = totals[0].new_empty(most, D)
-            if most:
-                dist.reduce_scatter_tensor(home, padded.flatten(0, 1), group=group)
-            out = home[: sum(mine)]
-    return list(out.split(mine))
+    if even and len(totals) == 1 and (of[0] == "rows" or layout.groups < 2):
+        if out.numel():
+            reduce_scatter(out, totals[0], group, "gradients")
+        return [out]
+    by_rank = zip(*(layout.parts(t, name) for t, name in zip(totals, of)))
+    sent = [torch.cat(parts) for parts in by_rank]
+    # Ranks with fewer rows are padded: a collective of equal parts is one, of unequal ones many.
+    most = max(len(x) for x in sent)
+    padded = totals[0].new_zeros(layout.size, most, D)
+    for at, x in zip(padded, sent):
+        at[: len(x)] = x
+    home = totals[0].new_empty(most, D)
+    if most:
+        reduce_scatter(home, padded.flatten(0, 1), group, "gradients")
+    return list(home[: sum(mine)].split(mine))

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pycse.distributed.collectives import all_gather, all_reduce
 from pycse.distributed.groups import group_of
 from pycse.distributed.payload import Layout, Piece, gathered
-from pycse.distributed.talk import during, exchange
+from pycse.distributed.talk import exchange
 
 
 def joined_rows(
@@ -46,8 +47,7 @@ class _Averaged(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         total = upstream.clone()
-        with during("the gradient of a number"):
-            dist.all_reduce(total, group=ctx.group)
+        all_reduce(total, ctx.group, "the gradient of a number")
         return total / dist.get_world_size(ctx.group), None
 
 
@@ -55,7 +55,6 @@ def differ(t: Tensor, group: Any) -> list[float]:
     """A number of each rank, in their order; equal ones are []."""
     group = group_of(group, t.device.type)
     every = t.detach().new_empty(dist.get_world_size(group), dtype=torch.float64)
-    with during("a number"):
-        dist.all_gather_into_tensor(every, t.detach().double().view(1), group=group)
+    all_gather(every, t.detach().double().view(1), group, "a number")
     values = every.tolist()
     return values if len(set(values)) > 1 else []

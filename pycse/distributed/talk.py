@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pycse.distributed.collectives import all_gather, all_gather_object
 
 FIELDS = ("digest", "refused", "rows", "keys", "seed", "total")
 
@@ -35,18 +35,6 @@ class Headers:
     @property
     def size(self) -> int:
         return len(self.rows)
-
-
-@contextmanager
-def during(what: str) -> Iterator[None]:
-    """A collective; where it fails, what it was for."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"pycse: a loss over a process group lost its ranks while they exchanged {what}; one may have ended, or "
-            f"called no loss: {error}"
-        ) from error
 
 
 def exchange(
@@ -83,8 +71,7 @@ def exchange(
         own[FIELDS.index("total")] = weight.detach().double().sum().view(torch.int64)
     size = dist.get_world_size(group)
     heads = torch.empty(size, len(FIELDS), dtype=torch.int64, device=device)
-    with during("the headers"):
-        dist.all_gather_into_tensor(heads.view(-1), own, group=group)
+    all_gather(heads.view(-1), own, group, "headers")
     seeds = heads[0, FIELDS.index("seed")]
     table = dict(zip(FIELDS, heads.t().tolist()))
     if any(table["refused"]) or len(set(table["digest"])) > 1:
@@ -94,10 +81,8 @@ def exchange(
 
 
 def _raise(group: dist.ProcessGroup, description: dict[str, str], refused: Exception | None) -> None:
-    told: list[Any] = [None] * dist.get_world_size(group)
     mine = None if refused is None else f"{type(refused).__name__}: {refused}"
-    with during("an error"):
-        dist.all_gather_object(told, (description, mine), group=group)
+    told = all_gather_object((description, mine), group, "an error")
     if refused is not None:
         raise refused
     errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(told) if error is not None]

@@ -5,43 +5,38 @@ import torch
 import torch.distributed as dist
 from shared_batches import Shared, on_rank
 
-HEADER, PAYLOAD, HOME, NUMBERS = "header", "payload", "reduce_scatter", "all_reduce"
+from pycse.distributed import collectives
 
 
 def counted(rank, group, case):
     """The collectives of one call, with the bytes that a rank gets (gathered) or gives (reduced)."""
-    calls = []
-
-    def watched(name, size):
-        original = getattr(dist, name)
-
-        def call(*args, **kwargs):
-            calls.append((name, size(args)))
-            return original(*args, **kwargs)
-
-        setattr(dist, name, call)
-        return original
+    calls, originals = [], {}
 
     def size(t):
         return t.numel() * t.element_size()
 
-    originals = {
-        "all_gather_into_tensor": watched("all_gather_into_tensor", lambda a: size(a[0])),
-        "reduce_scatter_tensor": watched("reduce_scatter_tensor", lambda a: size(a[1])),
-        "all_reduce": watched("all_reduce", lambda a: size(a[0])),
-        "all_gather_object": watched("all_gather_object", lambda a: 0),
-        "broadcast": watched("broadcast", lambda a: 0),
-        "barrier": watched("barrier", lambda a: 0),
-    }
+    def watched(module, name, measured):
+        original = originals[module, name] = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls.append((name.strip("_"), measured(args)))
+            return original(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    watched(collectives, "_GATHER", lambda a: size(a[0]))
+    watched(collectives, "_SCATTER", lambda a: size(a[1]))
+    for name in ("all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather", "all_to_all_single", "isend"):
+        watched(dist, name, lambda a: 0)
     try:
         on_rank(rank, group, case)
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
     return calls
 
 
-GATHER, SCATTER, REDUCE = "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
+GATHER, SCATTER, REDUCE = "GATHER", "SCATTER", "all_reduce"
 FORWARD = [GATHER, GATHER]
 
 
