@@ -27,6 +27,7 @@ def logsumexp_similarities(
     exclude_by: str = "absolute",
     normalize: bool = True,
     group: Any = None,
+    exchange: str = "auto",
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -55,6 +56,7 @@ def logsumexp_similarities(
             :func:`pycse.fused_focal_infonce`; not differentiated.
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         group: as in :func:`pycse.fused_focal_infonce`, with reduction "none": the sums are over all ranks' keys.
+        exchange: likewise.
         backend: as in :func:`pycse.fused_focal_infonce`; "cuda" has no kernels for it yet.
         validate: also check values (positives, temperature) on a GPU, which waits for it. On a CPU they always are.
 
@@ -83,7 +85,7 @@ def logsumexp_similarities(
         output="logsum" if include_positive else "negatives",
     )  # fmt: skip
     if group is not None:
-        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, given, group)
+        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, given, group, exchange)
     return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, **given), backend, validate)
 
 

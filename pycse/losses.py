@@ -16,7 +16,7 @@ from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
-ACROSS = ("group", "replicated_keys")  # looked at where a batch comes: groups come and go
+ACROSS = ("group", "exchange", "replicated_keys")  # looked at where a batch comes: groups come and go
 
 
 class Loss(nn.Module):

@@ -21,6 +21,7 @@ from pycse.backends.interpreter import interpreted
 from pycse.problem import BACKENDS
 
 DIFFERENTIABLE = ("reference",)  # plain PyTorch: its own autograd, to any order
+IN_PARTS = ("torch", "cpu", "triton")  # whose contrastive kernels run over negatives in parts: panels/parts.py
 # For "auto", best first.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pycse import ops
+from pycse import backends, ops
+from pycse.distributed import ring
 from pycse.distributed.groups import group_of
 from pycse.distributed.payload import Exchange, Layout, Piece, gathered
-from pycse.distributed.talk import Headers, exchange
+from pycse.distributed.talk import Headers
+from pycse.distributed.talk import exchange as headers
 from pycse.problem import Angular, Contrastive, Distillation, Rows, Share, Sigmoid, Supervised
 from pycse.validation import check_adapacse, check_lists, check_sigmoid_values, check_supervised, check_values
-from pycse.validation.checks import autocast, whole
+from pycse.validation.checks import autocast, choice, whole
 from pycse.validation.distillation_losses import span_of_ranks
 
 # What may be a tensor that is trained; every rank has it.
@@ -43,28 +45,45 @@ VALUES: dict[type, Callable[[Any], None]] = {
     Supervised: check_supervised,
     Angular: check_adapacse,
 }
+OPS: dict[type, str] = {
+    Contrastive: "contrastive",
+    Sigmoid: "sigmoid",
+    Supervised: "supervised",
+    Angular: "adapacse",
+    Distillation: "distill",
+}
 ROWS = ("query_ids", "exclude_each", "guide_queries", "ids1", "positives")  # beside z1 and weight
 KEYS = ("key_ids", "guide_keys", "ids2")  # beside z2
 WHOLE = ("guide_logits", "logits")  # of all rows and keys, which no rank has
 
-Problem = Any  # one of pycse/problem.py
+EXCHANGES = ("gather", "ring", "auto")
+TALK = "pycse: ranks talk to each other"
 
 
-def contrastive(name: str, make: Callable[..., Contrastive], given: dict[str, Any], **how: Any) -> Tensor:
-    p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
+@torch.compiler.disable(reason=TALK)
+def contrastive(
+    name: str, make: Callable[..., Contrastive], given: dict[str, Any], *, exchange: str = "auto", **how: Any
+) -> Tensor:
+    local, group, heads = meet(name, lambda **arguments: [make(**arguments)], given, exchange=exchange, **how)
+    if local.by_ring(exchange, how["backend"], heads):
+        return local.ring(group, heads, how["backend"])
+    p, *_ = local.joined(group, heads)
     return _loss(p, lambda: ops.contrastive(p, how["backend"], how["validate"]))
 
 
+@torch.compiler.disable(reason=TALK)
 def sigmoid(name: str, make: Callable[..., Sigmoid], given: dict[str, Any], **how: Any) -> Tensor:
     p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
     return _loss(p, lambda: ops.sigmoid(p, how["backend"], how["validate"]))
 
 
+@torch.compiler.disable(reason=TALK)
 def supervised(name: str, make: Callable[..., Supervised], given: dict[str, Any], **how: Any) -> Tensor:
     p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
     return _loss(p, lambda: ops.supervised(p, how["backend"], how["validate"]))
 
 
+@torch.compiler.disable(reason=TALK)
 def adapacse(name: str, make: Callable[..., Angular], given: dict[str, Any], **how: Any) -> Tensor:
     p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
     return _loss(p, lambda: ops.adapacse(p, how["backend"], how["validate"]))
@@ -91,8 +110,13 @@ def nothing(p: Any, acc: torch.dtype) -> Tensor:
     return none if p.reduction == "none" else none.sum()
 
 
-@torch.compiler.disable(reason="pycse: ranks talk to each other")
-def joined(
+def joined(name: str, make: Callable[..., Any], given: dict[str, Any], **how: Any) -> list[Any]:
+    """The problems of a call over a group, as the joined batch has them."""
+    local, group, heads = meet(name, make, given, **how)
+    return local.joined(group, heads)
+
+
+def meet(
     name: str,
     make: Callable[..., Any],
     given: dict[str, Any],
@@ -102,8 +126,9 @@ def joined(
     validate: bool,
     replicated_keys: int = 0,
     paired: bool = False,
-) -> list[Any]:
-    """The problems of a call over a group.
+    exchange: str = "gather",
+) -> tuple[Local, dist.ProcessGroup, Headers]:
+    """The problems of a call over a group on this rank, and the headers of all.
 
     Args:
         name: the public function's.
@@ -111,6 +136,7 @@ def joined(
         given: tensors, or what holds them, by argument; z1 is among them.
         group, backend, validate, replicated_keys: the function's.
         paired: there are as many keys as rows.
+        exchange: how keys are to come, "gather", "ring" or "auto".
 
     Raises:
         What ``make`` raises on this rank; RuntimeError on a rank where another has raised; ValueError on all of them
@@ -125,7 +151,9 @@ def joined(
     refused: Exception | None = None
     local: Local | None = None
     try:
+        choice("exchange", exchange, EXCHANGES)
         problems = list(make(**filled(given, paired)))
+        check_backend(problems, device.type, backend, exchange)
         if validate or device.type == "cpu":
             VALUES[type(problems[0])](problems[0])
         if isinstance(problems[0], Contrastive):
@@ -133,11 +161,27 @@ def joined(
         local = Local.of(problems, given, replicated_keys)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
-    told = {"function": name} if local is None else local.description(name, backend, validate)
+    told = {"function": name}
+    if local is not None:
+        told = local.description(name, backend, validate) | {"exchange": repr(exchange)}
     counts = {} if local is None else local.counts()
-    heads = exchange(group, device, told, refused, **counts)
+    heads = headers(group, device, told, refused, **counts)
     assert local is not None
-    return local.joined(group, heads)
+    return local, group, heads
+
+
+def _found(backend: str, device: str, op: str) -> str:
+    """The backend that a call comes to."""
+    return backends.module(backend, device, op).__name__.split(".")[2]
+
+
+def check_backend(problems: list[Any], device: str, backend: str, exchange: str) -> None:
+    """That it runs here, and by blocks of keys where they travel."""
+    found = _found(backend, device, OPS[type(problems[-1])])
+    if exchange == "ring" and found not in backends.IN_PARTS:
+        raise ValueError(
+            f"exchange='ring' needs a backend that takes keys in blocks ({', '.join(backends.IN_PARTS)}), got {found!r}"
+        )
 
 
 def filled(given: Mapping[str, Any], paired: bool) -> dict[str, Any]:
@@ -295,11 +339,7 @@ class Local:
                 own[name] = t
                 of.append("mean")
                 result.append(t.detach().clone())
-        averages = p.reduction == "mean"
-        if averages and self.weight is not None:
-            own["total"] = self.weight.sum(dtype=torch.float64)
-            of.append("summed")
-            result.append(own["total"].detach().new_tensor(heads.total))
+        self._add_total(p, heads, own, of, result)
         new = dict(zip(own, Exchange.apply(group, layout, result, of, *own.values()))) if own else {}
 
         if self.private:
@@ -308,14 +348,7 @@ class Local:
             for name in KEYS:
                 if name in values:
                     values[name] = torch.cat((values[name], self._ordered(getattr(p, name))[self.N - self.private :]))
-        factor: Any = heads.size if p.reduction != "none" else 1
-        if averages:
-            total = new.pop("total", heads.total)
-            factor = factor / total if isinstance(total, Tensor) or total else math.nan
-        if self.weight is not None:
-            weight = (self.weight * factor).to(p.acc)
-        else:
-            weight = torch.ones(self.B, dtype=p.acc, device=self.z1.device) * factor
+        weight = self._weights(p, heads, new)
         changes: dict[str, Any] = {
             "share": share, "weight": weight, "reduction": "none" if p.reduction == "none" else "sum",
             "z1": new.pop("z1", self.z1), **new,
@@ -328,6 +361,77 @@ class Local:
         if d.shuffle == "sample":
             later["seed"] = heads.seed.clone()
         return [first, replace(d, **later, teachers=[values[f"teacher {k}"] for k in range(len(d.teachers))])]
+
+    def _add_total(self, p: Any, heads: Headers, own: dict[str, Any], of: list[str], result: list[Tensor]) -> None:
+        """The sum of all weights, where the mean's gradient goes through it."""
+        if p.reduction == "mean" and self.weight is not None:
+            own["total"] = self.weight.sum(dtype=torch.float64)
+            of.append("summed")
+            result.append(own["total"].detach().new_tensor(heads.total))
+
+    def _weights(self, p: Any, heads: Headers, new: dict[str, Any]) -> Tensor:
+        """What the rows' losses are multiplied by."""
+        factor: Any = heads.size if p.reduction != "none" else 1
+        if p.reduction == "mean":
+            total = new.pop("total", heads.total)
+            factor = factor / total if isinstance(total, Tensor) or total else math.nan
+        if self.weight is not None:
+            return (self.weight * factor).to(p.acc)
+        return torch.ones(self.B, dtype=p.acc, device=self.z1.device) * factor
+
+    def by_ring(self, exchange: str, backend: str, heads: Headers) -> bool:
+        """Whether keys travel: as asked, or where all of them and their gradients take too much memory."""
+        if heads.size == 1:
+            return False
+        if exchange != "auto":
+            return exchange == "ring"
+        if _found(backend, self.z1.device.type, "contrastive") not in backends.IN_PARTS:
+            return False
+        assert self.z2 is not None
+        layout = Layout(heads.rank, heads.rows, heads.keys)
+        bytes_ = ring.gathered_bytes(layout, self.z1.shape[1], self.z1.dtype, "z2" in self.wanted)
+        return bytes_ > ring.GATHERED_BYTES
+
+    def ring(self, group: dist.ProcessGroup, heads: Headers, backend: str) -> Tensor:
+        """The loss of a problem whose keys travel."""
+        p = self.problems[0]
+        assert self.z2 is not None
+        layout = Layout(heads.rank, heads.rows, heads.keys)
+        if layout.B == 0:
+            raise ValueError("z1 must have at least one row on some rank, got none")
+        own: dict[str, Any] = {}
+        of: list[str] = []
+        result: list[Tensor] = []
+        for name in NUMBERS[type(p)]:
+            if isinstance(t := getattr(p, name), Tensor):
+                own[name] = t
+                of.append("mean")
+                result.append(t.detach().clone())
+        self._add_total(p, heads, own, of, result)
+        numbers = dict(zip(own, Exchange.apply(group, layout, result, of, *own.values()))) if own else {}
+        weight = self._weights(p, heads, numbers)
+        if self.B:
+            p = replace(p, z1=self.z1, z2=self.z2)
+        if self.private:
+            p = replace(
+                p, **{n: self._ordered(t) for n in ("key_ids", "guide_keys") if (t := getattr(p, n)) is not None}
+            )
+            every = torch.arange(self.B, dtype=torch.int64, device=self.z1.device)
+            p.positives = self._place_of[every if p.positives is None else p.positives]
+            if p.negatives_index is not None:
+                p.negatives_index = self._place_of.to(p.negatives_index.device)[p.negatives_index]
+        rows = ring.rows(
+            group, layout, p, {"z1": self.z1, "z2": self.z2}, numbers, backend, self.N - self.private
+        )  # fmt: skip
+        losses = rows * weight
+        return losses if p.reduction == "none" else losses.sum()
+
+    @property
+    def _place_of(self) -> Tensor:
+        """Where each of this rank's keys is in z2, where private ones come last."""
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(self.N, dtype=torch.int64, device=place.device)
+        return place
 
     def _ordered(self, t: Tensor) -> Tensor:
         """What is by keys, in the order of z2."""
@@ -375,9 +479,7 @@ class Local:
         """This rank's keys j in the joined batch."""
         if not self.private:
             return layout.place(j)
-        place = torch.empty_like(self.order)
-        place[self.order] = torch.arange(self.N, dtype=torch.int64, device=place.device)
-        at, shared = place[j], self.N - self.private
+        at, shared = self._place_of[j], self.N - self.private
         return torch.where(at < shared, layout.place(at), layout.N + at - shared)
 
 

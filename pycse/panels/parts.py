@@ -168,6 +168,11 @@ class Direction:
         assert self.state.sums is not None
         return self.state.sums.lneg[i0 : i0 + n]
 
+    @property
+    def negatives_dlogit(self) -> Tensor:
+        assert self.state.dlogit is not None
+        return self.state.dlogit[3:]
+
     def add_gradients(self, i0: int, w: Tensor, g1: Tensor) -> None:
         """The panel's share: w = dL/dlneg of rows I. g1 is memory for a product."""
         I = slice(i0, i0 + self.S.shape[0])
@@ -303,59 +308,140 @@ class Positives:
         return p.guide_threshold(t)
 
 
-def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
-    B, D, own, device, acc = p.B, p.z1.shape[1], p.mine, p.z1.device, p.acc
-    wide, grad = kernels.statistics or acc, p.needs.z1 or p.needs.z2 or p.trained
-    new = lambda *n: torch.empty(n, dtype=acc, device=device)  # noqa: E731
-    state = State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(B))
-    norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), state)
-    x, y = Side(p, p.z1, norms, p.needs.z1, p.first), Side(p, p.z2, norms, p.needs.z2)
-    c = Coefficients(*p.coefficients())
-    bounds = new(B) if p.excludes else None
-    parts, positives = _directions(p, x, y, bounds, kernels), Positives(p, x, y, c)
-    lists = Lists(p, x, y, c, wide) if p.negatives_index is not None else None
+class Own:
+    """A problem's rows against its own keys, panel by panel."""
 
-    c_rows = panel_rows(own.stop - own.start, sum(one.p.z2.shape[0] for one in parts), p, norms.temporaries)
-    sides = (x, y) if any(one.x is y for one in parts) else (x,)
-    for each in (*parts, *sides):
-        each.allocate(c_rows)
-    g1 = norms.empty(c_rows if grad else 0, D, dtype=p.z1.dtype)
-    loss, coef = new(B), p.placed(p.row_coefficients())
-    for i0 in range(own.start, own.stop, c_rows):
-        I = slice(i0, min(own.stop, i0 + c_rows))
-        n = I.stop - i0
-        for side in sides:
-            side.panel(i0, n)
-        s_pos = positives.similarities(i0, n)
-        for one in parts:
+    def __init__(self, p: Contrastive, kernels: type[Kernels]) -> None:
+        self.p, self.kernels, self.wide = p, kernels, kernels.statistics or p.acc
+        self.grad = p.needs.z1 or p.needs.z2 or p.trained
+        new = lambda *n: torch.empty(n, dtype=p.acc, device=p.z1.device)  # noqa: E731
+        state = State(r2=new(p.z2.shape[0]), coef=1.0, loss=new(p.B))
+        self.norms = kernels(_part(p, p.z1, p.z2, positives=p.positives, key_ids=p.key_ids), state)
+        self.x = Side(p, p.z1, self.norms, p.needs.z1, p.first)
+        self.y = Side(p, p.z2, self.norms, p.needs.z2)
+        c = Coefficients(*p.coefficients())
+        self.bounds = new(p.B) if p.excludes else None
+        self.parts = _directions(p, self.x, self.y, self.bounds, kernels)
+        self.positives = Positives(p, self.x, self.y, c)
+        self.lists = Lists(p, self.x, self.y, c, self.wide) if p.negatives_index is not None else None
+        count = p.mine.stop - p.mine.start
+        self.c = panel_rows(count, sum(one.p.z2.shape[0] for one in self.parts), p, self.norms.temporaries)
+        self.sides = (self.x, self.y) if any(one.x is self.y for one in self.parts) else (self.x,)
+        for each in (*self.parts, *self.sides):
+            each.allocate(self.c)
+        self.g1 = self.norms.empty(self.c if self.grad else 0, p.z1.shape[1], dtype=p.z1.dtype)
+
+    def guide_positives(self) -> Tensor:
+        """(B,) similarities of rows and positives by the guide."""
+        p = self.p
+        assert p.guide_queries is not None and p.guide_keys is not None
+        positives = p.guide_keys[: p.B] if p.positives is None else p.guide_keys[p.positives]
+        return dots(p.guide_queries.to(p.acc), positives.to(p.acc))
+
+    def panels(self) -> Iterator[tuple[int, int]]:
+        """First rows and numbers of rows, with the unit rows in place."""
+        for i0 in range(self.p.mine.start, self.p.mine.stop, self.c):
+            n = min(self.c, self.p.mine.stop - i0)
+            for side in self.sides:
+                side.panel(i0, n)
+            yield i0, n
+
+    def sums(self, i0: int, n: int, grad: bool) -> tuple[list[Tensor], Tensor]:
+        """Log-sums of the parts of rows I, lists last, and their positives' logits; with ``grad`` G over the panels."""
+        p, I = self.p, slice(i0, i0 + n)
+        s_pos = self.positives.similarities(i0, n)
+        for one in self.parts:
             one.similarities(i0, n)
-        if bounds is not None:  # a panel of 16 bits has rounded its similarities: from the embeddings
-            bounds[I] = p.threshold(s_pos if p.z1.dtype == torch.bfloat16 else parts[0].positives(i0), I)
-        lneg = [one.sums(i0, grad) for one in parts]
-        if lists is not None:
-            lneg.append(lists.sums(i0, n, p.threshold(s_pos, I) if p.excludes else None, positives.guide_bound()))
-        weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(s_pos, coef)).to(wide)
-        loss[I], P, w = joined(p, lneg, positives.logits().to(wide), weight)
-        if grad:
-            for one, w_k in zip(parts, w):
-                one.add_gradients(i0, w_k, g1)
-            if lists is not None:
-                lists.add_gradients(i0, n, w[-1])
-            positives.add_gradients(P.to(acc))
+        if self.bounds is not None:  # a panel of 16 bits has rounded its similarities: from the embeddings
+            self.bounds[I] = p.threshold(s_pos if p.z1.dtype == torch.bfloat16 else self.parts[0].positives(i0), I)
+        lneg = [one.sums(i0, grad) for one in self.parts]
+        if self.lists is not None:
+            bound = p.threshold(s_pos, I) if p.excludes else None
+            lneg.append(self.lists.sums(i0, n, bound, self.positives.guide_bound()))
+        return lneg, self.positives.logits().to(self.wide)
 
-    for one in parts:
-        one.finish()
-    dlogit: Tensor | None = None
-    if p.trained:
-        dlogit = torch.zeros(p.gradients, B, dtype=acc, device=device)
-        dlogit[:3] = positives.dlogit
-        for one in parts:
-            assert one.state.dlogit is not None
-            dlogit[3:] += one.state.dlogit[3:]
-        if lists is not None:
-            dlogit[3:, own.start] += lists.dlogit
-        dlogit = dlogit[:, own]
-    return p.result(loss[own], x.gradient(), y.gradient(), dlogit)
+    def add_gradients(self, i0: int, n: int, w: list[Tensor], P: Tensor) -> None:
+        """w = dL/dlneg of each part of rows I, P = dL/dl_pos."""
+        for one, w_k in zip(self.parts, w):
+            one.add_gradients(i0, w_k, self.g1)
+        if self.lists is not None:
+            self.lists.add_gradients(i0, n, w[-1])
+        self.positives.add_gradients(P.to(self.p.acc))
+
+    def result(self, loss: Tensor, others: list[Tensor]) -> Result:
+        """From the rows' losses; others: gradients of the negatives' coefficients beside its own, (2, B) each."""
+        p = self.p
+        for one in self.parts:
+            one.finish()
+        dlogit: Tensor | None = None
+        if p.trained:
+            dlogit = torch.zeros(p.gradients, p.B, dtype=p.acc, device=p.z1.device)
+            dlogit[:3] = self.positives.dlogit
+            for more in (*(one.negatives_dlogit for one in self.parts), *others):
+                dlogit[3:] += more
+            if self.lists is not None:
+                dlogit[3:, p.mine.start] += self.lists.dlogit
+            dlogit = dlogit[:, p.mine]
+        return p.result(loss, self.x.gradient(), self.y.gradient(), dlogit)
+
+
+class Block:
+    """A problem's rows against keys of other rows, none of which is a positive. A key of zeros, the last, stands in its
+    place; ``queries`` and ``documents`` have it."""
+
+    def __init__(
+        self, own: Own, documents: Tensor, queries: Tensor | None, document_ids: Tensor | None,
+        query_ids: Tensor | None, guide_keys: Tensor | None,
+    ) -> None:  # fmt: skip
+        p, self.own = own.p, own
+        need = p.needs.z2
+        guide_queries = p.guide_queries
+        if guide_queries is not None and guide_keys is not None:
+            # One more feature gives the key of zeros, by the guide, the similarity of each row's positive.
+            t_pos, others = own.guide_positives(), guide_keys.new_zeros(guide_keys.shape[0], 1)
+            others[-1] = 1
+            guide_queries = torch.cat((guide_queries, t_pos[:, None].to(guide_queries.dtype)), 1)
+            guide_keys = torch.cat((guide_keys, others), 1)
+        self.documents = Side(p, documents, own.norms, need)
+        self.queries = None if queries is None else Side(p, queries, own.norms, p.needs.z1)
+        keys = {"d": (self.documents, document_ids), "q": (self.queries, query_ids)}
+        rows = {"d": own.y, "q": own.x}
+        self.parts = []
+        for name in directions(p):
+            side, ids = keys[name[1]]
+            assert side is not None
+            nobody = torch.full((p.B,), side.z.shape[0] - 1, dtype=torch.int64, device=p.z1.device)
+            part = _part(
+                p, p.z1, side.keys, bounds=own.bounds, positives=nobody, hard=p.symmetric or name == "qd", key_ids=ids,
+                query_ids=p.key_ids if p.symmetric and name == "dq" else p.query_ids,
+                guide_queries=guide_queries, guide_keys=guide_keys,
+            )  # fmt: skip
+            self.parts.append(Direction(part, own.kernels, rows[name[0]], side, slice(None)))
+        for one in self.parts:
+            one.allocate(own.c)
+
+    def sums(self, i0: int, n: int, grad: bool) -> list[Tensor]:
+        for one in self.parts:
+            one.similarities(i0, n)
+        return [one.sums(i0, grad) for one in self.parts]
+
+    def add_gradients(self, i0: int, w: list[Tensor]) -> None:
+        for one, w_k in zip(self.parts, w):
+            one.add_gradients(i0, w_k, self.own.g1)
+
+
+def contrastive(p: Contrastive, kernels: type[Kernels]) -> Result:
+    own = Own(p, kernels)
+    coef, mine = p.placed(p.row_coefficients()), p.mine
+    loss = torch.empty(p.B, dtype=p.acc, device=p.z1.device)
+    for i0, n in own.panels():
+        I = slice(i0, i0 + n)
+        lneg, l_pos = own.sums(i0, n, own.grad)
+        weight = (coef[I] if isinstance(coef, Tensor) else torch.full_like(loss[I], coef)).to(own.wide)
+        loss[I], P, w = joined(p, lneg, l_pos, weight)
+        if own.grad:
+            own.add_gradients(i0, n, w, P)
+    return own.result(loss[mine], [])
 
 
 def _directions(p: Contrastive, x: Side, y: Side, bounds: Tensor | None, kernels: type[Kernels]) -> list[Direction]:

@@ -77,6 +77,7 @@ class DistillCSELoss(InfoNCELoss):
     """
 
     numbers = ("temperature", "m")
+    more_options = tuple(name for name in InfoNCELoss.more_options if name != "exchange")  # teachers are gathered
     OF_DISTILLATION = (
         "distill_weight", "teacher_weights", "student_temperature", "teacher_temperature", "group_temperature",
         "group_p", "group_size", "span", "shuffle", "divergence",

@@ -48,7 +48,7 @@ class InfoNCELoss(ColumnLoss):
         directions, partition_mode, hardness_mode, hardness_strength: as MultipleNegativesRankingLoss.
         deduplicate, precision, gather_across_devices, group: :class:`ColumnLoss`.
         options: other options of :func:`pycse.fused_infonce`: positive_margin, hard_negative_weight, exclude_above (a
-            number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate.
+            number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate, exchange.
 
     Raises:
         TypeError, ValueError: a wrong option, here; a batch that cannot be used, at the first one.
@@ -60,7 +60,7 @@ class InfoNCELoss(ColumnLoss):
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
     more_options: ClassVar[tuple[str, ...]] = (
         "positive_margin", "hard_negative_weight", "exclude_above", "exclude_by", "symmetric", "reduction", "backend",
-        "validate",
+        "validate", "exchange",
     )  # fmt: skip
 
     def __init__(
@@ -103,7 +103,7 @@ class InfoNCELoss(ColumnLoss):
             "normalize": SIMILARITIES[self.similarity_fct],
             **options,
         }
-        validation.contrastive_options(temperature, **self.options)
+        validation.contrastive_options(temperature, **{n: x for n, x in self.options.items() if n != "exchange"})
         if self.options.get("reduction", "mean") == "none":
             raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
         self.temperature = temperature

@@ -26,7 +26,8 @@ def counted(rank, group, case):
 
     watched(collectives, "_GATHER", lambda a: size(a[0]))
     watched(collectives, "_SCATTER", lambda a: size(a[1]))
-    for name in ("all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather", "all_to_all_single", "isend"):
+    watched(dist, "batch_isend_irecv", lambda a: size(a[0][0].tensor))
+    for name in ("all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather", "all_to_all_single"):
         watched(dist, name, lambda a: 0)
     try:
         on_rank(rank, group, case)
@@ -38,6 +39,7 @@ def counted(rank, group, case):
 
 GATHER, SCATTER, REDUCE = "GATHER", "SCATTER", "all_reduce"
 FORWARD = [GATHER, GATHER]
+PASSED = "batch_isend_irecv"
 
 
 @pytest.mark.parametrize(
@@ -55,12 +57,14 @@ FORWARD = [GATHER, GATHER]
         (Shared((6, 6), "distill"), [*FORWARD, SCATTER]),
         (Shared((6, 6), "uniformity"), [*FORWARD, GATHER, REDUCE]),
         (Shared((6, 6), "alignment"), [GATHER]),
+        (Shared((6, 6), exchange="ring"), [GATHER, PASSED, PASSED, PASSED]),
+        (Shared((6, 6, 6), exchange="ring", tensors=True), [GATHER, *4 * [PASSED], PASSED, PASSED, REDUCE]),
     ],
     ids=str,
 )
 def test_collectives_of_a_call(ranks, case, expected):
-    first, second = ranks.run(2, counted, case)
-    assert [name for name, _ in first] == [name for name, _ in second] == expected
+    for calls in ranks.run(case.size, counted, case):
+        assert [name for name, _ in calls] == expected
 
 
 def test_bytes_of_a_call(ranks):

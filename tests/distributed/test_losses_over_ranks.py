@@ -1,8 +1,12 @@
 """Each loss over 1 to 4 ranks against one process on the joined batch: value and every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from shared_batches import Shared, compare, on_rank
+
+from pycse.distributed import ring
 
 F64, BF16 = torch.float64, torch.bfloat16
 EVERY = {"directions": ["qd", "qq", "dq", "dd"]}
@@ -66,18 +70,47 @@ CASES = [
     Shared((9, 5), "uniformity", options={"normalize": False}),
     Shared((9, 0, 4), "alignment", upstream=True),
 ]
-BACKENDS = ["cpu", "torch", "reference"]
+ALL = (torch.float32, F64, BF16)
+WAYS = [("cpu", "gather", ALL), ("torch", "gather", (F64,)), ("reference", "gather", (F64,)), ("cpu", "ring", ALL),
+        ("torch", "ring", (F64,))]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_are_the_joined_batch(ranks, backend):
+@pytest.mark.parametrize("backend, exchange, dtypes", WAYS, ids=lambda x: x if isinstance(x, str) else "")
+def test_ranks_are_the_joined_batch(ranks, backend, exchange, dtypes):
     failures = []
-    for case in CASES:
-        case.backend = backend
-        for dtype in (torch.float32, F64, BF16) if backend == "cpu" else (F64,):
-            case.dtype = dtype
+    for given in CASES:
+        if exchange == "ring" and given.loss not in ("infonce", "focal", "log-sums"):
+            continue
+        for dtype in dtypes:
+            case = replace(given, backend=backend, exchange=exchange, dtype=dtype)
             try:
                 compare(case, ranks.run(case.size, on_rank, case))
             except AssertionError as error:
                 failures.append(str(error))
     assert not failures, "\n".join(failures)
+
+
+def by_bytes(rank, group, case, most):
+    """The bytes that travel in the forward of exchange="auto", where so many may be gathered."""
+    sent = []
+    original, given = ring._passed, ring.GATHERED_BYTES
+    ring._passed = lambda group, held, coming, what: sent.append(held.numel()) or original(group, held, coming, what)
+    ring.GATHERED_BYTES = most
+    try:
+        return on_rank(rank, group, case), sum(sent)
+    finally:
+        ring._passed, ring.GATHERED_BYTES = original, given
+
+
+def test_auto_goes_by_bytes(ranks):
+    """float32 keys of 16 features and their gradients: 128 bytes a key."""
+    case = Shared((6, 6), exchange="auto")
+    for most, travels in ((12 * 128, False), (12 * 128 - 1, True)):
+        results = ranks.run(2, by_bytes, case, most)
+        compare(case, [one for one, _ in results])
+        assert all((sent > 0) == travels for _, sent in results)
+
+
+def test_ring_needs_blocks(ranks):
+    for fine, result in ranks.outcomes(2, on_rank, Shared((4, 4), backend="reference", exchange="ring")):
+        assert not fine and "exchange='ring' needs a backend that takes keys in blocks" in result[1]

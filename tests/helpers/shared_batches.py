@@ -36,11 +36,13 @@ class Shared:
     backend: str = "cpu"
     D: int = 16
     without: tuple[str, ...] = ()  # gradients that nobody wants
+    exchange: str = "gather"
 
     def __str__(self) -> str:
         parts = [self.loss, "x".join(map(str, self.rows)), str(self.dtype)[6:], self.backend, *self.batch]
         parts += [f"{k}={v}" for k, v in self.options.items()] + [f"hard{self.hard}"] * bool(self.hard)
         parts += [f"keys{self.keys}"] * bool(self.keys) + ["tensors"] * self.tensors + ["upstream"] * self.upstream
+        parts += [self.exchange] * (self.exchange != "gather")
         return "-".join(parts) + "".join(f"-no {name}" for name in self.without)
 
     @property
@@ -177,6 +179,8 @@ def on_rank(rank: int, group: Any, case: Shared) -> dict[str, Tensor]:
         x = (case.of_keys if by_keys else case.of_rows)(x, rank)
         t[name] = x.clone().to(case.dtype) if x.is_floating_point() and name not in wide else x.clone()
     more: dict[str, Any] = {"group": group, "backend": case.backend}
+    if case.loss in ("infonce", "focal", "log-sums"):
+        more["exchange"] = case.exchange
     if "queue" in full:
         t["z2"] = torch.cat((t["z2"], full["queue"].to(case.dtype)))
         more["replicated_keys"] = len(full["queue"])

@@ -36,6 +36,8 @@ def loss_of(kind, model, group):
     options = {"group": group}
     if kind == "infonce":
         return ours.InfoNCELoss(model, **options)
+    if kind == "ring":
+        return ours.InfoNCELoss(model, exchange="ring", **options)
     if kind == "directions":
         return ours.InfoNCELoss(model, directions=("query_to_doc", "doc_to_doc"), **options)
     if kind == "focal, trained":
@@ -84,7 +86,9 @@ def on_rank(rank, group, path, kind, columns):
 
 
 @pytest.mark.parametrize("columns", [2, 3])
-@pytest.mark.parametrize("kind", ["infonce", "directions", "focal, trained", "cached", "cached, trained", "supcon"])
+@pytest.mark.parametrize(
+    "kind", ["infonce", "ring", "directions", "focal, trained", "cached", "cached, trained", "supcon"]
+)
 def test_ranks_are_the_joined_batch(ranks, tiny_model, kind, columns):
     value, gradient, numbers = step(tiny_model, kind, None, slice(None), columns)
     results = ranks.run(2, on_rank, tiny_model, kind, columns)
