@@ -98,6 +98,12 @@ class Rows:
         weight = self.weight.to(self.acc).contiguous()  # an upstream gradient may be expanded
         return weight / weight.sum() if self.reduction == "mean" else weight
 
+    def copy(self) -> Any:
+        """The same problem: what is set in the one does not show in the other."""
+        result = object.__new__(type(self))
+        vars(result).update(vars(self))
+        return result
+
     def reduce(self, rows: Tensor) -> Tensor:
         """(B,) losses to what the caller asked for."""
         coef = self.row_coefficients()

@@ -93,8 +93,7 @@ class Field:
             named[self.name] = value if tensor else None
             named[f"{self.name}_value"] = 1 if tensor else value
         elif self.parts:
-            for part, x in zip(self.parts, value):
-                named[f"{self.name}_{part}"] = x
+            named.update(zip(self.arguments, value))
 
     def take(self, named: Mapping[str, Any]) -> Any:
         if self.number:
