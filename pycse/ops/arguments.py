@@ -64,7 +64,7 @@ class Arguments:
             named.update(vars(problem))  # most fields are arguments of their own
             for field in self.joined[type(problem)]:
                 field.put(named[field.name], named)
-        return tuple([named[name] for name in self.names])
+        return tuple(map(named.__getitem__, self.names))
 
     def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names, args))
