@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pycse import ops, validation
-from pycse.functional import BY_BATCH, as_long, number_or_tensor, side_by_side
+from pycse.functional import as_long, number_or_tensor, side_by_side
 from pycse.problem import Angular
 from pycse.transforms import recordable
 
@@ -82,19 +82,21 @@ def fused_adapacse(
     Source: Nguyen et al., "KDMCSE: Knowledge Distillation Multimodal Sentence Embeddings with Adaptive Angular margin
     Contrastive Learning", NAACL 2024 (arXiv 2403.17486).
     """
-    given: dict[str, Any] = dict(
-        guides=guides, guide_weights=guide_weights, guide_logits=guide_logits, positives=positives,
-        query_ids=query_ids, key_ids=key_ids, weight=weight, reduction=reduction, backend=backend, validate=validate,
+    batch: dict[str, Any] = dict(
+        z1=z1, z2=z2, guides=guides, guide_weights=guide_weights, guide_logits=guide_logits, positives=positives,
+        query_ids=query_ids, key_ids=key_ids, weight=weight,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        temperature=temperature, m=m, reduction=reduction, backend=backend, validate=validate
     )  # fmt: skip
     if group is not None:
         from pycse import distributed
 
-        batch = {"z1": z1, "z2": z2, **{name: given[name] for name in BY_BATCH if name in given}}
-        make = lambda **more: problem_of(temperature=temperature, m=m, **{**given, **more})  # noqa: E731
+        make = lambda **batch: problem_of(**batch, **options)  # noqa: E731
         return distributed.adapacse(
             "fused_adapacse", make, batch, group=group, backend=backend, validate=validate
         )  # fmt: skip
-    return ops.adapacse(problem_of(z1, z2, temperature, m, **given), backend, validate)
+    return ops.adapacse(problem_of(**batch, **options), backend, validate)
 
 
 def problem_of(

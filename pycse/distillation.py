@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pycse import ops, validation
-from pycse.functional import BY_BATCH, problem_of
+from pycse.functional import problem_of
 from pycse.problem import Contrastive, Distillation, Grouping
 from pycse.transforms import recordable
 
@@ -99,12 +99,16 @@ def fused_distillcse(
     (arXiv 2310.13499).
     """
     form, m = ("infonce", 0.0) if m is None else ("focal", m)
+    batch: dict[str, Any] = dict(
+        z1=z1, z2=z2, teachers=teachers, positives=positives, query_ids=query_ids, key_ids=key_ids,
+        exclude_above=exclude_above, guides=guides, guide_weights=guide_weights, guide_logits=guide_logits,
+        weight=weight,
+    )  # fmt: skip
     of_pairs: dict[str, Any] = dict(
-        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
-        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
-        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, symmetric=symmetric,
-        normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
+        positive_margin=positive_margin, hard_negative_weight=hard_negative_weight, hardness=hardness,
+        hardness_mode=hardness_mode, exclude_by=exclude_by, guide_above=guide_above, guide_by=guide_by,
+        symmetric=symmetric, directions=("qd",), partition="joint", normalize=normalize, reduction=reduction,
+        backend=backend, validate=validate,
     )  # fmt: skip
     of_teachers: dict[str, Any] = dict(
         teacher_logits=teacher_logits, teacher_weights=teacher_weights, distill_weight=distill_weight,
@@ -113,13 +117,10 @@ def fused_distillcse(
         divergence=divergence, seed=seed, normalize=normalize, reduction=reduction, shared=group is not None,
     )  # fmt: skip
 
-    def problems(**batch: Any) -> tuple[Contrastive, Distillation]:
-        z1, z2, teachers, weight = (batch.pop(name) for name in ("z1", "z2", "teachers", "weight"))
-        p = problem_of(form, z1, z2, temperature, m, **{**of_pairs, "weight": weight, **batch})
-        return p, _distillation(z1, "z1", teachers, weight=weight, **of_teachers)
+    def problems(z1: Any, z2: Any, teachers: Any, **batch: Any) -> tuple[Contrastive, Distillation]:
+        p = problem_of(form, z1, z2, temperature, m, {**batch, "negatives": None}, of_pairs)
+        return p, _distillation(z1, "z1", teachers, weight=batch["weight"], **of_teachers)
 
-    batch: dict[str, Any] = {"z1": z1, "z2": z2, "teachers": teachers}
-    batch |= {name: of_pairs[name] for name in BY_BATCH if name in of_pairs}
     if group is not None:
         from pycse import distributed
 

@@ -3,6 +3,7 @@ pycse/distillation.py.)"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,17 +131,21 @@ def fused_focal_infonce(
     Source: Hou & Li, "Improving Contrastive Learning of Sentence Embeddings with Focal-InfoNCE", Findings of EMNLP 2023
     (arXiv 2310.06918), eq. 5. The modulation is differentiated through.
     """
-    given: dict[str, Any] = dict(
-        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
-        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
-        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, negatives=negatives,
-        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
-        reduction=reduction, backend=backend, validate=validate,
+    batch = dict(
+        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=guides,
+        guide_weights=guide_weights, guide_logits=guide_logits, negatives=negatives, weight=weight,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        positive_margin=positive_margin, hard_negative_weight=hard_negative_weight, hardness=hardness,
+        hardness_mode=hardness_mode, exclude_by=exclude_by, guide_above=guide_above, guide_by=guide_by,
+        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
+        backend=backend, validate=validate,
     )  # fmt: skip
     if group is not None:
-        return across("fused_focal_infonce", "focal", z1, z2, temperature, m, given, group, exchange, replicated_keys)
-    return ops.contrastive(problem_of("focal", z1, z2, temperature, m, **given), backend, validate)
+        return across(
+            "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, group, exchange, replicated_keys
+        )
+    return ops.contrastive(problem_of("focal", z1, z2, temperature, m, batch, options), backend, validate)
 
 
 @recordable
@@ -188,93 +193,91 @@ def fused_infonce(
     Source: Gao, Yao & Chen, "SimCSE: Simple Contrastive Learning of Sentence Embeddings", EMNLP 2021
     (arXiv 2104.08821), eq. 1.
     """
-    given: dict[str, Any] = dict(
-        positives=positives, positive_margin=positive_margin, hard_negative_weight=hard_negative_weight,
-        hardness=hardness, hardness_mode=hardness_mode, query_ids=query_ids, key_ids=key_ids,
-        exclude_above=exclude_above, exclude_by=exclude_by, guides=guides, guide_weights=guide_weights,
-        guide_logits=guide_logits, guide_above=guide_above, guide_by=guide_by, negatives=negatives,
-        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, weight=weight,
-        reduction=reduction, backend=backend, validate=validate,
+    batch = dict(
+        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=guides,
+        guide_weights=guide_weights, guide_logits=guide_logits, negatives=negatives, weight=weight,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        positive_margin=positive_margin, hard_negative_weight=hard_negative_weight, hardness=hardness,
+        hardness_mode=hardness_mode, exclude_by=exclude_by, guide_above=guide_above, guide_by=guide_by,
+        symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
+        backend=backend, validate=validate,
     )  # fmt: skip
     if group is not None:
-        return across("fused_infonce", "infonce", z1, z2, temperature, 0.0, given, group, exchange, replicated_keys)
-    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, **given), backend, validate)
-
-
-BY_BATCH = ("positives", "query_ids", "key_ids", "exclude_above", "guides", "guide_logits", "negatives", "weight")
+        return across(
+            "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange, replicated_keys
+        )
+    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, batch, options), backend, validate)
 
 
 def across(
-    name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, given: dict[str, Any], group: Any,
-    exchange: str, replicated_keys: int = 0,
+    name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any],
+    group: Any, exchange: str, replicated_keys: int = 0,
 ) -> Tensor:  # fmt: skip
     """The loss of a public function over a group."""
     from pycse import distributed  # at the first such call: it takes torch.distributed's half second
 
-    batch = {"z1": z1, "z2": z2, **{key: given[key] for key in BY_BATCH if key in given}}
-    make = lambda **more: problem_of(form, temperature=temperature, m=m, **{**given, **more})  # noqa: E731
+    make = lambda z1, z2, **batch: problem_of(form, z1, z2, temperature, m, batch, options)  # noqa: E731
     return distributed.contrastive(
-        name, make, batch, group=group, exchange=exchange, replicated_keys=replicated_keys, backend=given["backend"],
-        validate=given["validate"], paired=given["symmetric"] is True,
+        name, make, {"z1": z1, "z2": z2, **batch}, group=group, exchange=exchange, replicated_keys=replicated_keys,
+        backend=options["backend"], validate=options["validate"], paired=options["symmetric"] is True,
     )  # fmt: skip
 
 
 def problem_of(
-    form: str,
-    z1: Any,
-    z2: Any,
-    temperature: Any,
-    m: Any,
-    *,
-    positives: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    exclude_above: float | Tensor | None,
-    guides: Sequence[tuple[Tensor, Tensor]] | None,
-    guide_weights: Sequence[float] | None,
-    guide_logits: Tensor | None,
-    backend: str,
-    validate: bool,
-    negatives: tuple[Tensor, Tensor] | None = None,
-    directions: Sequence[str] = ("qd",),
-    output: str = "loss",
-    **options: Any,
+    form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any]
 ) -> Contrastive:
-    """The problem that a public function's arguments state, once they are checked."""
-    validation.contrastive(
-        z1, z2, temperature, m,
-        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=guides,
-        guide_weights=guide_weights, guide_logits=guide_logits, negatives=negatives, directions=directions,
-        backend=backend, validate=validate, **options,
-    )  # fmt: skip
-    for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above"):
-        if type(options[name]) is not float:
+    """The problem that a public function's arguments state, once they are checked: those of a batch and the others."""
+    B, N = validation.rows_and_keys(z1, z2)
+    bound = batch["exclude_above"]
+    each = isinstance(bound, Tensor)
+    p = of_options(form=form, temperature=temperature, m=m, exclude_above=None if each else bound, **options).copy()
+    validation.contrastive(z1, z2, temperature, m, batch, options)
+    p.z1, p.z2, p.weight = z1, z2, batch["weight"]
+    p.positives = as_long(batch["positives"])
+    p.query_ids, p.key_ids = as_long(batch["query_ids"]), as_long(batch["key_ids"])
+    if each:
+        p.exclude_each = bound.detach()
+    if batch["guides"] is not None:
+        p.guide_queries, p.guide_keys = side_by_side(batch["guides"], batch["guide_weights"])
+    p.guide_logits = batch["guide_logits"]
+    if batch["negatives"] is not None:
+        p.negatives_ptr, p.negatives_index = (as_long(t) for t in batch["negatives"])
+    if p.partition == "per_direction" and p.directions == "qd dq" and N == B and p.query_ids is None and not p.hardness:
+        # rows' ids, and hardness on "qd", are of rows alone
+        p.directions, p.symmetric = "qd", True  # rows and columns of one matrix: fewer products
+    return p
+
+
+# Options whose equal values of one type mean the same, for ever: no tensors, and no symbols of torch.compile.
+PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+def of_options(*, directions: Any, **others: Any) -> Contrastive:
+    """A problem that has no batch yet, of options that are checked: once where they are plain."""
+    known = type(directions) is tuple and PLAIN.issuperset(map(type, (*directions, *others.values())))
+    if known and not torch.compiler.is_compiling():
+        return _of_options(directions=directions, **others)
+    return _of_options.__wrapped__(directions=directions, **others)
+
+
+@functools.lru_cache(typed=True)
+def _of_options(
+    *, form: str, temperature: Any, m: Any, directions: Any, output: str = "loss", **options: Any
+) -> Contrastive:
+    validation.contrastive_options(temperature, m, directions=directions, **options)
+    del options["backend"], options["validate"]  # the operator's
+    for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above", "exclude_above"):
+        if options[name] is not None:
             options[name] = float(options[name])
-    both_ways = len(directions) == 2 and options["partition"] == "per_direction" and z1.shape[0] == z2.shape[0]
-    if (
-        both_ways and query_ids is None and not options["hardness"]
-    ):  # rows' ids, and hardness on "qd", are of rows alone
-        directions, options["symmetric"] = ("qd",), True  # rows and columns of one matrix: fewer products
-    each = isinstance(exclude_above, Tensor)
-    queries, keys = (None, None) if guides is None else side_by_side(guides, guide_weights)
     return Contrastive(
-        z1,
-        z2,
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
         number_or_tensor(temperature),
         number_or_tensor(m),
-        positives=as_long(positives),
-        query_ids=as_long(query_ids),
-        key_ids=as_long(key_ids),
-        exclude_each=exclude_above.detach() if each else None,  # type: ignore[union-attr]
-        guide_queries=queries,
-        guide_keys=keys,
-        guide_logits=guide_logits,
-        negatives_ptr=None if negatives is None else as_long(negatives[0]),
-        negatives_index=None if negatives is None else as_long(negatives[1]),
         form=form,
-        directions="qd" if len(directions) == 1 else " ".join(name for name in DIRECTIONS if name in directions),
+        directions=" ".join(name for name in DIRECTIONS if name in directions),
         output=output,
-        exclude_above=None if each or exclude_above is None else float(exclude_above),
         **options,
     )
 

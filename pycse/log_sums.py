@@ -76,17 +76,19 @@ def logsumexp_similarities(
     embeddings("z1", z1)
     if include_positive and positives is None and query_ids is None and exclude_above is None:
         positives = _any_key(z1)
-    no: Any = None
-    given: dict[str, Any] = dict(
-        positives=positives, positive_margin=0.0, hard_negative_weight=0.0, hardness=0.0, hardness_mode="all_negatives",
-        query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, exclude_by=exclude_by, guides=no,
-        guide_weights=no, guide_logits=no, guide_above=0.0, guide_by="absolute", symmetric=False, normalize=normalize,
-        weight=None, reduction="none", backend=backend, validate=validate,
+    batch = dict(
+        positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=None,
+        guide_weights=None, guide_logits=None, negatives=None, weight=None,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        positive_margin=0.0, hard_negative_weight=0.0, hardness=0.0, hardness_mode="all_negatives",
+        exclude_by=exclude_by, guide_above=0.0, guide_by="absolute", symmetric=False, directions=("qd",),
+        partition="joint", normalize=normalize, reduction="none", backend=backend, validate=validate,
         output="logsum" if include_positive else "negatives",
     )  # fmt: skip
     if group is not None:
-        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, given, group, exchange)
-    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, **given), backend, validate)
+        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange)
+    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, batch, options), backend, validate)
 
 
 def _any_key(z1: Tensor) -> Tensor:

@@ -98,6 +98,12 @@ class Rows:
         weight = self.weight.to(self.acc).contiguous()  # an upstream gradient may be expanded
         return weight / weight.sum() if self.reduction == "mean" else weight
 
+    def copy(self) -> Any:
+        """The same problem: what is set in the one does not show in the other."""
+        result = object.__new__(type(self))
+        vars(result).update(vars(self))
+        return result
+
     def reduce(self, rows: Tensor) -> Tensor:
         """(B,) losses to what the caller asked for."""
         coef = self.row_coefficients()
@@ -140,7 +146,7 @@ class Pairs(Rows):
     @property
     def trained(self) -> bool:
         """Whether the gradient of a number of the logit is wanted."""
-        return any(needed for name, needed in self.needs._asdict().items() if name not in ("z1", "z2", "weight"))
+        raise NotImplementedError
 
     def result(
         self, rows: Tensor, dz1: Tensor | None, dz2: Tensor | None, dlogit: Tensor | None, **more: Any
@@ -189,6 +195,10 @@ class Contrastive(Pairs):
 
     one_positive = True
     gradients = logits.GRADIENTS
+
+    @property
+    def trained(self) -> bool:
+        return self.needs.temperature or self.needs.m
 
     @property
     def logit(self) -> Logit:
@@ -285,6 +295,10 @@ class Sigmoid(Pairs):
     gradients = 2
 
     @property
+    def trained(self) -> bool:
+        return self.needs.scale or self.needs.bias
+
+    @property
     def one_positive(self) -> bool:  # type: ignore[override]
         return self.query_ids is None
 
@@ -345,6 +359,10 @@ class Supervised(Pairs):
     needs: SupervisedNeeds = SupervisedNeeds()
 
     gradients = 1  # of 1 / temperature
+
+    @property
+    def trained(self) -> bool:
+        return self.needs.temperature
 
     @property
     def same(self) -> bool:  # type: ignore[override]
@@ -411,6 +429,10 @@ class Angular(Pairs):
     guided = True
     one_positive = True
     gradients = 1  # of 1 / temperature
+
+    @property
+    def trained(self) -> bool:
+        return self.needs.temperature
 
     def sharpness(self) -> float | Tensor:
         """As Supervised.sharpness."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,29 @@ def test_more_than_2_to_the_31_elements_do_not_overflow(backend):
         outcome.append((state.loss, panel_S.clone()))
     for strided, dense in zip(*outcome):
         assert torch.equal(strided, dense)
+
+
+def test_options_that_are_equal_and_of_another_kind_are_checked_again():
+    z = torch.eye(2)
+    fused_infonce(z, z, 1.0, hardness=1.0, directions=("qd", "dq"))
+    fused_infonce(z, z, 1.0, symmetric=True)
+    for change, error, message in (
+        ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1"),
+        ({"hardness": True}, TypeError, "hardness must be a number, got True"),
+        ({"hardness": ([],)}, TypeError, "hardness must be a number"),
+        ({"directions": (["qd"],)}, ValueError, "directions must be one of"),
+    ):
+        with pytest.raises(error, match=message):
+            fused_infonce(z, z, 1.0, **change)
+
+
+def test_a_tensor_among_the_options_is_not_kept():
+    z, temperature = torch.eye(2), torch.tensor(1.0)
+    bound = torch.ones(2)
+    seen = weakref.ref(temperature), weakref.ref(bound)
+    fused_infonce(z, z, temperature, exclude_above=bound)
+    del temperature, bound
+    assert seen[0]() is None and seen[1]() is None
 
 
 def test_numbers_of_other_kinds():

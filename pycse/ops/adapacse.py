@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from pycse import backends
@@ -15,21 +12,20 @@ from pycse.problem import Angular, AngularNeeds
 from pycse.validation import check_adapacse
 
 
-def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    z1, backend = a["z1"], a["backend"]
-    run = backends.module(backend, z1.device.type, "adapacse").adapacse
-    p = ARGUMENTS.problem(Angular, a, needs=AngularNeeds(*needs))
-    if a["validate"] or z1.device.type == "cpu":
+def _forward(p: Angular, needs: list[bool], backend: str, validate: bool) -> tuple[Tensor | None, ...]:
+    device = p.z1.device.type
+    run = backends.module(backend, device, "adapacse").adapacse
+    p.needs = AngularNeeds(*needs)
+    if validate or device == "cpu":
         check_adapacse(p)
+    temperature = p.temperature
     if backend not in backends.DIFFERENTIABLE:
-        p.z1, p.z2 = fused.rows(z1), fused.rows(p.z2)
-        p.temperature = fused.number(p.temperature)
-        for name in ("positives", "query_ids", "key_ids", "guide_queries", "guide_keys"):
-            if (t := getattr(p, name)) is not None:
-                setattr(p, name, t.contiguous())
+        p.z1, p.z2 = fused.rows(p.z1), fused.rows(p.z2)
+        p.temperature = fused.number(temperature)
+        fused.contiguous(p, ("positives", "query_ids", "key_ids", "guide_queries", "guide_keys"))
     out = run(p)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
-    return p.reduce(out.rows), out.dz1, out.dz2, fused.in_type_of(out.dtemperature, a["temperature"]), dweight
+    return p.reduce(out.rows), out.dz1, out.dz2, fused.in_type_of(out.dtemperature, temperature), dweight
 
 
 ARGUMENTS = Arguments(Angular, backend=str, validate=bool)

@@ -35,17 +35,20 @@ class Arguments:
         tensors: dict[str, str] = {}
         options: dict[str, str] = {}
         self.parts: dict[type, list[Field]] = {}
+        self.joined: dict[type, list[Field]] = {}  # of several arguments
         for problem in problems:
             hints = get_type_hints(problem)
             self.parts[problem] = [
                 Field(f.name, hints[f.name]) for f in dataclasses.fields(problem) if f.name not in NOT_GIVEN
             ]
+            self.joined[problem] = [field for field in self.parts[problem] if not field.single]
             for field in self.parts[problem]:
                 for name, kind in field.arguments.items():
                     kind = "Tensor?" if name in optional else kind
                     (tensors if kind in ("Tensor", "Tensor?") else options).setdefault(name, kind)
         options.update({name: TYPES[kind] for name, kind in others.items()})
         self.tensors = tuple(tensors)  # single tensors, which autograd keeps
+        self.others = tuple(others)
         self.types = {**tensors, **options}
         self.names = tuple(self.types)
         self.at = {name: k for k, name in enumerate(self.names)}
@@ -54,35 +57,21 @@ class Arguments:
     def schema(self) -> str:
         return ", ".join(f"{kind} {name}" for name, kind in self.types.items())
 
-    def given(self, *problems: Any, **others: Any) -> dict[str, Any]:
-        """The arguments by name, of problems and others; and by its class each problem."""
-        named: dict[Any, Any] = others  # type: ignore[assignment]
-        for problem in problems:
-            named[type(problem)] = problem
-            named.update(vars(problem))  # most fields are arguments of their own
-            for field in self.parts[type(problem)]:
-                if not field.single:
-                    field.put(getattr(problem, field.name), named)
-        return named
-
-    def ordered(self, named: Mapping[Any, Any]) -> tuple[Any, ...]:
-        return tuple([named[name] for name in self.names])
-
     def flat(self, *problems: Any, **others: Any) -> tuple[Any, ...]:
-        """The arguments in the schema's order."""
-        return self.ordered(self.given(*problems, **others))
-
-    def problem(self, kind: type, named: Mapping[Any, Any], **more: Any) -> Any:
-        """The problem that these arguments are of, with what else it has. Where a problem was given it is copied, which
-        takes a third of the time."""
-        if (p := named.get(kind)) is not None:  # type: ignore[call-overload]
-            result: Any = object.__new__(kind)
-            vars(result).update(vars(p) | more)
-            return result
-        return kind(*[named[f.name] if f.single else f.take(named) for f in self.parts[kind]], **more)
+        """The arguments in the schema's order, of problems and others."""
+        named = others
+        for problem in problems:
+            named.update(vars(problem))  # most fields are arguments of their own
+            for field in self.joined[type(problem)]:
+                field.put(named[field.name], named)
+        return tuple(map(named.__getitem__, self.names))
 
     def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(self.names, args))
+
+    def problem(self, kind: type, named: Mapping[str, Any]) -> Any:
+        """The problem that these arguments are of."""
+        return kind(*[named[f.name] if f.single else f.take(named) for f in self.parts[kind]])
 
 
 class Field:
@@ -104,8 +93,7 @@ class Field:
             named[self.name] = value if tensor else None
             named[f"{self.name}_value"] = 1 if tensor else value
         elif self.parts:
-            for part, x in zip(self.parts, value):
-                named[f"{self.name}_{part}"] = x
+            named.update(zip(self.arguments, value))
 
     def take(self, named: Mapping[str, Any]) -> Any:
         if self.number:

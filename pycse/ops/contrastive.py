@@ -21,35 +21,34 @@ INDICES = (
 )  # fmt: skip
 
 
-def compute(a: Mapping[str, Any], needs: list[bool]) -> tuple[Contrastive, Result]:
-    """The problem of an operator's arguments and what its backend makes of it."""
-    z1, backend = a["z1"], a["backend"]
-    run = backends.module(backend, z1.device.type, "contrastive").contrastive
-    p = ARGUMENTS.problem(Contrastive, a, needs=Needs(*needs))
-    if a["validate"] or z1.device.type == "cpu":
+def compute(p: Contrastive, needs: list[bool], backend: str, validate: bool) -> Result:
+    """What the backend makes of a problem, which is made ready for it."""
+    device = p.z1.device.type
+    run = backends.module(backend, device, "contrastive").contrastive
+    p.needs = Needs(*needs)
+    if validate or device == "cpu":
         check_values(p)
     check_lists(p)
+    temperature, m = p.temperature, p.m
     if backend not in backends.DIFFERENTIABLE:
-        p.z1, p.z2 = fused.rows(z1), fused.rows(p.z2)
-        p.temperature, p.m = fused.number(p.temperature), fused.number(p.m)
-        for name in INDICES:
-            if (t := getattr(p, name)) is not None:
-                setattr(p, name, t.contiguous())
-    return p, run(p)
+        p.z1, p.z2 = fused.rows(p.z1), fused.rows(p.z2)
+        p.temperature, p.m = fused.number(temperature), fused.number(m)
+        fused.contiguous(p, INDICES)
+    out: Result = run(p)
+    if p.trained:
+        dtemperature, dm = fused.in_type_of(out.dtemperature, temperature), fused.in_type_of(out.dm, m)
+        out = out._replace(dtemperature=dtemperature, dm=dm)
+    return out
 
 
 def loss_of(p: Contrastive, out: Result) -> Tensor:
     return out.loss if out.loss is not None and p.reduction != "none" else p.reduce(out.rows)
 
 
-def number_gradients(a: Mapping[str, Any], out: Result) -> tuple[Tensor | None, Tensor | None]:
-    return fused.in_type_of(out.dtemperature, a["temperature"]), fused.in_type_of(out.dm, a["m"])
-
-
-def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    p, out = compute(a, needs)
+def _forward(p: Contrastive, needs: list[bool], backend: str, validate: bool) -> tuple[Tensor | None, ...]:
+    out = compute(p, needs, backend, validate)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
-    return loss_of(p, out), out.dz1, out.dz2, *number_gradients(a, out), dweight
+    return loss_of(p, out), out.dz1, out.dz2, out.dtemperature, out.dm, dweight
 
 
 def fake_loss(a: Mapping[str, Any]) -> Tensor:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pycse import backends
 from pycse.ops import fused
 from pycse.ops.arguments import Arguments
-from pycse.ops.contrastive import compute, fake_loss, number_gradients
+from pycse.ops.contrastive import compute, fake_loss
 from pycse.problem import Contrastive, Distillation, Needs
 
 
-def _distillation(a: Mapping[str, Any], need: bool) -> Distillation:
-    d = ARGUMENTS.problem(Distillation, a, need=need)
-    if a["backend"] not in backends.DIFFERENTIABLE:
-        d.z1, d.teachers = fused.rows(d.z1), [fused.rows(e) for e in d.teachers]
-    return d
-
-
-def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
+def _forward(
+    p: Contrastive, d: Distillation, needs: list[bool], backend: str, validate: bool
+) -> tuple[Tensor | None, ...]:
     need = Needs(*needs)
-    run = backends.module(a["backend"], a["z1"].device.type, "distill").distill
-    d = _distillation(a, need.z1)
+    run = backends.module(backend, d.z1.device.type, "distill").distill
+    d.need = need.z1
+    if backend not in backends.DIFFERENTIABLE:
+        d.z1, d.teachers = fused.rows(d.z1), [fused.rows(e) for e in d.teachers]
 
     def dweight(rows: Tensor) -> Tensor | None:
-        return fused.in_type_of(d.weight_gradient(rows), a["weight"]) if need.weight else None
+        return fused.in_type_of(d.weight_gradient(rows), d.weight) if need.weight else None
 
-    if a["z2"] is None:
+    if p.z2 is None:
         out = run(d)
         distillation = d.reduce(out.rows)
         loss = distillation * d.factor
         return loss, torch.zeros_like(loss), distillation, out.dz1, None, None, None, dweight(out.rows * d.factor)
 
-    p, other = compute(a, needs)
+    other = compute(p, needs, backend, validate)
     out = run(d)  # after the contrastive part, which checks the tensors' values
     contrast, distillation = p.reduce(other.rows), d.reduce(out.rows)
     return (
@@ -45,7 +39,8 @@ def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ..
         distillation,
         None if other.dz1 is None else other.dz1.add_(out.dz1),
         other.dz2,
-        *number_gradients(a, other),
+        other.dtemperature,
+        other.dm,
         dweight(torch.add(other.rows, out.rows, alpha=d.factor)),
     )
 

@@ -59,23 +59,32 @@ def number(x: Any) -> Any:
     return x.item() if x.device.type == "cpu" else x.detach()
 
 
-def in_type_of(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+def contiguous(p: Any, names: tuple[str, ...]) -> None:
+    """These tensors of a problem, where given, with a stride of 1."""
+    given = vars(p)
+    for name in names:
+        if (t := given[name]) is not None:
+            setattr(p, name, t.contiguous())
+
+
+def in_type_of(gradient: Tensor | None, like: float | Tensor | None) -> Tensor | None:
     """A number's or a weight's gradient as forward returns it: in its type, float16's in float32."""
-    return gradient if gradient is None or like is None else gradient.to(gradient_dtype(like))
+    return gradient.to(gradient_dtype(like)) if gradient is not None and isinstance(like, Tensor) else gradient
 
 
 class Fused:
     """An operator with its autograd.
 
-    ``forward`` takes the arguments by name (a mapping) and ``needs``; it returns ``values`` tensors and the gradients,
-    None for what is not made. ``fake`` makes the values' shapes from the same mapping.
+    ``forward`` takes problems, which are its own from there on, ``needs`` and by name what else the operator takes; it
+    returns ``values`` tensors and the gradients, None for what is not made. ``fake`` makes the values' shapes from the
+    arguments by name (a mapping).
     """
 
     def __init__(
         self,
         name: str,
         arguments: Arguments,
-        forward: Callable[[Mapping[str, Any], list[bool]], tuple[Tensor | None, ...]],
+        forward: Callable[..., tuple[Tensor | None, ...]],
         fake: Callable[[Mapping[str, Any]], tuple[Tensor, ...]],
         *,
         differentiable: tuple[str, ...],
@@ -97,15 +106,14 @@ class Fused:
             library.impl(name, self._autocast(device, getattr(torch._C.DispatchKey, key)), key)
 
     def __call__(self, *problems: Any, **others: Any) -> tuple[Tensor, ...]:
-        """The operator's values for its problems, and what else it takes: ``backend`` and the like.
+        """The operator's values for its problems, which nobody else needs, and what else it takes: ``backend`` and the
+        like.
 
         Plain eager tensors skip the dispatcher, which costs as much as a batch of 64 computes.
         """
-        named = self.arguments.given(*problems, **others)
-        args = self.arguments.ordered(named)
         if others["backend"] in backends.DIFFERENTIABLE:
-            result: Any = self.forward(named, [False] * self.differentiable)
-            return result[: self.values]
+            return self._values(problems, others)
+        args = self.arguments.flat(*problems, **others)
         listed = () if self.list_at is None else args[self.list_at]
         z1 = args[0]
         plain = (
@@ -127,15 +135,19 @@ class Fused:
                 )
             return self.op(*args, [False] * self.differentiable)[: self.values]
         if _wants_gradients(args[: self.differentiable]):
-            first = functools.partial(self.forward, named)
+            first = functools.partial(self.forward, *problems, **others)
             return _Gradients.apply(self, first, self.run, args[self.tensors :], *args[: self.tensors])
-        result = self.forward(named, [False] * self.differentiable)
-        return result[: self.values]
+        return self._values(problems, others)
+
+    def _values(self, problems: tuple[Any, ...], others: dict[str, Any]) -> tuple[Any, ...]:
+        return self.forward(*problems, [False] * self.differentiable, **others)[: self.values]
 
     def run(self, *args: Any) -> tuple[Any, ...]:
         """``forward`` for the operator's arguments in order."""
         *given, needs = args
-        return self.forward(self.arguments.named(tuple(given)), needs)
+        named = self.arguments.named(tuple(given))
+        problems = [self.arguments.problem(kind, named) for kind in self.arguments.problems]
+        return self.forward(*problems, needs, **{name: named[name] for name in self.arguments.others})
 
     def rowwise(self, args: Any) -> bool:
         """True where the losses are returned row by row."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from pycse import backends
@@ -15,20 +12,19 @@ from pycse.problem import Sigmoid, SigmoidNeeds
 from pycse.validation import check_sigmoid_values
 
 
-def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    z1, backend = a["z1"], a["backend"]
-    run = backends.module(backend, z1.device.type, "sigmoid").sigmoid
-    p = ARGUMENTS.problem(Sigmoid, a, needs=SigmoidNeeds(*needs))
-    if a["validate"] or z1.device.type == "cpu":
+def _forward(p: Sigmoid, needs: list[bool], backend: str, validate: bool) -> tuple[Tensor | None, ...]:
+    device = p.z1.device.type
+    run = backends.module(backend, device, "sigmoid").sigmoid
+    p.needs = SigmoidNeeds(*needs)
+    if validate or device == "cpu":
         check_sigmoid_values(p)
+    scale, bias = p.scale, p.bias
     if backend not in backends.DIFFERENTIABLE:
-        p.z1, p.z2 = fused.rows(z1), fused.rows(p.z2)
-        p.scale, p.bias = fused.number(p.scale), fused.number(p.bias)
-        for name in ("positives", "query_ids", "key_ids"):
-            if (t := getattr(p, name)) is not None:
-                setattr(p, name, t.contiguous())
+        p.z1, p.z2 = fused.rows(p.z1), fused.rows(p.z2)
+        p.scale, p.bias = fused.number(scale), fused.number(bias)
+        fused.contiguous(p, ("positives", "query_ids", "key_ids"))
     out = run(p)
-    dscale, dbias = fused.in_type_of(out.dscale, a["scale"]), fused.in_type_of(out.dbias, a["bias"])
+    dscale, dbias = fused.in_type_of(out.dscale, scale), fused.in_type_of(out.dbias, bias)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
     return p.reduce(out.rows), out.dz1, out.dz2, dscale, dbias, dweight
 

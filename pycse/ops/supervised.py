@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from pycse import backends
@@ -15,21 +12,23 @@ from pycse.problem import Supervised, SupervisedNeeds
 from pycse.validation import check_supervised
 
 
-def _forward(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    run = backends.module(a["backend"], a["z1"].device.type, "supervised").supervised
-    p = ARGUMENTS.problem(Supervised, a, needs=SupervisedNeeds(*needs))
-    if a["validate"] or p.z1.device.type == "cpu":
+def _forward(p: Supervised, needs: list[bool], backend: str, validate: bool) -> tuple[Tensor | None, ...]:
+    device = p.z1.device.type
+    run = backends.module(backend, device, "supervised").supervised
+    p.needs = SupervisedNeeds(*needs)
+    if validate or device == "cpu":
         check_supervised(p)
+    temperature = p.temperature
     if p.z2 is None:
         p.z2 = p.z1
-    if a["backend"] not in backends.DIFFERENTIABLE:
+    if backend not in backends.DIFFERENTIABLE:
         p.z1 = fused.rows(p.z1)
         p.z2 = p.z1 if p.same else fused.rows(p.z2)
-        p.temperature = fused.number(p.temperature)
-        p.ids1, p.ids2 = p.ids1.contiguous(), None if p.ids2 is None else p.ids2.contiguous()
+        p.temperature = fused.number(temperature)
+        fused.contiguous(p, ("ids1", "ids2"))
     out = run(p)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
-    return p.reduce(out.rows), out.dz1, out.dz2, fused.in_type_of(out.dtemperature, a["temperature"]), dweight
+    return p.reduce(out.rows), out.dz1, out.dz2, fused.in_type_of(out.dtemperature, temperature), dweight
 
 
 ARGUMENTS = Arguments(Supervised, backend=str, validate=bool)

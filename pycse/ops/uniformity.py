@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,19 +11,19 @@ from pycse.ops.arguments import Arguments
 from pycse.problem import Alignment, Uniformity
 
 
-def _uniformity(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    p = UNIFORMITY.problem(Uniformity, a, need=needs[0])
-    run = backends.module(a["backend"], p.z.device.type, "uniformity").uniformity
-    if a["backend"] not in backends.DIFFERENTIABLE:
+def _uniformity(p: Uniformity, needs: list[bool], backend: str) -> tuple[Tensor | None, ...]:
+    run = backends.module(backend, p.z.device.type, "uniformity").uniformity
+    p.need = needs[0]
+    if backend not in backends.DIFFERENTIABLE:
         p.z, p.others = fused.rows(p.z), None if p.others is None else fused.rows(p.others)
     out = run(p)
     return out.loss, out.dz1
 
 
-def _alignment(a: Mapping[str, Any], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    p = ALIGNMENT.problem(Alignment, a, needs=(needs[0], needs[1]))
-    run = backends.module(a["backend"], p.x.device.type, "uniformity").alignment
-    if a["backend"] not in backends.DIFFERENTIABLE:
+def _alignment(p: Alignment, needs: list[bool], backend: str) -> tuple[Tensor | None, ...]:
+    run = backends.module(backend, p.x.device.type, "uniformity").alignment
+    p.needs = (needs[0], needs[1])
+    if backend not in backends.DIFFERENTIABLE:
         p.x, p.y = fused.rows(p.x), fused.rows(p.y)
     out = run(p)
     return out.loss, out.dz1, out.dz2

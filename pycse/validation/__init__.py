@@ -10,6 +10,7 @@ from pycse.validation.checks import (
     number,
     real,
     rows_and_choices,
+    rows_and_keys,
     seed,
     whole,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "packed_mask",
     "real",
     "rows_and_choices",
+    "rows_and_keys",
     "seed",
     "sigmoid",
     "sigmoid_options",

@@ -31,7 +31,8 @@ def dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {what}")
 
 
-def embeddings(name: str, z: Any) -> None:
+def embeddings(name: str, z: Any) -> tuple[int, int]:
+    """How many rows and features these are."""
     if not isinstance(z, Tensor):
         if isinstance(z, transforms.Proxy):
             raise transforms.Symbolic
@@ -41,14 +42,17 @@ def embeddings(name: str, z: Any) -> None:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(z.shape)}")
     if not z.dtype.is_floating_point or z.dtype.itemsize == 1:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
-    if z.shape[0] == 0 or z.shape[1] == 0:
+    rows, features = z.shape
+    if rows == 0 or features == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(z.shape)}")
+    return rows, features
 
 
 def same_device(z: Tensor, of: str = "z1", /, **others: Any) -> None:
+    device = z.device
     for name, tensor in others.items():
-        if isinstance(tensor, Tensor) and tensor.device != z.device:
-            raise ValueError(f"{name} must be on {of}'s device {z.device}, got {tensor.device}")
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name} must be on {of}'s device {device}, got {tensor.device}")
 
 
 def autocast(device: str) -> bool:
@@ -64,11 +68,9 @@ def same_dtype(name: str, z: Tensor, other_name: str, other: Tensor) -> None:
 
 def rows_and_keys(z1: Any, z2: Any) -> tuple[int, int]:
     """B and N of two matrices of embeddings that can be multiplied."""
-    embeddings("z1", z1)
-    embeddings("z2", z2)
+    (B, D), (N, features) = embeddings("z1", z1), embeddings("z2", z2)
     same_dtype("z1", z1, "z2", z2)
-    (B, D), N = z1.shape, z2.shape[0]
-    if z2.shape[1] != D:
+    if features != D:
         raise ValueError(f"z2 must have z1's {D} features, got shape {tuple(z2.shape)}")
     return B, N
 

@@ -21,7 +21,6 @@ from pycse.validation.checks import (
     positive_number,
     positives_are_keys,
     real,
-    rows_and_keys,
     rows_of_keys,
     same_device,
     short,
@@ -48,52 +47,29 @@ EXCLUSIVE = {
 
 
 def contrastive(
-    z1: Any,
-    z2: Any,
-    temperature: Any,
-    m: Any,
-    *,
-    positives: Any,
-    query_ids: Any,
-    key_ids: Any,
-    weight: Any,
-    guides: Any,
-    guide_weights: Any,
-    guide_logits: Any,
-    negatives: Any = None,
-    **options: Any,
+    z1: Tensor, z2: Tensor, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    """Everything that can be checked without reading a tensor's values."""
-    B, N = rows_and_keys(z1, z2)
-    contrastive_options(temperature, m, **options)
-    exclude_above = options["exclude_above"]
-    rows_of_keys(B, N, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight)
+    """What can be checked of a batch without reading a tensor's values, once its embeddings and the options are."""
+    B, N = z1.shape[0], z2.shape[0]
+    guides, guide_weights, guide_logits = batch["guides"], batch["guide_weights"], batch["guide_logits"]
+    exclude_above, negatives, directions = batch["exclude_above"], batch["negatives"], options["directions"]
+    vectors = {name: batch[name] for name in ("positives", "query_ids", "key_ids", "weight")}
+    rows_of_keys(B, N, **vectors)
     if isinstance(exclude_above, Tensor):
         vector("exclude_above", exclude_above, B, "float")
-    same_device(
-        z1,
-        z2=z2,
-        temperature=temperature,
-        m=m,
-        positives=positives,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        exclude_above=exclude_above,
-        weight=weight,
-    )
+    same_device(z1, z2=z2, temperature=temperature, m=m, exclude_above=exclude_above, **vectors)
     if options["normalize"]:  # else similarities may be as small as the temperature
         resolvable(
             z1, temperature, m, options["hard_negative_weight"], options["positive_margin"], options["hardness"]
         )  # fmt: skip
     guide(z1, z2, guides, guide_weights, guide_logits)
     lists(z1, negatives)
-    directions = options.get("directions", ("qd",))
     given = {
         "symmetric": options["symmetric"],
         "hard_negative_weight": options["hard_negative_weight"] != 0,
         "directions": len(directions) > 1,
         "negatives": negatives is not None,
-        "positives": positives is not None,
+        "positives": batch["positives"] is not None,
         "guides": guides is not None,
         "guide_weights": guide_weights is not None,
         "guide_logits": guide_logits is not None,
@@ -104,7 +80,7 @@ def contrastive(
     if options["symmetric"] and N != B:
         raise ValueError(f"symmetric=True needs as many keys as rows, got z1 with {B} and z2 with {N}")
     alike = [name for name in directions if name in ("qq", "dd")]
-    if options.get("partition") == "per_direction" and alike:
+    if options["partition"] == "per_direction" and alike:
         raise ValueError(
             f"partition='per_direction' needs directions with the positive among their similarities ('qd', 'dq'), got "
             f"{alike[0]!r}: alone, its loss would fall without end as its rows part; use partition='joint'"
@@ -178,6 +154,8 @@ def contrastive_options(
 
 def guide(z1: Tensor, z2: Tensor, guides: Any, weights: Any, logits: Any) -> None:
     """Guides of z1's rows and z2's keys: pairs of embeddings, or their averaged similarities."""
+    if guides is None and weights is None and logits is None:
+        return
     B, N = z1.shape[0], z2.shape[0]
     if logits is not None:
         matrix("guide_logits", logits, (B, N))
