@@ -240,6 +240,15 @@ def ranks(
     console.print(training.verdict(measured), highlight=False)
 
 
+@app.command(name="scaling")
+def write_scaling() -> None:
+    """Make the marked tables of docs/scaling.md anew: a model's, and bytes counted on 1 to 4 processes."""
+    from benchmarks import scaling
+
+    if scaling.write():
+        print(f"wrote {scaling.DOCUMENT}")
+
+
 def checked(chosen: list[Workload]) -> tuple[dict[str, Any], bool]:
     """On one thread, in the processor time that it took: what else runs on the machine counts for little."""
     options = ["--peers", "eager", "--one-thread", "--times-only", "--seconds", str(SECONDS)]

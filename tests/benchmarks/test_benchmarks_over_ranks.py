@@ -12,7 +12,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside this package", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import ranks  # noqa: E402
+from benchmarks import ranks, scaling  # noqa: E402
 from benchmarks.collectives import Call  # noqa: E402
 from pycse.training.errors import UserError  # noqa: E402
 
@@ -55,3 +55,28 @@ def test_shares():
     found = [ranks.Measured("", (0.0, 0.0), {"gathered": steps}) for steps in (slow, quick)]
     assert ranks.share(found) == pytest.approx(0.2) and ranks.share(found, max) == pytest.approx(0.3)
     assert "above both" in ranks.verdict(found)
+
+
+def test_bytes_are_those_of_the_formulas():
+    rows = scaling.counted((2,)).splitlines()  # raises where they are not
+    assert len(rows) == 2 + len(scaling.CALLS) * len(scaling.DTYPES)
+    text = scaling.DOCUMENT.read_text()
+    for row in rows[2:]:
+        call, dtype, count = (cell.strip() for cell in row.strip("|").split("|"))
+        assert f"| {call} | {dtype} | " in text and f" | {count} | " in text
+
+
+def test_the_document_is_the_models():
+    text = scaling.DOCUMENT.read_text()
+    model = {name: part for name, part in scaling.PARTS.items() if name != "counted"}
+    assert scaling.render(text, model) == text, "docs/scaling.md is out of date: python -m benchmarks scaling"
+    for name in scaling.PARTS:
+        assert text.count(f"<!-- bench {name} -->") == 1
+
+
+def test_costs():
+    gather, ring = (scaling.cost(x, 4, 4096, 64, "bf16") for x in scaling.EXCHANGES)
+    assert gather.memory == 4096 * 64 * 8 and ring.memory == 1024 * 64 * 12
+    assert gather.network == 3072 * 64 * 6 and ring.network == 3072 * 64 * 8
+    assert gather.operations * 8 == ring.operations * 6 == 6 * 8 * 1024 * 4096 * 64
+    assert scaling.cost("gather", 1, 4096, 64, "fp32").network == 0
