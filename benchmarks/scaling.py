@@ -124,7 +124,7 @@ def assumed() -> str:
             f"Assumed, not measured: D = {WIDTH}; M = {MEMORY / 1e9:.0f} GB of a GPU; n = {BANDWIDTH / 1e9:.0f} GB/s "
             "through a rank's network in each direction, the same between any",
             f"two ranks; r = {rates} operations a second; an encoder of {PARAMETERS / 1e6:.0f} million parameters that",
-            f"reads two texts of {TOKENS} tokens a row, E = 6 · parameters · tokens = {ENCODER / 1e9:.1f}·10⁹ a row. No "
+            f"reads two texts of {TOKENS} tokens a row, E = 6 · parameters · tokens = {ENCODER / 1e9:.1f}·10⁹. No "
             "latency, and nothing at the same time: seconds of network",
             "and products add up. In the tables k is 2¹⁰ and M 2²⁰ rows, GB are 10⁹ bytes.",
         ]
