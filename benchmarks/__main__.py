@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,6 +212,41 @@ def steps(seconds: float = typer.Option(10.0, min=0.0, help="For the rounds of a
     tunables = os.environ.get("GLIBC_TUNABLES", "as it comes")
     console.print(f"{date.today()}  {measure.machine()}  commit {measure.commit()}  GLIBC_TUNABLES: {tunables}")
     console.print(training.table(seconds))
+
+
+@app.command()
+def ranks(
+    processes: Annotated[int, typer.Option(min=1, help="That train one model.")] = 2,
+    rows: Annotated[int, typer.Option(min=2, help="Of each process' batch.")] = 512,
+    threads: Annotated[int, typer.Option(min=0, help="Of each; 0: cores / processes.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches; each is stepped in every way, in turn.")] = 5,
+) -> None:
+    """Training steps over processes of this machine: what is the loss' communication, and waiting for others."""
+    from benchmarks import ranks as training
+    from pycse.training.encoder import bundled_model
+
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    measured = training.measured(processes, rows, threads, rounds, bundled_model(), training.texts())
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("sentence-transformers", "transformers"))
+    console.print(
+        f"{date.today()}  {measured[0].machine} a process, {os.cpu_count()} cores, {versions}, commit "
+        f"{measure.commit()}; all-MiniLM-L6-v2, {training.TOKENS} tokens a text at most, {rounds} rounds",
+        highlight=False,
+    )
+    loss, gradient = measured[0].parity
+    console.print(f"parity with one process: loss {loss:.0e}, gradient {gradient:.0e}", highlight=False)
+    console.print(training.table(measured, rows))
+    console.print(training.verdict(measured), highlight=False)
+
+
+@app.command(name="scaling")
+def write_scaling() -> None:
+    """Make the marked tables of docs/scaling.md anew: a model's, and bytes counted on 1 to 4 processes."""
+    from benchmarks import scaling
+
+    if scaling.write():
+        print(f"wrote {scaling.DOCUMENT}")
 
 
 def checked(chosen: list[Workload]) -> tuple[dict[str, Any], bool]:
