@@ -145,7 +145,8 @@ def fused_focal_infonce(
         return across(
             "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, group, exchange, replicated_keys
         )
-    return ops.contrastive(problem_of("focal", z1, z2, temperature, m, batch, options), backend, validate)
+    p = one_matrix(problem_of("focal", z1, z2, temperature, m, batch, options))
+    return ops.contrastive(p, backend, validate)
 
 
 @recordable
@@ -207,7 +208,8 @@ def fused_infonce(
         return across(
             "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange, replicated_keys
         )
-    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, batch, options), backend, validate)
+    p = one_matrix(problem_of("infonce", z1, z2, temperature, 0.0, batch, options))
+    return ops.contrastive(p, backend, validate)
 
 
 def across(
@@ -228,7 +230,7 @@ def problem_of(
     form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any]
 ) -> Contrastive:
     """The problem that a public function's arguments state, once they are checked: those of a batch and the others."""
-    B, N = validation.rows_and_keys(z1, z2)
+    validation.rows_and_keys(z1, z2)
     bound = batch["exclude_above"]
     each = isinstance(bound, Tensor)
     p = of_options(form=form, temperature=temperature, m=m, exclude_above=None if each else bound, **options).copy()
@@ -243,9 +245,15 @@ def problem_of(
     p.guide_logits = batch["guide_logits"]
     if batch["negatives"] is not None:
         p.negatives_ptr, p.negatives_index = (as_long(t) for t in batch["negatives"])
-    if p.partition == "per_direction" and p.directions == "qd dq" and N == B and p.query_ids is None and not p.hardness:
-        # rows' ids, and hardness on "qd", are of rows alone
-        p.directions, p.symmetric = "qd", True  # rows and columns of one matrix: fewer products
+    return p
+
+
+def one_matrix(p: Contrastive) -> Contrastive:
+    """Rows and columns of one matrix as such, with fewer products. Rows' ids, and hardness on "qd", are of rows
+    alone."""
+    both_ways = p.partition == "per_direction" and p.directions == "qd dq" and len(p.z1) == len(p.z2)
+    if both_ways and p.query_ids is None and not p.hardness:
+        p.directions, p.symmetric = "qd", True
     return p
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pycse import ops
-from pycse.functional import across, problem_of
+from pycse.functional import problem_of
+from pycse.problem import Contrastive
 from pycse.transforms import recordable
 from pycse.validation import embeddings, flag
 
@@ -72,23 +73,33 @@ def logsumexp_similarities(
     Source: pycse's own; for its use Yeh et al., "Decoupled Contrastive Learning", ECCV 2022 (arXiv 2110.06848), and
     Chuang et al., "Debiased Contrastive Learning", NeurIPS 2020 (arXiv 2007.00224).
     """
-    flag("include_positive", include_positive)
-    embeddings("z1", z1)
-    if include_positive and positives is None and query_ids is None and exclude_above is None:
-        positives = _any_key(z1)
     batch = dict(
         positives=positives, query_ids=query_ids, key_ids=key_ids, exclude_above=exclude_above, guides=None,
         guide_weights=None, guide_logits=None, negatives=None, weight=None,
     )  # fmt: skip
-    options: dict[str, Any] = dict(
-        positive_margin=0.0, hard_negative_weight=0.0, hardness=0.0, hardness_mode="all_negatives",
-        exclude_by=exclude_by, guide_above=0.0, guide_by="absolute", symmetric=False, directions=("qd",),
-        partition="joint", normalize=normalize, reduction="none", backend=backend, validate=validate,
-        output="logsum" if include_positive else "negatives",
-    )  # fmt: skip
+
+    def problem(z1: Any, z2: Any, **batch: Any) -> Contrastive:
+        flag("include_positive", include_positive)
+        embeddings("z1", z1)
+        asked = (batch[name] is not None for name in ("positives", "query_ids", "exclude_above"))
+        if include_positive and not any(asked):
+            batch["positives"] = _any_key(z1)
+        options: dict[str, Any] = dict(
+            positive_margin=0.0, hard_negative_weight=0.0, hardness=0.0, hardness_mode="all_negatives",
+            exclude_by=exclude_by, guide_above=0.0, guide_by="absolute", symmetric=False, directions=("qd",),
+            partition="joint", normalize=normalize, reduction="none", backend=backend, validate=validate,
+            output="logsum" if include_positive else "negatives",
+        )  # fmt: skip
+        return problem_of("infonce", z1, z2, temperature, 0.0, batch, options)
+
     if group is not None:
-        return across("logsumexp_similarities", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange)
-    return ops.contrastive(problem_of("infonce", z1, z2, temperature, 0.0, batch, options), backend, validate)
+        from pycse import distributed
+
+        return distributed.contrastive(
+            "logsumexp_similarities", problem, {"z1": z1, "z2": z2, **batch}, group=group, exchange=exchange,
+            backend=backend, validate=validate,
+        )  # fmt: skip
+    return ops.contrastive(problem(z1, z2, **batch), backend, validate)
 
 
 def _any_key(z1: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ its own rows (joined.py). docs/scaling.md has the collectives, bytes and operati
 from pycse.distributed.calls import adapacse, contrastive, distill, sigmoid, supervised
 from pycse.distributed.hypersphere import alignment, uniformity
 from pycse.distributed.rows import averaged, differ, joined_rows
+from pycse.distributed.talk import refuse
 
 __all__ = [
     "adapacse",
@@ -17,6 +18,7 @@ __all__ = [
     "differ",
     "distill",
     "joined_rows",
+    "refuse",
     "sigmoid",
     "supervised",
     "uniformity",

@@ -20,8 +20,7 @@ def during(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"pycse: a loss over a process group lost its ranks while they exchanged {what}; one may have ended, or "
-            f"called no loss: {error}"
+            f"pycse: the ranks of a loss could not exchange {what} (one may have ended, or called no loss): {error}"
         ) from error
 
 

@@ -11,8 +11,8 @@ from pycse import transforms
 from pycse.validation.checks import what
 
 
-def group_of(given: Any, device: str) -> dist.ProcessGroup:
-    """The process group that ``group=`` names, with this process in it and a backend for the tensors' device.
+def group_of(given: Any) -> dist.ProcessGroup:
+    """The process group that ``group=`` names, with this process in it.
 
     Raises:
         TypeError: it is no group. RuntimeError: it cannot be used, or not here.
@@ -29,14 +29,29 @@ def group_of(given: Any, device: str) -> dist.ProcessGroup:
     group: Any = dist.group.WORLD if given == "world" else given
     if given == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank() not in _ranks(group):
         raise RuntimeError(f"group must hold the process that calls, got one without rank {dist.get_rank()}")
+    return group
+
+
+def check_device(group: dist.ProcessGroup, device: torch.device) -> None:
+    """That the group has a backend for tensors there."""
     try:
-        group._get_backend(torch.device(device))
+        group._get_backend(device)
     except RuntimeError as error:
         raise RuntimeError(
-            f"group must have a backend for {device} tensors (gloo for cpu, nccl for cuda), got one of "
+            f"group must have a backend for {device.type} tensors (gloo for cpu, nccl for cuda), got one of "
             f"{dist.get_backend(group)}"
         ) from error
-    return group
+
+
+def device_of(group: dist.ProcessGroup, t: Any) -> torch.device:
+    """Where ranks talk: on t's device, or where that cannot be, on one of the group's."""
+    try:
+        if isinstance(t, torch.Tensor):
+            group._get_backend(t.device)
+            return t.device
+    except RuntimeError:
+        pass
+    return torch.device(dist.distributed_c10d._get_object_coll_device(group))
 
 
 def _ranks(group: Any) -> list[int]:

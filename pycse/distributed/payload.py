@@ -86,7 +86,7 @@ def gathered(group: dist.ProcessGroup, layout: Layout, pieces: list[Piece]) -> l
         piece = pieces[0]
         all_ranks = piece.t.new_empty(sum(counts[piece.of]), *piece.t.shape[1:])
         if all_ranks.numel():
-            all_gather(_bytes(all_ranks), _bytes(piece.t.detach().contiguous()), group, "keys")
+            all_gather(_bytes(all_ranks), _bytes(piece.t), group, "keys")
         return [all_ranks if layout.groups < 2 else layout.joined(list(all_ranks.chunk(layout.size)), piece.of)]
     begins = [
         [0, *itertools.accumulate(-(-counts[p.of][rank] * p.bytes // ALIGNED) * ALIGNED for p in pieces)]
@@ -96,7 +96,7 @@ def gathered(group: dist.ProcessGroup, layout: Layout, pieces: list[Piece]) -> l
     device = pieces[0].t.device
     own = torch.zeros(most, dtype=torch.uint8, device=device)
     for piece, at in zip(pieces, begins[layout.rank]):
-        flat = _bytes(piece.t.detach().contiguous())
+        flat = _bytes(piece.t)
         own[at : at + len(flat)] = flat
     received = torch.empty(layout.size * most, dtype=torch.uint8, device=device)
     if most:
@@ -114,7 +114,7 @@ def gathered(group: dist.ProcessGroup, layout: Layout, pieces: list[Piece]) -> l
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.view(-1).view(torch.uint8)
+    return t.detach().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 OWN = 4  # where an Exchange's own tensors begin
@@ -179,13 +179,11 @@ def reduced(group: dist.ProcessGroup, layout: Layout, totals: list[Tensor], of: 
         if out.numel():
             reduce_scatter(out, totals[0], group, "gradients")
         return [out]
-    by_rank = zip(*(layout.parts(t, name) for t, name in zip(totals, of)))
-    sent = [torch.cat(parts) for parts in by_rank]
     # Ranks with fewer rows are padded: a collective of equal parts is one, of unequal ones many.
-    most = max(len(x) for x in sent)
+    most = max(map(sum, zip(*(counts[name] for name in of))))
     padded = totals[0].new_zeros(layout.size, most, D)
-    for at, x in zip(padded, sent):
-        at[: len(x)] = x
+    for at, parts in zip(padded, zip(*(layout.parts(t, name) for t, name in zip(totals, of)))):
+        torch.cat(parts, out=at[: sum(map(len, parts))])
     home = totals[0].new_empty(most, D)
     if most:
         reduce_scatter(home, padded.flatten(0, 1), group, "gradients")

@@ -82,6 +82,7 @@ class Travelling:
             if t + 1 < size:
                 self.pending = _passed(self.group, held, self.buffers[t % 2], "keys")
             yield (rank - t) % size, self.views(held, (rank - t) % size)
+        del self.buffers, self.pending
 
 
 def _row_bytes(t: Tensor) -> int:
@@ -144,9 +145,11 @@ class Ring(torch.autograd.Function):
         ctx.counts = [t.shape[0] for t in own[:2] if t is not None]
         ctx.p, ctx.kernels, ctx.travelling = p, kernels, travelling
         ctx.needs = Needs(*ctx.needs_input_grad[3:])
-        with _on_device(p):
+        # Embeddings are cast already.
+        with _on_device(p), torch.autocast(p.z1.device.type, enabled=False):
             loss, ctx.lneg, ctx.l_pos = sums(p, kernels, travelling)
-        ctx.save_for_backward(*(t for t in own if isinstance(t, Tensor)))  # so that a change in place is seen
+        # So that a change in place is seen; what does not require grad may be of inference mode.
+        ctx.save_for_backward(*(t for t in own if isinstance(t, Tensor) and t.requires_grad))
         return loss[: ctx.counts[0]]
 
     @staticmethod
@@ -156,7 +159,7 @@ class Ring(torch.autograd.Function):
         coef = torch.zeros_like(ctx.l_pos)
         if upstream is not None:
             coef[: len(upstream)] = upstream
-        with _on_device(p):
+        with _on_device(p), torch.autocast(p.z1.device.type, enabled=False):
             out = gradients(replace(p, needs=ctx.needs), ctx.kernels, ctx.travelling, ctx.lneg, ctx.l_pos, coef)
         dz1, dz2 = (None if g is None else g[:n] for g, n in zip((out.dz1, out.dz2), ctx.counts))
         return None, None, None, dz1, dz2, out.dtemperature, out.dm
@@ -240,7 +243,7 @@ def gradients(
             side = sides[name].total
             assert side is not None
             side.total[: len(g) - 1] += g[:-1]
-    return own.result(l_pos, numbers)
+    return own.result(l_pos.to(p.acc), numbers)
 
 
 def rows(

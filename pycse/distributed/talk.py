@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pycse.distributed.collectives import all_gather, all_gather_object
+from pycse.distributed.groups import device_of, group_of
 
+TALK = "pycse: ranks talk to each other"  # why torch.compile leaves it out
 FIELDS = ("digest", "refused", "rows", "keys", "seed", "total")
 
 
@@ -78,6 +80,12 @@ def exchange(
         _raise(group, description, refused)
     totals = [struct.unpack("<d", struct.pack("<q", bits))[0] for bits in table["total"]]
     return Headers(dist.get_rank(group), table["rows"], table["keys"], seeds, sum(totals))
+
+
+def refuse(error: Exception, t: Any, given: Any) -> None:
+    """Raises ``error`` here, and on the other ranks of a group what it says, where they exchange headers next."""
+    group = group_of(given)
+    exchange(group, device_of(group, t), {}, error)
 
 
 def _raise(group: dist.ProcessGroup, description: dict[str, str], refused: Exception | None) -> None:

@@ -36,7 +36,7 @@ def _fake(z: Tensor) -> tuple[Tensor]:
 UNIFORMITY = Arguments(Uniformity, backend=str)
 ALIGNMENT = Arguments(Alignment, backend=str)
 uniformity_op = fused.Fused(
-    "uniformity", UNIFORMITY, _uniformity, lambda a: _fake(a["z"]), differentiable=("z",), embeddings=("z",)
+    "uniformity", UNIFORMITY, _uniformity, lambda a: _fake(a["z"]), differentiable=("z",), embeddings=("z", "others")
 )
 alignment_op = fused.Fused(
     "alignment", ALIGNMENT, _alignment, lambda a: _fake(a["x"]), differentiable=("x", "y"), embeddings=("x", "y")

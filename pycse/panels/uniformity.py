@@ -59,10 +59,14 @@ def uniformity(p: Uniformity, kernels: type[Kernels]) -> Result:
     new = lambda *shape: torch.empty(shape, dtype=p.acc, device=z.device)  # noqa: E731
     bias, sums = new(N), new(N)
     k = kernels(p, bias, sums)
-    zhat, r = z if p.others is None else torch.cat((z, p.others)), None
+    zhat, r = z, None
     if p.normalize:
-        keys, zhat, r = zhat, k.empty(N, D, dtype=z.dtype), new(N)
-        k.normalize(keys, r, zhat)
+        zhat, r = k.empty(N, D, dtype=z.dtype), new(N)
+        k.normalize(z, r[:own], zhat[:own])
+        if p.others is not None and own < N:
+            k.normalize(p.others, r[own:], zhat[own:])
+    elif p.others is not None:
+        zhat = torch.cat((z, p.others))
     c = panel_rows(p, k.temporaries)
     panel = k.empty(c * N, dtype=z.dtype)
 

@@ -174,15 +174,14 @@ class ColumnLoss(nn.Module):
         """The loss of columns that are embedded already: (B, D) each. ``labels`` are the dataset's."""
         batch = labels if isinstance(labels, Batch) else Batch(labels)
         rows = [len(z) for z in embeddings]
-        if len(set(rows)) > 1:
-            raise ValueError(f"every column must have as many rows as the first, got {rows}")
-        if batch.dropout_views and self.model.training and "views" not in self._checked:
-            self._checked.add("views")
-            if torch.equal(embeddings[0], embeddings[1]):
-                raise ValueError(
-                    "one column is embedded twice for two views by dropout, and both views are equal: this model has "
-                    "no dropout (a StaticEmbedding never has). Give the dataset a column of positives"
-                )
+        try:
+            self._check_embeddings(embeddings, batch)
+        except ValueError as error:
+            if self.group is not None:  # the other processes are about to meet this one
+                from pycse import distributed
+
+                distributed.refuse(error, embeddings[0], self.group)
+            raise
         if self.precision == "half":
             embeddings = [z.to(torch.bfloat16) for z in embeddings]
         alone = len(embeddings) == 2 and rows[0] == 1 and self.wants_positives and self.group is None
@@ -194,6 +193,18 @@ class ColumnLoss(nn.Module):
                 stacklevel=2,
             )
         return self.compare(embeddings, batch)
+
+    def _check_embeddings(self, embeddings: list[Tensor], batch: Batch) -> None:
+        rows = [len(z) for z in embeddings]
+        if len(set(rows)) > 1:
+            raise ValueError(f"every column must have as many rows as the first, got {rows}")
+        if batch.dropout_views and self.model.training and rows[0] and "views" not in self._checked:
+            self._checked.add("views")
+            if torch.equal(embeddings[0], embeddings[1]):
+                raise ValueError(
+                    "one column is embedded twice for two views by dropout, and both views are equal: this model has "
+                    "no dropout (a StaticEmbedding never has). Give the dataset a column of positives"
+                )
 
     def compare(self, embeddings: list[Tensor], batch: Batch) -> Tensor:
         raise NotImplementedError

@@ -112,3 +112,85 @@ def second_derivative(rank, group):
 def test_second_derivatives_are_refused(ranks):
     for fine, result in ranks.outcomes(2, second_derivative):
         assert not fine and result[0] is RuntimeError
+
+
+def with_autocast(rank, group, exchange, function, rows=(4, 3)):
+    """Under autocast, and with the embeddings cast before."""
+    g = torch.Generator().manual_seed(rank)
+    z1, z2 = torch.randn(rows[rank], 16, generator=g), torch.randn(rows[rank], 16, generator=g)
+    given = {"group": group} | ({"exchange": exchange, "temperature": 0.01} if exchange else {})
+    call = getattr(pycse, function)
+    inputs = (z1,) if function == "uniformity" else (z1, z2)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = call(*inputs, **given)
+    return cast.item(), call(*(z.bfloat16() for z in inputs), **given).item()
+
+
+@pytest.mark.parametrize("rows", [(4, 3), (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    "exchange, function",
+    [("gather", "fused_infonce"), ("ring", "fused_infonce"), (None, "uniformity"), (None, "alignment")],
+)
+def test_autocast(ranks, exchange, function, rows):
+    for cast, given in ranks.run(2, with_autocast, exchange, function, rows):
+        assert cast == pytest.approx(given, rel=1e-6 if function != "alignment" else 2e-2, abs=1e-30)
+
+
+def with_weights(rank, group, dtype):
+    g = torch.Generator().manual_seed(rank)
+    z1, z2 = torch.randn(5, 16, generator=g), torch.randn(5, 16, generator=g)
+    weight = torch.ones(5, dtype=dtype)
+    return pycse.fused_infonce(z1, z2, weight=weight, group=group).item(), pycse.fused_infonce(
+        z1, z2, group=group
+    ).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_16_bits_are_not_rounded_on_their_way(ranks, dtype):
+    for weighted, plain in ranks.run(3, with_weights, dtype):
+        assert weighted == pytest.approx(plain, rel=1e-6)
+
+
+def checkpointed(rank, group, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    rows = (3, 0)[rank]
+    W = torch.eye(8, requires_grad=True)
+    z = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    loss = checkpoint(lambda a: pycse.fused_infonce(a @ W, a @ W, group=group), z, use_reentrant=reentrant)
+    loss.backward()
+    return W.grad.norm().item()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_a_rank_without_rows(ranks, reentrant):
+    assert all(norm == norm for norm in ranks.run(2, checkpointed, reentrant))
+
+
+def compiled_loss(rank, group, case):
+    from shared_batches import on_rank
+
+    return torch.compile(lambda: on_rank(rank, group, case)["loss"], backend="eager")()
+
+
+@pytest.mark.parametrize("loss", ["distill", "distillcse", "sigmoid", "supcon", "uniformity", "alignment"])
+def test_every_loss_breaks_the_graph(ranks, loss):
+    from shared_batches import Shared, on_rank
+
+    case = Shared((4, 5), loss)
+    right = [one["loss"] for one in ranks.run(2, on_rank, case)]
+    torch.testing.assert_close(ranks.run(2, compiled_loss, case), right)
+
+
+def of_inference_mode(rank, group, exchange):
+    with torch.inference_mode():
+        z = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+    temperature = torch.tensor(0.1, requires_grad=True)
+    pycse.fused_infonce(z, z, temperature, group=group, exchange=exchange).backward()
+    return temperature.grad.item()
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_embeddings_of_inference_mode(ranks, exchange):
+    first, second = ranks.run(2, of_inference_mode, exchange)
+    assert first == second != 0

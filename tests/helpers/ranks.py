@@ -25,7 +25,8 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=MOST, timeout=timedelta(seconds=GROUP_TIMEOUT)
     )
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
+    timeout = timedelta(seconds=GROUP_TIMEOUT)
+    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, MOST + 1)}
     while (task := pipe.recv_bytes()) != b"end":
         function, size, args = pickle.loads(task)
         try:
