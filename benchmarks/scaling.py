@@ -56,7 +56,7 @@ def cost(exchange: str, W: int, N: int, D: int, dtype: str) -> Cost:
     """One direction, forward and backward, N / W rows on each of W ranks."""
     B, e, a = N / W, DTYPES[dtype].itemsize, SUM
     if exchange == "ring":
-        return Cost(2 * B * D * (e + a), (N - B) * D * (2 * e + a), 8 * B * N * D)
+        return Cost(B * D * (3 * e + 5 * a), (N - B) * D * (2 * e + a), 8 * B * N * D)
     rounded = e if e < a else 0  # a gradient as autograd hands it on, beside its sum
     return Cost(N * D * (e + a + rounded), (N - B) * D * (e + a), 6 * B * N * D)
 

@@ -193,7 +193,7 @@ def test_reference_gradcheck():
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_operators(backend):
     x, y = points(12).float().requires_grad_(), points(12, seed=1).float().requires_grad_()
-    torch.library.opcheck(uniformity_op.op, (x, 2.0, True, backend, [False]))
+    torch.library.opcheck(uniformity_op.op, (x, None, 2.0, True, backend, [False]))
     torch.library.opcheck(alignment_op.op, (x, y, True, backend, [False, False]))
 
 
