@@ -233,7 +233,8 @@ def problem_of(
     validation.rows_and_keys(z1, z2)
     bound = batch["exclude_above"]
     each = isinstance(bound, Tensor)
-    p = of_options(form=form, temperature=temperature, m=m, exclude_above=None if each else bound, **options).copy()
+    others = {"form": form, "temperature": temperature, "m": m, "exclude_above": None if each else bound, **options}
+    p = of_options(others.pop("directions"), others).copy()
     validation.contrastive(z1, z2, temperature, m, batch, options)
     p.z1, p.z2, p.weight = z1, z2, batch["weight"]
     p.positives = as_long(batch["positives"])
@@ -261,18 +262,19 @@ def one_matrix(p: Contrastive) -> Contrastive:
 PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
-def of_options(*, directions: Any, **others: Any) -> Contrastive:
+def of_options(directions: Any, others: dict[str, Any]) -> Contrastive:
     """A problem that has no batch yet, of options that are checked: once where they are plain."""
-    known = type(directions) is tuple and PLAIN.issuperset(map(type, (*directions, *others.values())))
-    if known and not torch.compiler.is_compiling():
-        return _of_options(directions=directions, **others)
-    return _of_options.__wrapped__(directions=directions, **others)
+    values = tuple(others.values())
+    known = type(directions) is tuple and PLAIN.issuperset(map(type, (*directions, *values)))
+    make = _of_options if known and not torch.compiler.is_compiling() else _of_options.__wrapped__
+    return make(directions, tuple(others), *values)
 
 
 @functools.lru_cache(typed=True)
-def _of_options(
-    *, form: str, temperature: Any, m: Any, directions: Any, output: str = "loss", **options: Any
-) -> Contrastive:
+def _of_options(directions: Any, names: tuple[str, ...], *values: Any) -> Contrastive:
+    options = dict(zip(names, values))
+    form, temperature, m = (options.pop(name) for name in ("form", "temperature", "m"))
+    output = options.pop("output", "loss")
     validation.contrastive_options(temperature, m, directions=directions, **options)
     del options["backend"], options["validate"]  # the operator's
     for name in ("positive_margin", "hard_negative_weight", "hardness", "guide_above", "exclude_above"):

@@ -101,7 +101,7 @@ class Rows:
     def copy(self) -> Any:
         """The same problem: what is set in the one does not show in the other."""
         result = object.__new__(type(self))
-        vars(result).update(vars(self))
+        result.__dict__ = vars(self).copy()
         return result
 
     def reduce(self, rows: Tensor) -> Tensor:
