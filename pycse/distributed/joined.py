@@ -154,12 +154,10 @@ class Local:
         own: dict[str, Any] = {name: held[name] for name in ("z1", "z2") if name in values}
         of = ["rows" if name == "z1" else "keys" for name in own]
         result = [values[name] for name in own]
-        for name in NUMBERS[type(p)]:
-            if isinstance(t := getattr(p, name), Tensor):
-                own[name] = t
-                of.append("mean")
-                result.append(t.detach().clone())
-        self._add_total(p, heads, own, of, result)
+        for name, (t, value, how) in self._numbers(p, heads).items():
+            own[name] = t
+            result.append(value)
+            of.append(how)
         new = dict(zip(own, Exchange.apply(group, layout, result, of, *own.values()))) if own else {}
 
         if self.private:
@@ -182,12 +180,15 @@ class Local:
             later["seed"] = heads.seed.clone()
         return [first, replace(d, **later, teachers=[values[f"teacher {k}"] for k in range(len(d.teachers))])]
 
-    def _add_total(self, p: Any, heads: Headers, own: dict[str, Any], of: list[str], result: list[Tensor]) -> None:
-        """The sum of all weights, where the mean's gradient goes through it."""
+    def _numbers(self, p: Any, heads: Headers) -> dict[str, tuple[Tensor, Tensor, str]]:
+        """What an Exchange takes beside embeddings: by name this rank's, all ranks', and how gradients are joined.
+        Numbers that may be trained, and the sum of all weights, where the mean's gradient goes through it."""
+        given = {name: getattr(p, name) for name in NUMBERS[type(p)]}
+        result = {n: (t, t.detach().clone(), "mean") for n, t in given.items() if isinstance(t, Tensor)}
         if p.reduction == "mean" and self.weight is not None:
-            own["total"] = self.weight.sum(dtype=torch.float64)
-            of.append("summed")
-            result.append(own["total"].detach().new_tensor(heads.total))
+            own = self.weight.sum(dtype=torch.float64)
+            result["total"] = (own, own.detach().new_tensor(heads.total), "summed")
+        return result
 
     def _weights(self, p: Any, heads: Headers, new: dict[str, Any]) -> Tensor:
         """What the rows' losses are multiplied by."""
@@ -220,18 +221,12 @@ class Local:
         layout = Layout(heads.rank, heads.rows, heads.keys)
         if layout.B == 0:
             raise ValueError("z1 must have at least one row on some rank, got none")
-        own: dict[str, Any] = {}
-        of: list[str] = []
-        result: list[Tensor] = []
-        for name in NUMBERS[type(p)]:
-            if isinstance(t := getattr(p, name), Tensor):
-                own[name] = t
-                of.append("mean")
-                result.append(t.detach().clone())
-        self._add_total(p, heads, own, of, result)
-        numbers = dict(zip(own, Exchange.apply(group, layout, result, of, *own.values()))) if own else {}
-        weight = self._weights(p, heads, numbers)
         self._check_groups(p, layout)
+        numbers: dict[str, Any] = {}
+        if given := self._numbers(p, heads):
+            own, values, how = zip(*given.values())
+            numbers = dict(zip(given, Exchange.apply(group, layout, list(values), list(how), *own)))
+        weight = self._weights(p, heads, numbers)
         p = replace(p, **{n: z for n, z in (("z1", self.z1), ("z2", self.z2)) if z.shape[0]})
         if self.private:
             p = replace(
