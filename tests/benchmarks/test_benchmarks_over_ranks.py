@@ -76,7 +76,7 @@ def test_the_document_is_the_models():
 
 def test_costs():
     gather, ring = (scaling.cost(x, 4, 4096, 64, "bf16") for x in scaling.EXCHANGES)
-    assert gather.memory == 4096 * 64 * 8 and ring.memory == 1024 * 64 * 12
+    assert gather.memory == 4096 * 64 * 8 and ring.memory == 1024 * 64 * (3 * 2 + 5 * 4)
     assert gather.network == 3072 * 64 * 6 and ring.network == 3072 * 64 * 8
     assert gather.operations * 8 == ring.operations * 6 == 6 * 8 * 1024 * 4096 * 64
     assert scaling.cost("gather", 1, 4096, 64, "fp32").network == 0
