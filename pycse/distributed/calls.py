@@ -54,22 +54,18 @@ def contrastive(
     return _loss(p, lambda: ops.contrastive(p, how["backend"], how["validate"]))
 
 
-@torch.compiler.disable(reason=TALK)
-def sigmoid(name: str, make: Callable[..., Sigmoid], given: dict[str, Any], **how: Any) -> Tensor:
-    p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
-    return _loss(p, lambda: ops.sigmoid(p, how["backend"], how["validate"]))
+def _over_ranks(op: Callable[[Any, str, bool], Tensor]) -> Callable[..., Tensor]:
+    """The call over a group of a loss whose keys are always gathered."""
+
+    @torch.compiler.disable(reason=TALK)
+    def call(name: str, make: Callable[..., Any], given: dict[str, Any], **how: Any) -> Tensor:
+        p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
+        return _loss(p, lambda: op(p, how["backend"], how["validate"]))
+
+    return call
 
 
-@torch.compiler.disable(reason=TALK)
-def supervised(name: str, make: Callable[..., Supervised], given: dict[str, Any], **how: Any) -> Tensor:
-    p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
-    return _loss(p, lambda: ops.supervised(p, how["backend"], how["validate"]))
-
-
-@torch.compiler.disable(reason=TALK)
-def adapacse(name: str, make: Callable[..., Angular], given: dict[str, Any], **how: Any) -> Tensor:
-    p, *_ = joined(name, lambda **arguments: [make(**arguments)], given, **how)
-    return _loss(p, lambda: ops.adapacse(p, how["backend"], how["validate"]))
+sigmoid, supervised, adapacse = (_over_ranks(op) for op in (ops.sigmoid, ops.supervised, ops.adapacse))
 
 
 @torch.compiler.disable(reason=TALK)

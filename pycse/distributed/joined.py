@@ -30,8 +30,8 @@ NUMBERS: dict[type, tuple[str, ...]] = {
     Angular: ("temperature",),
     Distillation: (),
 }
-ROWS = ("query_ids", "exclude_each", "guide_queries", "ids1", "positives")  # beside z1 and weight
-KEYS = ("key_ids", "guide_keys", "ids2")  # beside z2
+ROWS = ("query_ids", "ids1")  # what other ranks need of rows that are keys, beside z1
+KEYS = ("key_ids", "guide_keys", "ids2")  # and of keys, beside z2
 WHOLE = ("guide_logits", "logits")  # of all rows and keys, which no rank has
 
 
@@ -137,9 +137,9 @@ class Local:
         held: dict[str, Any] = {"z1": self.z1, "z2": None if self.z2 is None else self.shared(self.z2)}
         pieces = [Piece(held[name], of) for name, of in names]
         for name in ROWS:
-            if all_rows and name in ("query_ids", "ids1") and getattr(p, name, None) is not None:
+            if all_rows and (t := vars(p).get(name)) is not None:
                 names.append((name, "rows"))
-                pieces.append(Piece(getattr(p, name)[: self.B], "rows"))
+                pieces.append(Piece(t[: self.B], "rows"))
         for name in KEYS:
             if (t := vars(p).get(name)) is not None:
                 names.append((name, "keys"))
@@ -171,7 +171,7 @@ class Local:
             "share": share, "weight": weight, "reduction": "none" if p.reduction == "none" else "sum",
             "z1": new.pop("z1", self.z1), **new,
         }  # fmt: skip
-        first = replace(p, **changes, **{n: values[n] for n in ("query_ids", "ids1", *KEYS) if n in values})
+        first = replace(p, **changes, **{n: values[n] for n in (*ROWS, *KEYS) if n in values})
         self._place(first, p, layout, values)
         if not distills:
             return [first]

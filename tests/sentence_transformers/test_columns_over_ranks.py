@@ -109,8 +109,9 @@ def test_equal_texts_are_known_over_ranks(ranks, tiny_model):
     assert (value - other).abs() > 1e-3
 
 
-def apart(rank, group, path):
-    loss = ours.InfoNCELoss(model_at(path), torch.nn.Parameter(torch.tensor(0.1)), gather_across_devices=False)
+def alone(path, rank, **options):
+    """A rank's rows by themselves: the loss, and the gradient of its temperature."""
+    loss = ours.InfoNCELoss(model_at(path), torch.nn.Parameter(torch.tensor(0.1)), **options)
     loss.state_kept = True
     begin = sum(ROWS[:rank])
     texts = [column[begin : begin + ROWS[rank]] for column in TEXTS[:2]]
@@ -122,25 +123,15 @@ def apart(rank, group, path):
 def test_processes_that_do_not_gather(ranks, tiny_model):
     """Each has its own negatives; a trained temperature is one number all the same."""
     results = ranks.run(4, apart_of_two, tiny_model)
-    alone = [step_alone(tiny_model, rank) for rank in range(2)]
-    for (value, gradient), (right, _) in zip(results[:2], alone):
-        torch.testing.assert_close(value, right)
-        torch.testing.assert_close(gradient, (alone[0][1] + alone[1][1]) / 2)
-
-
-def step_alone(path, rank):
-    loss = ours.InfoNCELoss(model_at(path), torch.nn.Parameter(torch.tensor(0.1)))
-    loss.state_kept = True
-    begin = sum(ROWS[:rank])
-    texts = [column[begin : begin + ROWS[rank]] for column in TEXTS[:2]]
-    value = loss([dict(loss.model.preprocess(list(column))) for column in texts])
-    value.backward()
-    return value.detach(), loss.temperature.grad
+    right = [alone(tiny_model, rank) for rank in range(2)]
+    for (value, gradient), (expected, _) in zip(results[:2], right):
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, (right[0][1] + right[1][1]) / 2)
 
 
 def apart_of_two(rank, group, path):
     """Ranks 2 and 3 repeat 0 and 1, so that the world's mean is that of two."""
-    return apart(rank % 2, group, path)
+    return alone(path, rank % 2, gather_across_devices=False)
 
 
 def unlike(rank, group, path):
