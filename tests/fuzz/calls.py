@@ -16,6 +16,7 @@ from pycse.backends.cpu import distill as cpu_distill
 from pycse.panels import contrastive as contrastive_panels
 from pycse.panels import distill as distill_panels
 from pycse.panels import parts as parts_panels
+from pycse.panels import sides
 from pycse.panels import uniformity as uniformity_panels
 
 from oracle import BAND, FLOOR_GRADIENT, FLOOR_LOSS
@@ -61,10 +62,10 @@ def _panels(rows: int | None) -> Any:
         yield
         return
     modules = (contrastive_panels, parts_panels, distill_panels, uniformity_panels)
-    before = [m.panel_rows for m in modules], cpu_contrastive.SMALL, cpu_distill.SMALL, parts_panels.PAIR_BYTES
+    before = [m.panel_rows for m in modules], cpu_contrastive.SMALL, cpu_distill.SMALL, sides.PAIR_BYTES
     try:
         contrastive_panels.panel_rows = parts_panels.panel_rows = lambda B, *_: min(B, rows)
-        parts_panels.PAIR_BYTES = 1 << 10
+        sides.PAIR_BYTES = 1 << 10
         distill_panels.panel_rows = lambda d, *_: min(d.z1.shape[0], rows)
         uniformity_panels.panel_rows = lambda p, *_: min(p.z.shape[0], rows)
         cpu_contrastive.SMALL = cpu_distill.SMALL = {}
@@ -72,7 +73,7 @@ def _panels(rows: int | None) -> Any:
     finally:
         for m, f in zip(modules, before[0]):
             m.panel_rows = f
-        cpu_contrastive.SMALL, cpu_distill.SMALL, parts_panels.PAIR_BYTES = before[1:]
+        cpu_contrastive.SMALL, cpu_distill.SMALL, sides.PAIR_BYTES = before[1:]
 
 
 class Arguments:
