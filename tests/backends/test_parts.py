@@ -12,7 +12,7 @@ import torch
 from pycse import fused_focal_infonce, fused_infonce, logsumexp_similarities
 from pycse.losses import InfoNCELoss
 from pycse.ops.contrastive import contrastive as fused
-from pycse.panels import parts
+from pycse.panels import parts, sides
 from pycse.problem import Contrastive
 
 from cases import EVERY, PARTS, lists
@@ -101,7 +101,7 @@ def test_a_listed_key_serves_the_rows_that_list_it_alone(positives, backend):
 @pytest.mark.parametrize("case", PARTS, ids=str)
 def test_panels_of_7_rows_and_3_pairs(case, dtype, backend, monkeypatch):
     monkeypatch.setattr(parts, "panel_rows", lambda B, *_: min(B, 7))
-    monkeypatch.setattr(parts, "PAIR_BYTES", 3 * 4 * case.D)
+    monkeypatch.setattr(sides, "PAIR_BYTES", 3 * 4 * case.D)
     check(case, backend, dtype)
 
 
