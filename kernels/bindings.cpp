@@ -80,6 +80,35 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("p"), py::arg("dtype"), py::arg("S"), py::arg("ld"), py::arg("i0"), py::arg("c"), py::arg("f"),
       py::arg("threads"), py::arg("grad"), py::arg("T") = 0, py::arg("ld_T") = 0, py::arg("dtype_T") = 0, nogil());
+  m.attr("most_lengths") = kMostLengths;
+  m.def(
+      "prefixes",
+      [](const std::vector<const Contrastive*>& lengths, int dtype, Address S, int64_t ld, int64_t step, int64_t i0,
+         int64_t c, Address rho, Address t, Address columns, int threads, bool grad, Address T, int64_t ld_T,
+         int dtype_T) {
+        in_range("lengths", lengths.size(), 1, kMostLengths);
+        Prefixes p{int(lengths.size()), {}, step, at(rho), at(t), at(columns)};
+        for (size_t k = 0; k < lengths.size(); ++k) {
+          p.of[k] = lengths[k];
+          check_rows(*lengths[k]);
+          needed("loss", lengths[k]->loss, lengths[k]->B);
+          if (lengths[k]->B != lengths[0]->B || lengths[k]->N != lengths[0]->N)
+            refuse("lengths", "have the same rows and keys", lengths[k]->N);
+        }
+        const Contrastive& first = *lengths[0];
+        in_range("step", step, (c - 1) * ld + first.N, kMostNumbers);
+        needed("rho", p.rho, c);
+        if (grad) needed("t", p.t, c), needed("columns", p.columns, first.N);
+        Panel panel = panel_of(first.B, first.N, dtype, S, ld, i0, c, 0, grad, threads);
+        if (first.guide.given) {
+          matrix("T", T, c, first.N, ld_T, false);
+          panel.T = at(T), panel.ld_T = ld_T, panel.dtype_T = type_of("dtype_T", dtype_T);
+        }
+        cpu_kernels().prefixes(p, panel, grad);
+      },
+      py::arg("lengths"), py::arg("dtype"), py::arg("S"), py::arg("ld"), py::arg("step"), py::arg("i0"), py::arg("c"),
+      py::arg("rho"), py::arg("t"), py::arg("columns"), py::arg("threads"), py::arg("grad"), py::arg("T") = 0,
+      py::arg("ld_T") = 0, py::arg("dtype_T") = 0, nogil());
   m.def(
       "columns",
       [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {

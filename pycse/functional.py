@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycse import ops, validation
-from pycse.problem import DIRECTIONS, Contrastive
+from pycse import matryoshka, ops, validation
+from pycse.matryoshka import MatryoshkaOutput
+from pycse.problem import DIRECTIONS, Contrastive, Lengths
 from pycse.transforms import recordable
 
 
@@ -43,12 +44,15 @@ def fused_focal_infonce(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     exchange: str = "auto",
     replicated_keys: int = 0,
     backend: str = "auto",
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""Focal-InfoNCE: SimCSE's contrastive loss with self-paced weights on hard negatives, without an N x N matrix.
 
     .. code-block:: text
@@ -141,6 +145,11 @@ def fused_focal_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
+    if matryoshka.wanted(dims, dim_weights, parts):
+        lengths = (dims, dim_weights, parts)
+        return at_lengths(
+            "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, lengths, group, exchange, replicated_keys
+        )
     if group is not None:
         return across(
             "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, group, exchange, replicated_keys
@@ -176,12 +185,15 @@ def fused_infonce(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     exchange: str = "auto",
     replicated_keys: int = 0,
     backend: str = "auto",
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""InfoNCE (SimCSE's loss), without an N x N matrix.
 
     .. code-block:: text
@@ -204,6 +216,11 @@ def fused_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
+    if matryoshka.wanted(dims, dim_weights, parts):
+        lengths = (dims, dim_weights, parts)
+        return at_lengths(
+            "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, lengths, group, exchange, replicated_keys
+        )
     if group is not None:
         return across(
             "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange, replicated_keys
@@ -212,14 +229,42 @@ def fused_infonce(
     return ops.contrastive(p, backend, validate)
 
 
+def at_lengths(
+    name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any],
+    given: tuple[Any, Any, Any], group: Any, exchange: str, replicated_keys: int,
+) -> Any:  # fmt: skip
+    """The loss of a public function at several lengths; ``given``: dims, dim_weights and parts."""
+
+    def make(z1: Any, z2: Any, **batch: Any) -> tuple[Contrastive, Lengths]:
+        validation.rows_and_keys(z1, z2)
+        lengths, each, one = matryoshka.lengths_of(z1.shape[1], temperature, *given)
+        p = problem_of(form, z1, z2, one, m, batch, options)
+        p.temperature = number_or_tensor(each)
+        return p, lengths
+
+    if group is not None:
+        losses = _across(name, make, z1, z2, batch, options, group, exchange, replicated_keys)
+    else:
+        p, lengths = make(z1, z2, **batch)
+        losses = ops.matryoshka(one_matrix(p), lengths, options["backend"], options["validate"])
+    return matryoshka.output(losses, given[2])
+
+
 def across(
     name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any],
     group: Any, exchange: str, replicated_keys: int = 0,
 ) -> Tensor:  # fmt: skip
     """The loss of a public function over a group."""
+    make = lambda z1, z2, **batch: (problem_of(form, z1, z2, temperature, m, batch, options),)  # noqa: E731
+    return _across(name, make, z1, z2, batch, options, group, exchange, replicated_keys)[0]
+
+
+def _across(
+    name: str, make: Any, z1: Any, z2: Any, batch: dict[str, Any], options: dict[str, Any], group: Any, exchange: str,
+    replicated_keys: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from pycse import distributed  # at the first such call: it takes torch.distributed's half second
 
-    make = lambda z1, z2, **batch: problem_of(form, z1, z2, temperature, m, batch, options)  # noqa: E731
     return distributed.contrastive(
         name, make, {"z1": z1, "z2": z2, **batch}, group=group, exchange=exchange, replicated_keys=replicated_keys,
         backend=options["backend"], validate=options["validate"], paired=options["symmetric"] is True,

@@ -96,9 +96,9 @@ def logsumexp_similarities(
         from pycse import distributed
 
         return distributed.contrastive(
-            "logsumexp_similarities", problem, {"z1": z1, "z2": z2, **batch}, group=group, exchange=exchange,
-            backend=backend, validate=validate,
-        )  # fmt: skip
+            "logsumexp_similarities", lambda **given: (problem(**given),), {"z1": z1, "z2": z2, **batch}, group=group,
+            exchange=exchange, backend=backend, validate=validate,
+        )[0]  # fmt: skip
     return ops.contrastive(problem(z1, z2, **batch), backend, validate)
 
 

@@ -265,6 +265,23 @@ class Contrastive(Pairs):
         return Result(rows, dz1, dz2, dtemperature, dm, **more)
 
 
+@dataclass
+class Lengths:
+    """Of how many first features a loss is computed, and the weights of these losses in their sum (Matryoshka)."""
+
+    dims: list[int]
+    dim_weights: list[float]
+    temperatures: bool = False  # one a length, (K,), instead of one for all
+
+    def problem(self, p: Contrastive, k: int) -> Contrastive:
+        """That of the k-th length."""
+        d, result = self.dims[k], p.copy()
+        result.z1, result.z2 = p.z1[:, :d], p.z2[:, :d]
+        if self.temperatures:
+            result.temperature = p.temperature[k]  # type: ignore[index]
+        return result
+
+
 class SigmoidNeeds(NamedTuple):
     """Which gradients of a Sigmoid to compute."""
 

@@ -4,6 +4,7 @@
 #include "distill.h"
 #include "kernels.h"
 #include "norms.h"
+#include "prefixes.h"
 #include "rows.h"
 #include "sigmoid.h"
 #include "small.h"

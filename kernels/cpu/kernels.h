@@ -12,6 +12,7 @@ namespace pycse {
 //   sparse_product   y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx)
 #define PYCSE_CPU_KERNELS(X)                                                                                         \
   X(rows, void, (const Contrastive&, const Panel&, bool grad))                                                       \
+  X(prefixes, void, (const Prefixes&, const Panel&, bool grad))                                                      \
   X(columns, void, (const Contrastive&, const Panel&))                                                               \
   X(symmetric, void, (const Contrastive&, const Panel&))                                                             \
   X(supervised, void, (const Supervised&, const Panel&, bool grad))                                                  \

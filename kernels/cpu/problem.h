@@ -19,6 +19,19 @@ struct Panel : PanelOf<int64_t> {
   DType dtype_T = DType::f32;
 };
 
+constexpr int kMostLengths = 16;
+
+// A loss at several lengths, ascending, each a problem with its own coefficients and norms: prefixes.h. The panel has
+// the products of a block of features each, ``step`` numbers apart.
+struct Prefixes {
+  int lengths = 0;
+  const Contrastive* of[kMostLengths] = {};
+  int64_t step = 0;
+  const void* rho = nullptr;  // (lengths, c) acc: inverse norms of the panel's rows
+  void* t = nullptr;  // (lengths, c) acc, with gradients
+  void* columns = nullptr;  // (lengths, N) acc, added to; with gradients
+};
+
 struct Small {  // a whole forward + backward in one call, for batches that fit in cache
   DType dtype = DType::f32;
   int64_t D = 0, ld1 = 0, ld2 = 0;

@@ -22,7 +22,7 @@ from pycse.distributed.groups import check_device, device_of, group_of
 from pycse.distributed.joined import NUMBERS, Local
 from pycse.distributed.talk import TALK, Headers
 from pycse.distributed.talk import exchange as headers
-from pycse.problem import Angular, Contrastive, Distillation, Rows, Sigmoid, Supervised
+from pycse.problem import Angular, Contrastive, Distillation, Lengths, Rows, Sigmoid, Supervised
 from pycse.validation import check_adapacse, check_lists, check_sigmoid_values, check_supervised, check_values
 from pycse.validation.checks import autocast, choice
 
@@ -35,6 +35,7 @@ VALUES: dict[type, Callable[[Any], None]] = {
 }
 OPS: dict[type, str] = {
     Contrastive: "contrastive",
+    Lengths: "contrastive",
     Sigmoid: "sigmoid",
     Supervised: "supervised",
     Angular: "adapacse",
@@ -45,13 +46,20 @@ EXCHANGES = ("gather", "ring", "auto")
 
 @torch.compiler.disable(reason=TALK)
 def contrastive(
-    name: str, make: Callable[..., Contrastive], given: dict[str, Any], *, exchange: str = "auto", **how: Any
-) -> Tensor:
-    local, group, heads = meet(name, lambda **arguments: [make(**arguments)], given, exchange=exchange, **how)
-    if local.by_ring(exchange, how["backend"], heads):
-        return local.ring(group, heads, how["backend"])
+    name: str, make: Callable[..., tuple[Any, ...]], given: dict[str, Any], *, exchange: str = "auto", **how: Any
+) -> tuple[Tensor, ...]:
+    """The loss; of several lengths, which ``make`` returns beside the problem, also each length's."""
+    local, group, heads = meet(name, make, given, exchange=exchange, **how)
+    lengths = local.problems[1:]
+    if not lengths and local.by_ring(exchange, how["backend"], heads):
+        return (local.ring(group, heads, how["backend"]),)
     p, *_ = local.joined(group, heads)
-    return _loss(p, lambda: ops.contrastive(p, how["backend"], how["validate"]))
+    if not lengths:
+        return (_loss(p, lambda: ops.contrastive(p, how["backend"], how["validate"])),)
+    if p.mine.start < p.mine.stop:
+        return ops.matryoshka(p, *lengths, how["backend"], how["validate"])
+    loss = nothing(p, p.acc)
+    return loss, loss.detach().expand(len(lengths[0].dims), *loss.shape)
 
 
 def _over_ranks(op: Callable[[Any, str, bool], Tensor]) -> Callable[..., Tensor]:
@@ -146,6 +154,8 @@ def meet(
         problems = list(make(**filled(given, paired)))
         check_device(group, given["z1"].device)
         found = backends.module(backend, device.type, OPS[type(problems[-1])]).__name__.split(".")[2]
+        if exchange == "ring" and isinstance(problems[-1], Lengths):
+            raise ValueError("exchange='ring' and dims exclude each other (keys travel whole); use 'gather' or 'auto'")
         if exchange == "ring" and found not in backends.IN_PARTS:
             raise ValueError(
                 f"exchange='ring' needs a backend that takes keys in blocks ({', '.join(backends.IN_PARTS)}), got "

@@ -17,6 +17,7 @@ TYPES: dict[Any, str] = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     list[float]: "float[]",
+    list[int]: "int[]",
     float | None: "float?",
     float: "float",
     int: "int",

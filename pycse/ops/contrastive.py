@@ -3,7 +3,7 @@ needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ INDICES = (
 
 def compute(p: Contrastive, needs: list[bool], backend: str, validate: bool) -> Result:
     """What the backend makes of a problem, which is made ready for it."""
-    device = p.z1.device.type
-    run = backends.module(backend, device, "contrastive").contrastive
+    return computed(p, needs, backend, validate, backends.module(backend, p.z1.device.type, "contrastive").contrastive)
+
+
+def computed(
+    p: Contrastive, needs: list[bool], backend: str, validate: bool, run: Callable[[Contrastive], Result]
+) -> Result:
     p.needs = Needs(*needs)
-    if validate or device == "cpu":
+    if validate or p.z1.device.type == "cpu":
         check_values(p)
     check_lists(p)
     temperature, m = p.temperature, p.m
@@ -34,7 +38,7 @@ def compute(p: Contrastive, needs: list[bool], backend: str, validate: bool) -> 
         p.z1, p.z2 = fused.rows(p.z1), fused.rows(p.z2)
         p.temperature, p.m = fused.number(temperature), fused.number(m)
         fused.contiguous(p, INDICES)
-    out: Result = run(p)
+    out = run(p)
     if p.trained:
         dtemperature, dm = fused.in_type_of(out.dtemperature, temperature), fused.in_type_of(out.dm, m)
         out = out._replace(dtemperature=dtemperature, dm=dm)

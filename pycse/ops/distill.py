@@ -53,6 +53,7 @@ distill = fused.Fused(
     lambda a: (fake_loss(a), fake_loss(a), fake_loss(a)),
     differentiable=Needs._fields,
     embeddings=("z1", "z2", "teachers"),
+    values=3,
 )
 
 

@@ -53,10 +53,10 @@ def rows(z: Tensor) -> Tensor:
 
 
 def number(x: Any) -> Any:
-    """A number that may be a tensor, as kernels take it: read where that does not wait for a device."""
+    """A number that may be a tensor, or several, as kernels take it: read where that does not wait for a device."""
     if not isinstance(x, Tensor):
         return x
-    return x.item() if x.device.type == "cpu" else x.detach()
+    return x.tolist() if x.device.type == "cpu" else x.detach()
 
 
 def contiguous(p: Any, names: tuple[str, ...]) -> None:
@@ -89,13 +89,14 @@ class Fused:
         *,
         differentiable: tuple[str, ...],
         embeddings: tuple[str, ...],
+        values: int = 1,
     ) -> None:
         self.name, self.arguments, self.forward, self.fake = name, arguments, forward, fake
         assert arguments.names[: len(differentiable)] == differentiable
         self.differentiable, self.embeddings = len(differentiable), {arguments.at[x] for x in embeddings}
         self.tensors = len(arguments.tensors)
         self.reduction, self.list_at, self.weight = (arguments.at.get(x) for x in ("reduction", "teachers", "weight"))
-        self.values = 3 if self.list_at is not None else 1
+        self.values = values
         results = ", ".join(["Tensor"] * (self.values + self.differentiable))
         library.define(f"{name}({arguments.schema}, bool[{self.differentiable}] needs) -> ({results})")
         self.op = getattr(torch.ops.pycse, name).default

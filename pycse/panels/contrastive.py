@@ -246,11 +246,16 @@ class KeyGradient:
     16-bit panels: their sum stays in fp32; on a GPU the product adds to it, elsewhere it is rounded once before. On a
     CPU they are accumulated transposed, as z1hat^T G with z1hat^T copied: oneDNN is 1.5 to 2 times slower on a
     transposed G (docs/performance.md).
+
+    Args:
+        keys: (N, D). single: there is one panel.
+        out: (N, D), where the sum is made if it has its type; by default memory of its own.
     """
 
-    def __init__(self, keys: Tensor, kernels: Products, single: bool) -> None:
+    def __init__(self, keys: Tensor, kernels: Products, single: bool, out: Tensor | None = None) -> None:
         (self.N, self.D), self.dtype, self.k, self.single = keys.shape, keys.dtype, kernels, single
         self.wide = self.dtype in (torch.float32, torch.float64)
+        self.out = out if self.wide else None
         self.transposed = not self.wide and keys.device.type == "cpu" and self.N >= 1024
         self.sum: Tensor | None = None
         self.product: Tensor | None = None
@@ -263,7 +268,8 @@ class KeyGradient:
     def add(self, G: Tensor, z1hat: Tensor) -> None:
         if self.wide:
             if self.sum is None:
-                self.sum = self.k.product(G.t(), z1hat, self.k.empty(self.N, self.D, dtype=self.dtype))
+                out = self.k.empty(self.N, self.D, dtype=self.dtype) if self.out is None else self.out
+                self.sum = self.k.product(G.t(), z1hat, out)
             else:
                 self.k.add_product(self.sum, G.t(), z1hat)
             return

@@ -143,10 +143,11 @@ def positives_are_keys(positives: Tensor | None, N: int) -> None:
 
 
 def positive_number(name: str, t: Tensor) -> float:
-    """The value of a tensor that must be > 0."""
-    value = t.item()
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number > 0, got a tensor holding {value!r}")
+    """The (lowest) value of a tensor that must be > 0."""
+    value, highest = (x.item() for x in t.aminmax())
+    for x in (value, highest):
+        if not (math.isfinite(x) and x > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got a tensor holding {x!r}")
     return value
 
 

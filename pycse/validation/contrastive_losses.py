@@ -286,12 +286,11 @@ def check_values(p: Contrastive) -> None:
     temperature, m, positives = (
         t.detach() if isinstance(t, Tensor) and not transforms.batched(t) else None for t in tensors
     )
-    if temperature is not None:
-        positive_number("temperature", temperature)
+    lowest = 1.0 if temperature is None else positive_number("temperature", temperature)
     if m is not None:
         value = m.item()
         if not math.isfinite(value):
             raise ValueError(f"m must be a finite number, got a tensor holding {value!r}")
     if (temperature is not None or m is not None) and p.normalize:
-        resolvable(p.z1, 1.0 if temperature is None else temperature.item(), 0.0 if m is None else m.item())
+        resolvable(p.z1, lowest, 0.0 if m is None else m.item())
     positives_are_keys(positives, p.z2.shape[0])

@@ -20,7 +20,7 @@ from pycse.problem import EXCLUDE_BY, Contrastive, Result
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}
 
 
-def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, **tensors: Tensor | None):
+def native_problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, **tensors: Tensor | None):
     coefficients = p.coefficients()
     assert not isinstance(coefficients, Tensor)  # on a CPU the numbers are known
     given: dict[str, Any] = {"coef": coef.data_ptr()} if isinstance(coef, Tensor) else {"coef_all": coef}
@@ -35,7 +35,7 @@ def _problem(p: Contrastive, coef: Tensor | float, exclude_each: Tensor | None, 
     return native().Contrastive(B=p.B, N=p.z2.shape[0], logit=coefficients, shift=p.shift, **given)
 
 
-def _each(p: Contrastive) -> Tensor | None:
+def row_bounds(p: Contrastive) -> Tensor | None:
     """The rows' bounds as kernels read them."""
     return None if p.exclude_each is None else p.exclude_each.to(p.acc).contiguous()
 
@@ -49,9 +49,9 @@ class Kernels(Positives):
         self.p, self.state = p, state
         if p.symmetric and not isinstance(state.coef, Tensor):  # columns need their rows' coefficients
             state.coef = torch.full((p.B,), state.coef, dtype=p.acc, device=p.z1.device)
-        self.exclude_each = _each(p)  # alive for the kernels
+        self.exclude_each = row_bounds(p)  # alive for the kernels
         sums = {} if state.sums is None else vars(state.sums)
-        self.problem = _problem(
+        self.problem = native_problem(
             p, state.coef, self.exclude_each, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dlogit=state.dlogit,
             **sums,
         )  # fmt: skip
@@ -83,9 +83,9 @@ def _small(p: Contrastive) -> Result | None:
     dz1 = new(B, D) if p.needs.z1 else None
     dz2 = new(N, D) if p.needs.z2 else None
     dlogit = new(GRADIENTS, B, dtype=wide) if p.trained else None
-    coef, each = p.row_coefficients(), _each(p)
+    coef, each = p.row_coefficients(), row_bounds(p)
     done = kernels.small(
-        _problem(p, coef, each, loss=rows, dlogit=dlogit),
+        native_problem(p, coef, each, loss=rows, dlogit=dlogit),
         code,
         D,
         p.z1.data_ptr(),
