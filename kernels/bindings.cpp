@@ -25,6 +25,19 @@ static Panel panel_of(int64_t B, int64_t n, int dtype, Address S, int64_t ld, in
   return {{at(S), ld, i0, c, at(f)}, type_of("dtype", dtype), threads};
 }
 
+// Problems of the same rows and keys at several lengths.
+static Prefixes given_lengths(const std::vector<const Contrastive*>& lengths) {
+  in_range("lengths", int64_t(lengths.size()), 1, kMostLengths);
+  Prefixes p;
+  for (const Contrastive* one : lengths) {
+    needed("loss", one->loss, one->B);
+    if (one->B != lengths[0]->B || one->N != lengths[0]->N)
+      refuse("lengths", "have the same rows and keys", one->B != lengths[0]->B ? one->B : one->N);
+    p.of[p.lengths++] = one;
+  }
+  return p;
+}
+
 static void check_supervised(const Supervised& p, int64_t class_count) {
   at_least("B", p.B, 0);
   at_least("N", p.N, 0);
@@ -86,15 +99,9 @@ PYBIND11_MODULE(_native, m) {
       [](const std::vector<const Contrastive*>& lengths, int dtype, Address S, int64_t ld, int64_t step, int64_t i0,
          int64_t c, Address rho, Address t, Address columns, int threads, bool grad, Address T, int64_t ld_T,
          int dtype_T) {
-        in_range("lengths", lengths.size(), 1, kMostLengths);
-        Prefixes p{int(lengths.size()), {}, step, at(rho), at(t), at(columns)};
-        for (size_t k = 0; k < lengths.size(); ++k) {
-          p.of[k] = lengths[k];
-          check_rows(*lengths[k]);
-          needed("loss", lengths[k]->loss, lengths[k]->B);
-          if (lengths[k]->B != lengths[0]->B || lengths[k]->N != lengths[0]->N)
-            refuse("lengths", "have the same rows and keys", lengths[k]->N);
-        }
+        Prefixes p = given_lengths(lengths);
+        p.step = step, p.rho = at(rho), p.t = at(t), p.columns = at(columns);
+        for (const Contrastive* one : lengths) check_rows(*one);
         const Contrastive& first = *lengths[0];
         in_range("step", step, (c - 1) * ld + first.N, kMostNumbers);
         needed("rho", p.rho, c);
@@ -109,6 +116,29 @@ PYBIND11_MODULE(_native, m) {
       py::arg("lengths"), py::arg("dtype"), py::arg("S"), py::arg("ld"), py::arg("step"), py::arg("i0"), py::arg("c"),
       py::arg("rho"), py::arg("t"), py::arg("columns"), py::arg("threads"), py::arg("grad"), py::arg("T") = 0,
       py::arg("ld_T") = 0, py::arg("dtype_T") = 0, nogil());
+  m.def(
+      "small_prefixes",
+      [](const std::vector<const Contrastive*>& lengths, const std::vector<int64_t>& dims, int dtype, int64_t D,
+         Address z1, int64_t ld1, Address z2, int64_t ld2, bool normalize, Address work, Address dz1, Address dz2,
+         int threads) {
+        const Prefixes p = given_lengths(lengths);
+        if (dims.size() != lengths.size()) refuse("dims", "be as many as the lengths", int64_t(dims.size()));
+        for (size_t k = 0; k < dims.size(); ++k) in_range("dims", dims[k], k ? dims[k - 1] + 1 : 1, D);
+        matrix("z1", z1, p.of[0]->B, D, ld1, false);
+        matrix("z2", z2, p.of[0]->N, D, ld2, false);
+        needed("work", work);
+        threads_of(threads);
+        return cpu_kernels().small_prefixes(p, dims.data(),
+                                            Small{type_of("dtype", dtype, false), D, ld1, ld2, at(z1), at(z2), normalize,
+                                                  false, at<float>(work), at(dz1), at(dz2), nullptr, threads});
+      },
+      nogil());
+  m.def("small_prefixes_work_size", [](int64_t lengths, int64_t B, int64_t N, int64_t longest) {
+    in_range("lengths", lengths, 1, kMostLengths), at_least("B", B, 0), at_least("N", N, 0);
+    at_least("longest", longest, 1);
+    numbers("B", B, N), numbers("B", B, longest), numbers("N", N, longest);
+    return small_prefixes_work_size(lengths, B, N, longest);
+  });
   m.def(
       "columns",
       [](const Contrastive& p, int dtype, Address S, int64_t ld, int64_t i0, int64_t c, int threads) {

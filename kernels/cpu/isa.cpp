@@ -8,6 +8,7 @@
 #include "rows.h"
 #include "sigmoid.h"
 #include "small.h"
+#include "small_prefixes.h"
 #include "small_distill.h"
 #include "sparse.h"
 #include "supervised.h"

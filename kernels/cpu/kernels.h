@@ -7,12 +7,14 @@ namespace pycse {
 // The kernels of an instruction set, X(name, result, arguments). From this list come the table's members and what fills
 // them (isa.cpp), each by its name.
 //   positives        s_pos of rows [i0, i0 + n), of which z1hat holds the embeddings
+//   prefixes         losses at several lengths, of a panel for each block of features (prefixes.h)
 //   distill          rows [i0, i0 + c) of S given the teachers', of which `teachers` holds c rows
 //   uniformity       rows [i0, i0 + c) of S against the n keys from i0 on
 //   sparse_product   y = x W^T + bias of n tokens, or dx = dy W where transposed (x is then dy, y is dx)
 #define PYCSE_CPU_KERNELS(X)                                                                                         \
   X(rows, void, (const Contrastive&, const Panel&, bool grad))                                                       \
   X(prefixes, void, (const Prefixes&, const Panel&, bool grad))                                                      \
+  X(small_prefixes, bool, (const Prefixes&, const int64_t* dims, const Small&))                                      \
   X(columns, void, (const Contrastive&, const Panel&))                                                               \
   X(symmetric, void, (const Contrastive&, const Panel&))                                                             \
   X(supervised, void, (const Supervised&, const Panel&, bool grad))                                                  \

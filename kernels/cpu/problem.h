@@ -49,6 +49,11 @@ inline int64_t small_work_size(int64_t B, int64_t N, int64_t D, DType dtype, boo
   return 3 * B + N + B * N + (symmetric ? 13 * B : 0) + (dtype == DType::bf16 ? (B + N) * D : 0);
 }
 
+// Ones, the norms and their sums, two panels a length, the gradients before they are projected.
+inline int64_t small_prefixes_work_size(int64_t lengths, int64_t B, int64_t N, int64_t longest) {
+  return B + 2 * lengths * (B + N) + 2 * lengths * B * N + (B + N) * longest;
+}
+
 // A loss whose rows have all keys of their class as positives: supervised.h.
 struct Supervised {
   int64_t B = 0, N = 0;

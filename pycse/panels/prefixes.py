@@ -21,6 +21,7 @@ sum_k d_k / D of one loss' products.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +30,28 @@ from pycse.panels.contrastive import Guide, KeyGradient, State
 from pycse.panels.products import Products
 from pycse.problem import Contrastive, Lengths, Result
 
-PANEL_BYTES = 16 << 20  # of all lengths' panels: they are visited twice, and come from the last cache then
+PANEL_BYTES = 128 << 20  # of all lengths' panels: products of fewer rows are slower (docs/performance.md)
+MOST_ROWS = 1024
+
+
+class Whole(NamedTuple):
+    """What becomes of a batch: each length's losses (K, B), gradients, and those of the lengths' logits."""
+
+    losses: list[Tensor]
+    dz1: Tensor | None
+    dz2: Tensor | None
+    dlogits: list[Tensor | None]
 
 
 class Kernels(Products):
     """What a backend brings: ``visit`` for panels (K, c, N) of the blocks' products."""
 
     most: int  # lengths
+
+    @classmethod
+    def small(cls, p: Contrastive, dims: list[int], problems: list[Contrastive], weights: list[float]) -> Whole | None:
+        """The whole computation of a batch for which panels are too much work, if it is one."""
+        return None
 
     def __init__(self, lengths: list[Contrastive], states: list[State]) -> None:
         raise NotImplementedError
@@ -73,21 +89,38 @@ def matryoshka(
 
 
 def panel_rows(p: Contrastive, K: int) -> int:
+    """c: as many as fit, in panels of one size."""
     rows = p.mine.stop - p.mine.start
-    fits = PANEL_BYTES // (K * p.z2.shape[0] * p.z1.element_size())
-    return min(rows, max(64, fits // 16 * 16))
+    fits = max(64, min(MOST_ROWS, PANEL_BYTES // (K * p.z2.shape[0] * p.z1.element_size())))
+    each = -(-rows // -(-rows // fits))
+    return min(rows, -(-each // 16) * 16)
 
 
 def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]]:
+    """All lengths from one loss' products. Below, lengths are ascending."""
     order = sorted(range(len(lengths.dims)), key=lengths.dims.__getitem__)
     dims, weights = [lengths.dims[k] for k in order], [lengths.dim_weights[k] for k in order]
+    problems = [lengths.problem(p, k) for k in order]
+    whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
+    losses: list[Tensor] = [torch.empty(0)] * len(dims)
+    for k, rows in zip(order, whole.losses):
+        losses[k] = rows
+    total = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
+    parts: list[Result] = [Result(total)] * len(dims)
+    for k, problem, dlogit in zip(order, problems, whole.dlogits):
+        parts[k] = problem.result(total, None, None, dlogit)
+    return Result(total, whole.dz1, whole.dz2, *_numbers(lengths, parts)), losses
+
+
+def by_panels(
+    p: Contrastive, dims: list[int], problems: list[Contrastive], weights: list[float], kernels: type[Kernels]
+) -> Whole:
     blocks = [slice(a, b) for a, b in zip([0, *dims], dims)]
     z1, own = p.z1, p.mine
     B, N, K, D, count = p.B, p.z2.shape[0], len(dims), dims[-1], own.stop - own.start
     new = lambda *shape: torch.empty(shape, dtype=p.acc, device=z1.device)  # noqa: E731
     grad = p.needs.z1 or p.needs.z2 or p.trained
     coef, r2 = p.placed(p.row_coefficients()), new(K, N)
-    problems = [lengths.problem(p, k) for k in order]
     states = [State(r2=r, coef=coef * w, loss=new(B)) for r, w in zip(r2, weights)]
     for state in states:
         state.dlogit = new(p.gradients, B) if p.trained else None
@@ -141,14 +174,8 @@ def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[
                 _project(total.total, z2[:, b], of_norms, r_far, dz2[:, b])
             elif total.total is not total.out:
                 dz2[:, b] = total.total
-    losses: list[Tensor] = [torch.empty(0)] * K
-    for given, state in zip(order, states):
-        losses[given] = state.loss[own]
-    rows = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
-    parts: list[Result] = [p.result(rows, None, None, None)] * K
-    for given, problem, state in zip(order, problems, states):
-        parts[given] = problem.result(rows, None, None, None if state.dlogit is None else state.dlogit[:, own])
-    return Result(rows, dz1, dz2, *_numbers(lengths, parts)), losses
+    dlogits = [None if state.dlogit is None else state.dlogit[:, own] for state in states]
+    return Whole([state.loss[own] for state in states], dz1, dz2, dlogits)
 
 
 def _keys(p: Contrastive, dims: list[int], r2: Tensor, k: Kernels) -> tuple[Tensor, Tensor | None]:
