@@ -10,11 +10,13 @@ from pycse.distillation import fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.hypersphere import alignment, uniformity
 from pycse.log_sums import logsumexp_similarities
+from pycse.matryoshka import MatryoshkaOutput
 from pycse.report import info
 from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
 __all__ = [
+    "MatryoshkaOutput",
     "alignment",
     "fused_adapacse",
     "fused_distill",

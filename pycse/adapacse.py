@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pycse import ops, validation
+from pycse import matryoshka, ops, validation
 from pycse.functional import as_long, number_or_tensor, side_by_side
+from pycse.matryoshka import MatryoshkaOutput
 from pycse.problem import Angular
 from pycse.transforms import recordable
 
@@ -28,10 +29,13 @@ def fused_adapacse(
     key_ids: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     backend: str = "auto",
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""AdapACSE (KDMCSE): InfoNCE with an angular margin that a teacher adapts to each negative; no N x N matrix.
 
     .. code-block:: text
@@ -65,6 +69,8 @@ def fused_adapacse(
         query_ids, key_ids: (B,) and (N,) integers. A key with the row's id that is not its positive is no negative.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        dims, dim_weights, parts: the loss at several lengths of the embeddings, as in :func:`pycse.fused_infonce`; each
+            is computed by itself.
         group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: "auto", "reference", "torch", "cpu" or "triton"; see ``pycse.info()``. A named backend never falls
             back. "cuda" has no kernels of it.
@@ -89,6 +95,10 @@ def fused_adapacse(
     options: dict[str, Any] = dict(
         temperature=temperature, m=m, reduction=reduction, backend=backend, validate=validate
     )  # fmt: skip
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
+        others = {**batch, **options, "group": group}
+        one = lambda z1, z2, t: fused_adapacse(**{**others, "z1": z1, "z2": z2, "temperature": t})  # noqa: E731
+        return matryoshka.summed(one, z1, z2, temperature, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

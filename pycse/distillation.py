@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pycse import ops, validation
-from pycse.functional import problem_of
+from pycse import matryoshka, ops, validation
+from pycse.functional import at_lengths, problem_of
+from pycse.matryoshka import MatryoshkaOutput
 from pycse.problem import Contrastive, Distillation, Grouping
 from pycse.transforms import recordable
 
@@ -61,6 +62,9 @@ def fused_distillcse(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     backend: str = "auto",
     validate: bool = False,
@@ -84,6 +88,9 @@ def fused_distillcse(
             group_size, span, shuffle, divergence, seed: as in :func:`pycse.fused_distill`.
         positives, hard_negative_weight, query_ids, key_ids, exclude_above, symmetric: as in
             :func:`pycse.fused_focal_infonce`; they act on the contrastive part only.
+        dims, dim_weights: as in :func:`pycse.fused_infonce`, of the student: teachers keep their widths, and one
+            permutation serves all lengths. The distillation of each is computed by itself.
+        parts: contrastive and distillation of each length, (K,) or (K, B), instead of their weighted sums.
         normalize, weight, reduction, group, backend, validate: likewise, for both parts (teachers are always
             normalised). Over a group ``contrastive`` and ``distillation`` are the rank's as well.
 
@@ -117,6 +124,9 @@ def fused_distillcse(
         divergence=divergence, seed=seed, normalize=normalize, reduction=reduction, shared=group is not None,
     )  # fmt: skip
 
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
+        return _at_lengths(form, batch, temperature, m, of_pairs, of_teachers, (dims, dim_weights, parts), group)
+
     def problems(z1: Any, z2: Any, teachers: Any, **batch: Any) -> tuple[Contrastive, Distillation]:
         p = problem_of(form, z1, z2, temperature, m, {**batch, "negatives": None}, of_pairs)
         return p, _distillation(z1, "z1", teachers, weight=batch["weight"], **of_teachers)
@@ -131,6 +141,34 @@ def fused_distillcse(
         losses = ops.distill(*problems(**batch), backend, validate)
     loss, contrastive, distillation = losses
     return DistillCSEOutput(loss, contrastive.detach(), distillation.detach())
+
+
+def _at_lengths(
+    form: str, batch: dict[str, Any], temperature: Any, m: Any, of_pairs: dict[str, Any], of_teachers: dict[str, Any],
+    given: tuple[Any, Any, Any], group: Any,
+) -> DistillCSEOutput:  # fmt: skip
+    """DistillCSE at several lengths of the student; ``given``: dims, dim_weights and parts."""
+    others = dict(batch)
+    z1, z2, teachers = (others.pop(name) for name in ("z1", "z2", "teachers"))
+    with matryoshka.on_all_ranks(z1, group):
+        validation.rows_and_keys(z1, z2)
+        matryoshka.lengths_of(z1.shape[1], temperature, *given)
+        d = _distillation(z1, "z1", teachers, weight=batch["weight"], **of_teachers)
+    if d.shuffle == "sample":
+        of_teachers = of_teachers | {"seed": d.seed}  # drawn once
+    contrast, contrasts = at_lengths(
+        "fused_distillcse", form, z1, z2, temperature, m, {**others, "negatives": None}, of_pairs,
+        (*given[:2], True), group, "gather", 0,
+    )  # fmt: skip
+    alike = {name: value for name, value in of_teachers.items() if name not in ("distill_weight", "shared")}
+    distillation, distillations = fused_distill(
+        z1, teachers, weight=batch["weight"], dims=given[0], dim_weights=given[1], parts=True, group=group,
+        backend=of_pairs["backend"], **alike,
+    )  # fmt: skip
+    loss = contrast + d.factor * distillation
+    if given[2]:
+        return DistillCSEOutput(loss, contrasts, distillations)
+    return DistillCSEOutput(loss, contrast.detach(), distillation.detach())
 
 
 @recordable
@@ -152,9 +190,12 @@ def fused_distill(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""Distillation of in-batch similarities from several teachers, with Group-P shuffling, without B x B x D work.
 
     .. code-block:: text
@@ -189,6 +230,8 @@ def fused_distill(
         normalize: False where rows of z have unit norm already.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none".
+        dims, dim_weights, parts: the loss at several lengths of the student, as in :func:`pycse.fused_infonce`, by one
+            permutation; each is computed by itself.
         group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`: rows are shuffled
             by rank 0's seed, and alike on any number of ranks.
         backend: "auto", "reference", "torch", "cpu", "triton" or "cuda"; see ``pycse.info()``.
@@ -203,6 +246,20 @@ def fused_distill(
 
     Source: as :func:`fused_distillcse`, sections 3 and 4.2; "expected" is pycse's own.
     """
+
+    if matryoshka.wanted(z, dims, dim_weights, parts, group):
+        alike: dict[str, Any] = dict(
+            teacher_logits=teacher_logits, teacher_weights=teacher_weights, student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature, group_temperature=group_temperature, group_p=group_p,
+            group_size=group_size, span=span, shuffle=shuffle, divergence=divergence, normalize=normalize,
+            weight=weight, reduction=reduction, group=group, backend=backend,
+        )  # fmt: skip
+        with matryoshka.on_all_ranks(z, group):
+            validation.embeddings("z", z)
+            validation.seed(seed)
+            alike["seed"] = _drawn(seed, z.device) if shuffle == "sample" else seed
+        one = lambda z, *_: fused_distill(z, teachers, **alike)  # noqa: E731
+        return matryoshka.summed(one, z, None, None, dims, dim_weights, parts, group)
 
     def problems(z1: Any, teachers: Any, weight: Any) -> tuple[Contrastive, Distillation]:
         validation.rows_and_choices(z1, "z", normalize, weight, reduction, backend)

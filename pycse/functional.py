@@ -106,6 +106,13 @@ def fused_focal_infonce(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        dims: the lengths of a Matryoshka loss, each once and in any order, each in [1, D]: the result is then
+            sum_k dim_weights[k] L(z1[:, :dims[k]], z2[:, :dims[k]]), everything else alike at each length, thresholds
+            against each length's own similarities. Features beyond the longest get gradient 0. On a CPU all lengths
+            come from one loss' products, 6 B N max(dims) operations (with ``negatives`` or ``directions``, and on other
+            backends, each length by itself). ``temperature`` may be one number a length, a sequence or a (K,) tensor.
+        dim_weights: one number >= 0 a length; default: 1 each.
+        parts: also return the losses of each length, detached: a :class:`MatryoshkaOutput`.
         group: None, or the processes that share the batch: a torch.distributed.ProcessGroup, or "world". Each rank has
             rows and keys of its own, and the other ranks' keys as negatives; positives, negatives and hard negatives (K
             the same on all ranks) are among its own keys. With W ranks "mean" gives W / sum B times the sum over the
@@ -122,9 +129,9 @@ def fused_focal_infonce(
             always checked. Unchecked, a bad value gives NaN in its rows.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs): 0-d, or (B,) for "none". A row left with its positive only has
-        loss 0 (log 2 where "dq" counts it twice). Gradients have the inputs' dtype. Under ``torch.no_grad()`` no
-        gradients are computed.
+        The loss, float32 (float64 for float64 inputs): 0-d, or (B,) for "none"; with ``parts`` (loss, parts), and parts
+        (K,) or (K, B) in the order of ``dims``. A row left with its positive only has loss 0 (log 2 where "dq" counts
+        it twice). Gradients have the inputs' dtype. Under ``torch.no_grad()`` no gradients are computed.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value, named, before any work.
@@ -145,10 +152,21 @@ def fused_focal_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
-    if matryoshka.wanted(dims, dim_weights, parts):
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
         lengths = (dims, dim_weights, parts)
         return at_lengths(
-            "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, lengths, group, exchange, replicated_keys
+            "fused_focal_infonce",
+            "focal",
+            z1,
+            z2,
+            temperature,
+            m,
+            batch,
+            options,
+            lengths,
+            group,
+            exchange,
+            replicated_keys,
         )
     if group is not None:
         return across(
@@ -216,10 +234,21 @@ def fused_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
-    if matryoshka.wanted(dims, dim_weights, parts):
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
         lengths = (dims, dim_weights, parts)
         return at_lengths(
-            "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, lengths, group, exchange, replicated_keys
+            "fused_infonce",
+            "infonce",
+            z1,
+            z2,
+            temperature,
+            0.0,
+            batch,
+            options,
+            lengths,
+            group,
+            exchange,
+            replicated_keys,
         )
     if group is not None:
         return across(

@@ -13,14 +13,19 @@ from pycse import validation
 from pycse.adapacse import fused_adapacse
 from pycse.distillation import DistillCSEOutput, fused_distill, fused_distillcse
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.matryoshka import Drawn
 from pycse.sigmoid import fused_sigmoid
 from pycse.supervised import fused_supcon
 
 ACROSS = ("group", "exchange", "replicated_keys")  # looked at where a batch comes: groups come and go
 
 
-class Loss(nn.Module):
-    """A public function whose options are fixed here, by name; what belongs to a batch is given to ``forward``."""
+class Loss(Drawn, nn.Module):
+    """A public function whose options are fixed here, by name; what belongs to a batch is given to ``forward``.
+
+    Beside the function's, where it has ``dims``: ``n_dims_per_step``, how many of the lengths a call takes while the
+    module is training, drawn anew each time, on all processes alike; None for all.
+    """
 
     function: ClassVar[Callable[..., Any]]
     batch: ClassVar[tuple[str, ...]]  # what belongs to a batch
@@ -30,13 +35,16 @@ class Loss(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         names = [n for n in inspect.signature(type(self).function).parameters if n not in self.batch]
+        if "dims" in names:
+            names.append("n_dims_per_step")
         for name in options:
             if name not in names:
                 why = (
                     "belongs to a batch: give it to forward" if name in self.batch else f"is none of {', '.join(names)}"
                 )
                 raise TypeError(f"option {name!r} {why}")
-        type(self).check(**{name: value for name, value in options.items() if name not in ACROSS})
+        checked = self.check_lengths(options)
+        type(self).check(**{name: value for name, value in checked.items() if name not in ACROSS})
         for name in self.numbers:
             setattr(self, name, options.pop(name))
         self.options = options
@@ -45,7 +53,8 @@ class Loss(nn.Module):
         return {**{name: getattr(self, name) for name in self.numbers}, **self.options}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.fixed().items() if not isinstance(value, Tensor))
+        shown = self.fixed() | ({} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step})
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
 
 
 class InfoNCELoss(Loss):
@@ -74,8 +83,9 @@ class InfoNCELoss(Loss):
         weight: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
+        options = self.drawn(self.fixed()) | more
         return type(self).function(
-            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **{**self.fixed(), **more}
+            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **options
         )
 
 
@@ -118,7 +128,7 @@ class SigmoidLoss(Loss):
         weight: Tensor | None = None,
     ) -> Tensor:
         return fused_sigmoid(
-            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **self.fixed()
+            z1, z2, positives=positives, query_ids=query_ids, key_ids=key_ids, weight=weight, **self.drawn(self.fixed())
         )
 
 
@@ -155,7 +165,8 @@ class DistillLoss(Loss):
         seed: int | Tensor | torch.Generator | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        return fused_distill(z, teachers, teacher_logits=teacher_logits, seed=seed, weight=weight, **self.options)
+        options = self.drawn(self.options)
+        return fused_distill(z, teachers, teacher_logits=teacher_logits, seed=seed, weight=weight, **options)
 
 
 class DistillCSELoss(Loss):
@@ -196,7 +207,7 @@ class DistillCSELoss(Loss):
             query_ids=query_ids,
             key_ids=key_ids,
             weight=weight,
-            **{**self.fixed(), **more},
+            **(self.drawn(self.fixed()) | more),
         )
 
 
@@ -224,4 +235,4 @@ class SupConLoss(Loss):
         *,
         weight: Tensor | None = None,
     ) -> Tensor:
-        return fused_supcon(z1, ids1, z2, ids2, weight=weight, **self.fixed())
+        return fused_supcon(z1, ids1, z2, ids2, weight=weight, **self.drawn(self.fixed()))

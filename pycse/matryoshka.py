@@ -2,15 +2,17 @@
 
     L = sum_k w_k L(z1[:, :d_k], z2[:, :d_k])
 
-InfoNCE and Focal-InfoNCE make all lengths from one loss' products (panels/prefixes.py); other losses are computed length
-by length.
+InfoNCE and Focal-InfoNCE make all lengths from one loss' products (panels/prefixes.py); other losses are computed
+length by length.
 
 Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022 (arXiv 2205.13147), eq. 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +30,25 @@ class MatryoshkaOutput(NamedTuple):
     parts: Tensor
 
 
-def wanted(dims: Any, dim_weights: Any, parts: Any) -> bool:
+def wanted(z1: Any, dims: Any, dim_weights: Any, parts: Any, group: Any) -> bool:
     """Whether a loss is of several lengths; an error where only what goes with them is given."""
-    if dims is None:
-        validation.needs_dims(dim_weights, parts)
+    if dims is None and (dim_weights is not None or parts is not False):
+        with on_all_ranks(z1, group):
+            validation.needs_dims(dim_weights, parts)
     return dims is not None
+
+
+@contextlib.contextmanager
+def on_all_ranks(z1: Any, group: Any) -> Iterator[None]:
+    """An error here is one on the other ranks as well."""
+    try:
+        yield
+    except Exception as error:
+        if group is not None:
+            from pycse import distributed
+
+            distributed.refuse(error, z1, group)
+        raise
 
 
 def lengths_of(D: int, temperature: Any, dims: Any, dim_weights: Any, parts: Any) -> tuple[Lengths, Any, Any]:
@@ -41,33 +57,28 @@ def lengths_of(D: int, temperature: Any, dims: Any, dim_weights: Any, parts: Any
     validation.lengths(D, dims, dim_weights, parts)
     K = len(dims)
     weights = [1.0] * K if dim_weights is None else [float(w) for w in dim_weights]
-    one = temperature
-    if each := validation.one_a_length(temperature, K):
-        if not isinstance(temperature, Tensor):
-            temperature = torch.tensor([float(t) for t in temperature], dtype=torch.float64, device="cpu")
-        one = temperature[0] if temperature.requires_grad else temperature.detach().min()
-    return Lengths([int(d) for d in dims], weights, each), temperature, one
+    lengths = Lengths([int(d) for d in dims], weights, validation.one_a_length(temperature, K))
+    if not lengths.temperatures:
+        return lengths, temperature, temperature
+    if isinstance(temperature, Tensor):
+        return lengths, temperature, temperature[0]
+    each = [float(t) for t in temperature]
+    return lengths, torch.tensor(each, dtype=torch.float64, device="cpu"), min(each)
 
 
-def output(losses: tuple[Tensor, ...], parts: bool) -> Tensor | MatryoshkaOutput:
+def output(losses: tuple[Tensor, ...], parts: bool) -> Any:
     return MatryoshkaOutput(losses[0], losses[1].detach()) if parts else losses[0]
 
 
 def over_lengths(
-    loss: Callable[..., Any],
-    z1: Tensor,
-    z2: Tensor | None,
-    temperature: Any,
-    dims: Sequence[int],
-    dim_weights: Sequence[float] | None,
-    parts: bool,
+    loss: Callable[..., Any], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any, group: Any
 ) -> tuple[list[Any], Lengths]:
     """What ``loss`` of z1, z2 and a temperature returns for each length."""
-    if z2 is None:
+    with on_all_ranks(z1, group):
         validation.embeddings("z1", z1)
-    else:
-        validation.rows_and_keys(z1, z2)
-    lengths, temperature, _ = lengths_of(z1.shape[1], temperature, dims, dim_weights, parts)
+        if z2 is not None:
+            validation.rows_and_keys(z1, z2)
+        lengths, *_ = lengths_of(z1.shape[1], temperature, dims, dim_weights, parts)
     result = []
     for k, d in enumerate(lengths.dims):
         each = temperature[k] if lengths.temperatures else temperature
@@ -79,7 +90,48 @@ def weighted_sum(losses: Sequence[Tensor], lengths: Lengths) -> Tensor:
     return torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
 
 
-def summed(loss: Callable[..., Tensor], z1: Tensor, z2: Tensor | None, temperature: Any, dims: Any, dim_weights: Any, parts: Any) -> Any:
+def summed(
+    loss: Callable[..., Tensor], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any, group: Any
+) -> Any:
     """A loss that is computed length by length."""
-    losses, lengths = over_lengths(loss, z1, z2, temperature, dims, dim_weights, parts)
+    losses, lengths = over_lengths(loss, z1, z2, temperature, dims, dim_weights, parts, group)
     return output((weighted_sum(losses, lengths), torch.stack([one.detach() for one in losses])), parts)
+
+
+class Drawn:
+    """A module's lengths, all of them or, while it is trained, some of them at each step.
+
+    Processes that call alike draw alike: what the n-th call takes follows from n.
+    """
+
+    training: bool
+    n_dims_per_step: int | None = None
+    draws = 0
+
+    def check_lengths(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A module's options but those of lengths, once these are checked; ``n_dims_per_step`` is taken from them."""
+        self.n_dims_per_step = options.pop("n_dims_per_step", None)
+        given: dict[str, Any] = {name: options[name] for name in ("dims", "dim_weights", "parts") if name in options}
+        others = {name: value for name, value in options.items() if name not in given}
+        if given.get("dims") is None:
+            validation.needs_dims(given.get("dim_weights"), given.get("parts", False))
+        else:
+            validation.lengths(None, **given)
+            if validation.one_a_length(options.get("temperature"), len(given["dims"])):
+                del others["temperature"]
+        validation.lengths_a_step(self.n_dims_per_step, given, options.get("temperature"))
+        return others
+
+    def drawn(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the lengths of this step."""
+        n = self.n_dims_per_step
+        if n is None or not self.training:
+            return options
+        chosen = self._chosen(len(options["dims"]), n)
+        given = {name: options[name] for name in ("dims", "dim_weights") if options.get(name) is not None}
+        return options | {name: [values[k] for k in chosen] for name, values in given.items()}
+
+    @torch.compiler.disable(reason="pycse: lengths are drawn anew in each step")
+    def _chosen(self, K: int, n: int) -> list[int]:
+        self.draws += 1
+        return sorted(random.Random(self.draws).sample(range(K), n))

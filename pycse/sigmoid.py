@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pycse import ops, validation
+from pycse import matryoshka, ops, validation
 from pycse.functional import as_long, number_or_tensor
+from pycse.matryoshka import MatryoshkaOutput
 from pycse.problem import Sigmoid
 from pycse.transforms import recordable
 
@@ -25,10 +27,13 @@ def fused_sigmoid(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     backend: str = "auto",
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""The sigmoid loss (SigLIP): every pair of a row and a key is classified by itself, without an N x N matrix.
 
     .. code-block:: text
@@ -55,6 +60,8 @@ def fused_sigmoid(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        dims, dim_weights, parts: the loss at several lengths of the embeddings, as in :func:`pycse.fused_infonce`; each
+            is computed by itself.
         group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: "auto", "reference", "torch", "cpu" or "triton"; see ``pycse.info()``. A named backend never falls
             back. "cuda" has no kernels of it.
@@ -76,6 +83,9 @@ def fused_sigmoid(
         positives=positives, query_ids=query_ids, key_ids=key_ids, normalize=normalize, weight=weight,
         reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
+        one = lambda z1, z2, _: fused_sigmoid(z1, z2, scale, bias, group=group, **given)  # noqa: E731
+        return matryoshka.summed(one, z1, z2, None, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pycse import ops, validation
+from pycse import matryoshka, ops, validation
 from pycse.functional import as_long, number_or_tensor
+from pycse.matryoshka import MatryoshkaOutput
 from pycse.problem import Supervised
 from pycse.transforms import recordable
 
@@ -24,10 +26,13 @@ def fused_supcon(
     normalize: bool = True,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
+    parts: bool = False,
     group: Any = None,
     backend: str = "auto",
     validate: bool = False,
-) -> Tensor:
+) -> Tensor | MatryoshkaOutput:
     r"""Supervised contrastive loss: every key with the row's id is a positive; without an N x N matrix.
 
     .. code-block:: text
@@ -53,6 +58,8 @@ def fused_supcon(
         normalize: False where rows have unit norm already; dot products outside [-1, 1] stay correct.
         weight: (B,) floats, may require grad; "mean" is then sum(w L) / sum(w).
         reduction: "mean", "sum" or "none" (the B row losses, times their weights).
+        dims, dim_weights, parts: the loss at several lengths of the embeddings, as in :func:`pycse.fused_infonce`; each
+            is computed by itself.
         group: None, or the processes that share the batch, as in :func:`pycse.fused_focal_infonce`.
         backend: as in :func:`pycse.fused_focal_infonce`; "cuda" has no kernels for this loss yet.
         validate: also check the temperature's value on a GPU, which waits for it. On a CPU it is always checked.
@@ -71,6 +78,9 @@ def fused_supcon(
     given: dict[str, Any] = dict(
         inside=inside, normalize=normalize, weight=weight, reduction=reduction, backend=backend, validate=validate,
     )  # fmt: skip
+    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
+        one = lambda z1, z2, temperature: fused_supcon(z1, ids1, z2, ids2, temperature, group=group, **given)  # noqa: E731
+        return matryoshka.summed(one, z1, z2, temperature, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

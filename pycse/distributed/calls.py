@@ -57,7 +57,7 @@ def contrastive(
     if not lengths:
         return (_loss(p, lambda: ops.contrastive(p, how["backend"], how["validate"])),)
     if p.mine.start < p.mine.stop:
-        return ops.matryoshka(p, *lengths, how["backend"], how["validate"])
+        return ops.matryoshka(p, lengths[0], how["backend"], how["validate"])
     loss = nothing(p, p.acc)
     return loss, loss.detach().expand(len(lengths[0].dims), *loss.shape)
 

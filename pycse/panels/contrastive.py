@@ -220,7 +220,7 @@ def contrastive(p: Pairs, kernels: type[Kernels]) -> Result:
 class Guide:
     """Panels of T, similarities by guides: a product of their own, or rows of what was given."""
 
-    def __init__(self, p: Pairs, k: Kernels, c: int) -> None:
+    def __init__(self, p: Pairs, k: Products, c: int) -> None:
         self.p, self.k = p, k
         self.memory: Tensor | None = None
         if p.guide_logits is not None:

@@ -1,8 +1,8 @@
 """A contrastive loss at several lengths d_1 < ... < d_K: of the first d_k features of rows and keys, for each k.
 
-Similarities of a length are sums over blocks of features, b: those from d_{b-1} to d_b. So all lengths share the products
-of one loss. With z1hat the panel's rows over their whole norms, rho^k and r^k the inverse norms of prefixes of z1hat and
-z2, and w_k the lengths' weights:
+Similarities of a length are sums over blocks of features, b: those from d_{b-1} to d_b. So all lengths share the
+products of one loss. With z1hat the panel's rows over their whole norms, rho^k and r^k the inverse norms of prefixes of
+z1hat and z2, and w_k the lengths' weights:
 
     for each panel I of c rows:
         S^b    = z1hat[I, b] z2[:, b]^T                   GEMMs  2 c N D
@@ -10,9 +10,9 @@ z2, and w_k the lengths' weights:
         g1[b]  = H^b z2[:, b]                             GEMMs  2 c N D    dz1[I, b] = r1 (g1[b] - z1hat[b] T^b)
         g2[b] += H^b^T z1hat[I, b]                        GEMMs  2 c N D    dz2[:, b] = g2[b] - z2[:, b] C^b at the end
 
-G^k = dL^k/d sum_{b <= k} S^b; the norms' own gradients are T^b = sum_{k >= b} (rho^k)^2 w_k t^k, t^k_i = sum_j P s l' of
-the row, and C^b likewise of the keys' columns. 6 N^2 D operations for all lengths, O(K c N) memory. Rows and columns of a
-symmetric loss are two such sweeps, 12 N^2 D.
+G^k = dL^k/d sum_{b <= k} S^b; the norms' own gradients are T^b = sum_{k >= b} (rho^k)^2 w_k t^k, t^k_i = sum_j P s l'
+of the row, and C^b likewise of the keys' columns. 6 N^2 D operations for all lengths, O(K c N) memory. Rows and columns
+of a symmetric loss are two such sweeps, 12 N^2 D. A batch that fits in cache is one call of its own (``small``).
 
 What the visit does not have (parts of panels/parts.py, more lengths than fit) is computed length by length,
 sum_k d_k / D of one loss' products.
@@ -59,7 +59,7 @@ class Kernels(Products):
     def visit(
         self, S: Tensor, rho: Tensor, i0: int, t: Tensor | None, columns: Tensor | None, T: Tensor | None
     ) -> None:
-        """The states' losses of rows I. With t (K, c) and columns (K, N), to which it adds, H over S and what norms take.
+        """The states' losses of rows I. With t (K, c) and columns (K, N), which it adds to: H over S, and norms' part.
 
         Args:
             S: (K, c, N). rho: (K, c) inverse norms of the rows' prefixes.

@@ -17,7 +17,13 @@ from pycse.sentence_transformers.cached import CachedDistillCSELoss, CachedFocal
 from pycse.sentence_transformers.cached_teacher import CachedTeacher
 from pycse.sentence_transformers.columns import ColumnLoss
 from pycse.sentence_transformers.distillation import DistillCSELoss, TextCollator
-from pycse.sentence_transformers.losses import FocalInfoNCELoss, GuidedInfoNCELoss, InfoNCELoss, SupConLoss
+from pycse.sentence_transformers.losses import (
+    FocalInfoNCELoss,
+    GuidedInfoNCELoss,
+    InfoNCELoss,
+    MatryoshkaInfoNCELoss,
+    SupConLoss,
+)
 from pycse.sentence_transformers.state import LossState
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "GuidedInfoNCELoss",
     "InfoNCELoss",
     "LossState",
+    "MatryoshkaInfoNCELoss",
     "SupConLoss",
     "TextCollator",
     "same_dataset_batches",

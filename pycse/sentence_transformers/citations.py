@@ -18,6 +18,17 @@ FOCAL = """
     url={https://arxiv.org/abs/2310.06918}
 }
 """
+MATRYOSHKA = """
+@inproceedings{kusupati-etal-2022-matryoshka,
+    title={Matryoshka Representation Learning},
+    author={Kusupati, Aditya and Bhatt, Gantavya and Rege, Aniket and Wallingford, Matthew and Sinha, Aditya and
+            Ramanujan, Vivek and Howard-Snyder, William and Chen, Kaifeng and Kakade, Sham and Jain, Prateek and
+            Farhadi, Ali},
+    booktitle={NeurIPS},
+    year={2022},
+    url={https://arxiv.org/abs/2205.13147}
+}
+"""
 GIST = """
 @misc{solatorio2024gistembed,
     title={{GISTEmbed}: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},

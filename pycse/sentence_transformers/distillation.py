@@ -142,7 +142,8 @@ class DistillCSELoss(InfoNCELoss):
             generator = torch.Generator().set_state(generator.get_state())
         self.latest = fused_distillcse(
             z1, torch.cat(others) if len(others) > 1 else others[0], self.embedded(batch, z1),
-            query_ids=query_ids, key_ids=key_ids, seed=generator, group=self.group, **self.fixed(), **self.distillation,
+            query_ids=query_ids, key_ids=key_ids, seed=generator, group=self.group, **self.drawn(self.fixed()),
+            **self.distillation,
         )  # fmt: skip
         loss = self.latest.loss
         self.latest = DistillCSEOutput(*(x.detach() for x in self.latest))
@@ -178,7 +179,8 @@ class DistillCSELoss(InfoNCELoss):
         return [part.to(z.device) for part in labels.split(list(widths), 1)]
 
     def get_config_dict(self) -> dict[str, Any]:
-        numbers = {"temperature": float(self.temperature), "m": None if self.m is None else float(self.m)}
+        temperature = self.temperature.tolist() if isinstance(self.temperature, Tensor) else self.temperature
+        numbers = {"temperature": temperature, "m": None if self.m is None else float(self.m)}
         options = {name: value for name, value in self.options.items() if name != "normalize"}
         own = {"similarity_fct": self.similarity_fct, **self.own_options()}
         teachers = None if self._teachers is None else [str(getattr(t, "encoder", t)) for t in self._teachers]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pycse import validation
 from pycse.functional import fused_focal_infonce, fused_infonce
+from pycse.matryoshka import Drawn
 from pycse.problem import EXCLUDE_BY
 from pycse.sentence_transformers import citations
 from pycse.sentence_transformers.columns import Batch, ColumnLoss
@@ -29,7 +30,7 @@ def similarity_name(similarity_fct: Any) -> str:
     return name
 
 
-class InfoNCELoss(ColumnLoss):
+class InfoNCELoss(Drawn, ColumnLoss):
     r"""InfoNCE over columns: what MultipleNegativesRankingLoss computes, with scale = 1 / temperature, without B x N
     matrices.
 
@@ -48,7 +49,8 @@ class InfoNCELoss(ColumnLoss):
         directions, partition_mode, hardness_mode, hardness_strength: as MultipleNegativesRankingLoss.
         deduplicate, precision, gather_across_devices, group: :class:`ColumnLoss`.
         options: other options of :func:`pycse.fused_infonce`: positive_margin, hard_negative_weight, exclude_above (a
-            number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate, exchange.
+            number), exclude_by, symmetric, reduction ("mean" or "sum"), backend, validate, exchange, dims and
+            dim_weights (:class:`MatryoshkaInfoNCELoss`).
 
     Raises:
         TypeError, ValueError: a wrong option, here; a batch that cannot be used, at the first one.
@@ -60,13 +62,13 @@ class InfoNCELoss(ColumnLoss):
     numbers: ClassVar[tuple[str, ...]] = ("temperature",)
     more_options: ClassVar[tuple[str, ...]] = (
         "positive_margin", "hard_negative_weight", "exclude_above", "exclude_by", "symmetric", "reduction", "backend",
-        "validate", "exchange",
+        "validate", "exchange", "dims", "dim_weights", "n_dims_per_step",
     )  # fmt: skip
 
     def __init__(
         self,
         model: nn.Module,
-        temperature: float | Tensor = 0.05,
+        temperature: float | Tensor | Sequence[float] = 0.05,
         *,
         similarity_fct: Any = "cos_sim",
         directions: Sequence[str] = ("query_to_doc",),
@@ -103,7 +105,10 @@ class InfoNCELoss(ColumnLoss):
             "normalize": SIMILARITIES[self.similarity_fct],
             **options,
         }
-        validation.contrastive_options(temperature, **{n: x for n, x in self.options.items() if n != "exchange"})
+        checked = self.check_lengths(self.options | {"temperature": temperature})
+        self.options.pop("n_dims_per_step", None)
+        check_width(model, self.options.get("dims"))
+        validation.contrastive_options(**{name: value for name, value in checked.items() if name != "exchange"})
         if self.options.get("reduction", "mean") == "none":
             raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
         self.temperature = temperature
@@ -116,7 +121,7 @@ class InfoNCELoss(ColumnLoss):
         if not others:
             raise ValueError(f"{type(self).__name__} compares at least two columns of embeddings, got 1")
         query_ids, key_ids = batch.ids or (None, None)
-        options = self.fixed()
+        options = self.drawn(self.fixed())
         if len(others) == 1:
             if options["hardness_mode"] == "hard_negatives":  # there are none
                 options["hardness"] = 0.0
@@ -134,8 +139,10 @@ class InfoNCELoss(ColumnLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         given: dict[str, Any] = {
-            name: float(value) if isinstance(value, Tensor) else value for name, value in self.fixed().items()
+            name: value.tolist() if isinstance(value, Tensor) else value for name, value in self.fixed().items()
         }
+        if self.n_dims_per_step is not None:
+            given["n_dims_per_step"] = self.n_dims_per_step
         words = {short: long for long, short in DIRECTIONS.items()}
         given["directions"] = [words[name] for name in given["directions"]]
         given["hardness_strength"] = given.pop("hardness")
@@ -147,6 +154,51 @@ class InfoNCELoss(ColumnLoss):
     @property
     def citation(self) -> str:
         return citations.SIMCSE
+
+
+class MatryoshkaInfoNCELoss(InfoNCELoss):
+    r"""InfoNCE at several lengths of the embeddings: what MatryoshkaLoss around MultipleNegativesRankingLoss computes,
+    from the products of one loss.
+
+    Args:
+        model: the SentenceTransformer that is trained; ``truncate_dim`` cuts its embeddings when it is used.
+        dims: the lengths, each at most the model's embeddings.
+        temperature: of all lengths, or one a length.
+        dim_weights: of the lengths' losses in their sum; default: 1 each.
+        n_dims_per_step: how many lengths a step takes, drawn anew each time, on all processes alike; None: all.
+        options: :class:`InfoNCELoss`. Its other losses, the cached ones as well, take dims, dim_weights and
+            n_dims_per_step as options.
+
+    Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022 (arXiv 2205.13147).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dims: Sequence[int],
+        temperature: float | Tensor | Sequence[float] = 0.05,
+        *,
+        dim_weights: Sequence[float] | None = None,
+        n_dims_per_step: int | None = None,
+        **options: Any,
+    ) -> None:
+        if dims is None:
+            raise TypeError("dims must be a list of lengths, got None")
+        super().__init__(
+            model, temperature, dims=dims, dim_weights=dim_weights, n_dims_per_step=n_dims_per_step, **options
+        )
+
+    @property
+    def citation(self) -> str:
+        return citations.MATRYOSHKA
+
+
+def check_width(model: Any, dims: Sequence[int] | None) -> None:
+    """That the model's embeddings have these lengths; where it does not say, the first batch does."""
+    ask = getattr(model, "get_embedding_dimension", None) or getattr(model, "get_sentence_embedding_dimension", None)
+    width = None if ask is None or dims is None else ask()
+    if dims is not None and width is not None and max(dims) > width:
+        raise ValueError(f"dims must lie in [1, {width}] (the model's embeddings), got {max(dims)}")
 
 
 class FocalInfoNCELoss(InfoNCELoss):

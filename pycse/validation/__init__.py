@@ -18,7 +18,7 @@ from pycse.validation.contrastive_losses import check_lists, check_values, contr
 from pycse.validation.distillation_losses import distillation, distillation_options, distillcse_options
 from pycse.validation.hypersphere import alignment, uniformity
 from pycse.validation.layers import linear, linear_mask, packed_mask
-from pycse.validation.matryoshka import lengths, needs_dims, one_a_length
+from pycse.validation.matryoshka import lengths, lengths_a_step, needs_dims, one_a_length
 from pycse.validation.sigmoid_losses import check_sigmoid_values, sigmoid, sigmoid_options
 from pycse.validation.supervised_losses import check_supervised, supervised, supervised_options
 
@@ -42,6 +42,7 @@ __all__ = [
     "fits_64_bits",
     "flag",
     "lengths",
+    "lengths_a_step",
     "linear",
     "linear_mask",
     "needs_dims",

@@ -35,6 +35,22 @@ def needs_dims(dim_weights: Any, parts: Any) -> None:
             raise ValueError(f"{name} must be given together with dims, got dims=None")
 
 
+def lengths_a_step(n: Any, given: dict[str, Any], temperature: Any) -> None:
+    """How many of the lengths a module takes in one step."""
+    if n is None:
+        return
+    whole("n_dims_per_step", n)
+    dims = given.get("dims")
+    if dims is None:
+        raise ValueError(f"n_dims_per_step must be given together with dims, got {n} and dims=None")
+    if not 1 <= n <= len(dims):
+        raise ValueError(f"n_dims_per_step must lie in [1, {len(dims)}] (the lengths in dims), got {n}")
+    if given.get("parts"):
+        raise ValueError("n_dims_per_step and parts exclude each other (nobody would know whose parts they are)")
+    if one_a_length(temperature, len(dims)):
+        raise ValueError("n_dims_per_step and a temperature for each length exclude each other; give one temperature")
+
+
 def one_a_length(temperature: Any, K: int) -> bool:
     """Whether there is a temperature for each length: a sequence of numbers, or a 1-d tensor."""
     if isinstance(temperature, Tensor) and temperature.dim() == 1:

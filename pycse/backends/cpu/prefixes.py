@@ -14,7 +14,6 @@ from pycse.panels import prefixes as panel
 from pycse.panels.contrastive import State
 from pycse.problem import Contrastive
 
-
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}  # as contrastive.SMALL
 
 
