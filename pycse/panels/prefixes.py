@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -254,7 +254,7 @@ def _positives(
 
 def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]]:
     """A symmetric loss as the mean of that of its rows and that of its columns."""
-    rows, half = p.copy(), Lengths(lengths.dims, [w / 2 for w in lengths.dim_weights])
+    rows, half = p.copy(), replace(lengths, dim_weights=[w / 2 for w in lengths.dim_weights])
     rows.symmetric = False
     columns = rows.copy()
     columns.z1, columns.z2, columns.query_ids, columns.key_ids = p.z2, p.z1, p.key_ids, p.query_ids
