@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from pycse.training.fit import progress_bar
 from pycse.training.run import Run
 from pycse.training.settings import EVALUATIONS, Settings
 from pycse.training.static.loss import StaticLoss
+from pycse.training.static.table import bag
 from pycse.training.static.tokens import KeptTeacher, Tokens, batches
 
 if TYPE_CHECKING:
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 512  # texts embedded at a time
 
 
-def scores_by_length(
-    model: SentenceTransformer, sets: list[ScoredPairs], lengths: Sequence[int | None]
-) -> dict[int | None, Scores]:
-    """Scores of the first features of the embeddings; None is their whole length."""
+def scores_by_length(model: SentenceTransformer, sets: list[ScoredPairs], lengths: Sequence[int]) -> dict[int, Scores]:
+    """Scores of the first features of the embeddings."""
     judges = evaluators(sets, EVALUATION_BATCH)
     names = [pairs.name for pairs in sets]
-    found: dict[int | None, Scores] = {}
+    found: dict[int, Scores] = {}
     for length in lengths:
         metrics: dict[str, float] = {}
-        with nullcontext() if length is None else model.truncate_embeddings(length):
+        with model.truncate_embeddings(length):
             for judge in judges:
                 metrics |= judge(model)
         found[length] = by_set(metrics, names)
@@ -53,7 +51,7 @@ def optimizer_of(model: SentenceTransformer, settings: Settings) -> torch.optim.
 def factor(step: int, steps: int, warmup: float) -> float:
     """Of the learning rate at a step, counted from 0: it rises to 1 over a share of the steps, then falls to 0."""
     rising = warmup * steps
-    return (step + 1) / rising if step + 1 < rising else (steps - step) / max(1.0, steps - rising)
+    return (step + 1) / rising if step + 1 < rising else (steps - step) / (steps - max(rising - 1, 0))
 
 
 def train_step(
@@ -67,7 +65,7 @@ def train_step(
     """One step on the rows of these numbers; their loss before it."""
     numbers = tokens.index[rows]  # (B, columns)
     ids, offsets = tokens.bags(numbers.T.reshape(-1), model.device)
-    columns = model[0].embedding(ids, offsets).split(len(rows))
+    columns = bag(model)(ids, offsets).split(len(rows))
     learned = [teacher(numbers[:, 0]).to(model.device) for teacher in teachers]
     value = loss(columns, [tokens.hashes[column] for column in numbers.T], learned)
     optimizer.zero_grad()
@@ -110,7 +108,7 @@ def fit(
                 run.parts.setdefault(name, []).append(part)
             progress.update(task, completed=step + 1, loss=f"loss {value:.4f}")
             if (step + 1) % every == 0 and step + 1 < run.steps:
-                scores = scores_by_length(model, sets, [None])[None]
+                scores = scores_by_length(model, sets, [static.width])[static.width]
                 run.scores.append((step + 1, scores))
                 progress.update(task, score=f"{shown} {scores[shown]['spearman']:.4f}")
         run.seconds["train"] = time.perf_counter() - started

@@ -51,7 +51,7 @@ class StaticLoss:
 def check_loss(settings: Settings, device: torch.device) -> None:
     """The loss, tried once on the device, so that what cannot run is known before any work."""
     try:
-        z = torch.eye(4, settings.static, dtype=torch.float32, device=device)
+        z = torch.eye(4, max(settings.lengths), dtype=torch.float32, device=device)
         more = [z] if settings.hard_negative_weight else []
         hashes = [torch.arange(4, dtype=torch.int64, device="cpu") for _ in range(2 + len(more))]
         teachers = [z] if RECIPES[settings.recipe].teaches else []

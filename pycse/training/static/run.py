@@ -18,7 +18,7 @@ from pycse.training.settings import BUNDLED, Settings
 from pycse.training.static.fit import fit
 from pycse.training.static.loss import check_loss
 from pycse.training.static.memory import keep_freed_memory
-from pycse.training.static.table import start
+from pycse.training.static.table import bag, start
 from pycse.training.static.tokens import KeptTeacher, tokenise
 from pycse.training.teachers import described
 
@@ -52,7 +52,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
     teachers = load_all_teachers(settings, model, source, shown)
     keep_freed_memory()
 
-    table = model[0].embedding.weight
+    table = bag(model).weight
     run = Run(
         settings=settings,
         text=text,
@@ -67,7 +67,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
     console.print(text_table(text))
     with working_folder(out) as (out, scratch):
         before = time.perf_counter()
-        tokens = tokenise(text, model.tokenizer, settings.max_length, scratch)
+        tokens = tokenise(text, begun.tokenizer, settings.max_length, scratch)
         run.seconds["tokenise"] = time.perf_counter() - before
         sentences = tokens.sentences if teachers else []
         kept = [KeptTeacher(one, sentences, Path(scratch) / f"teacher-{k}") for k, one in enumerate(teachers)]

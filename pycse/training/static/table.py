@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycse.training.encoder import load_encoder
 from pycse.training.errors import UserError
@@ -36,6 +36,7 @@ class Start:
     began as another table)."""
 
     model: SentenceTransformer
+    tokenizer: Any
     words: str
     encoder: SentenceTransformer | None
 
@@ -59,22 +60,29 @@ def start(settings: Settings, source: str, shown: str, device: str) -> Start:
     if settings.init is None:
         generator = torch.Generator("cpu").manual_seed(settings.seed)
         weights = torch.randn(tokens, width, generator=generator, dtype=torch.float32, device="cpu")
-        return Start(static_model(tokenizer, weights, device), f"random, tokens of {shown}", other(encoder))
+        return Start(static_model(tokenizer, weights, device), tokenizer, f"random, tokens of {shown}", other(encoder))
     has = encoder.get_embedding_dimension()
     if has is None or has < width:
         raise UserError(f"--init {shown} is {has} wide, less than --static {width}; give --static {has} or less")
     if is_static(encoder):
-        weights = encoder[0].embedding.weight.detach().float().cpu()[:, :width].clone()
+        weights = bag(encoder).weight.detach().float().cpu()[:, :width].clone()
         words = f"the table of {shown}" + (f", the first {width} of {has} features" if width < has else "")
-        return Start(static_model(tokenizer, weights, device), words, None)
+        return Start(static_model(tokenizer, weights, device), tokenizer, words, None)
     weights = scaled(principal(token_embeddings(encoder, tokens, of, shown), width), tokenizer)
-    return Start(static_model(tokenizer, weights, device), f"token embeddings of {shown}", encoder)
+    return Start(static_model(tokenizer, weights, device), tokenizer, f"token embeddings of {shown}", encoder)
 
 
 def is_static(encoder: SentenceTransformer) -> bool:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     return isinstance(encoder[0], StaticEmbedding)
+
+
+def bag(model: SentenceTransformer) -> nn.EmbeddingBag:
+    """The table itself."""
+    found = model[0].embedding
+    assert isinstance(found, nn.EmbeddingBag)
+    return found
 
 
 def other(encoder: SentenceTransformer) -> SentenceTransformer | None:
@@ -92,8 +100,8 @@ def static_model(tokenizer: Any, weights: Tensor, device: str) -> SentenceTransf
 def known_tokens(encoder: SentenceTransformer, of: str, shown: str) -> int:
     """Rows of the model's own table of tokens."""
     if is_static(encoder):
-        return encoder[0].num_embeddings
-    backbone = getattr(encoder[0], "auto_model", None)
+        return bag(encoder).num_embeddings
+    backbone: Any = getattr(encoder[0], "auto_model", None)
     if backbone is None:
         raise UserError(f"{of} {shown} has neither a transformer nor a static table inside; give one that has")
     return backbone.get_input_embeddings().num_embeddings
@@ -103,7 +111,7 @@ def own_tokenizer(encoder: SentenceTransformer, of: str, shown: str) -> Any:
     """A copy of the model's tokenizer that neither pads nor cuts: a bag of tokens has no longest text."""
     from tokenizers import Tokenizer
 
-    found = encoder.tokenizer
+    found: Any = encoder.tokenizer
     found = getattr(found, "backend_tokenizer", found)
     if not isinstance(found, Tokenizer):
         raise UserError(f"{of} {shown} has no fast tokenizer, which a static table needs; give another model")
@@ -130,7 +138,8 @@ def token_embeddings(encoder: SentenceTransformer, tokens: int, of: str, shown: 
 
     The reversed order is model2vec's, which found it to work better.
     """
-    full, bare = (encoder.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    read: Any = encoder.tokenizer
+    full, bare = (read("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     at = next((k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare), None)
     if at is None:
         raise UserError(f"{of} {shown}: its tokenizer hides a text's tokens; give another encoder")
