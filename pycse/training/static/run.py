@@ -38,8 +38,9 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         UserError: for input that cannot be used; nothing has been written then.
     """
     started = time.perf_counter()
-    if ranks.size() > 1:
-        raise UserError(f"--static trains in one process, not {ranks.size()}; start it without a launcher")
+    with ranks.together():
+        if ranks.size() > 1:
+            raise UserError(f"--static trains in one process, not {ranks.size()}; start it without a launcher")
     out, sets, text, source, _ = prepare(settings, "static")
 
     from transformers import set_seed

@@ -115,7 +115,7 @@ class KeptTeacher:
         self.embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)  # pages never written take no disk
 
     def __call__(self, numbers: np.ndarray) -> Tensor:
-        new = numbers[~self.known[numbers]]
+        new = np.unique(numbers[~self.known[numbers]])
         if len(new):
             self.embeddings[new] = self.teacher([self.sentences[i] for i in new]).float().cpu().numpy()
             self.known[new] = True
