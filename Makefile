@@ -21,7 +21,7 @@ train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--
 	$(VENV)/bin/pycse train $(ARGS)
 
 train-static: $(VENV)/train  ## train a static table on English Wikipedia, beside the MiniLM; ARGS as for train
-	$(VENV)/bin/pycse train --static 384 --init bundled --teacher bundled $(ARGS)
+	$(VENV)/bin/pycse train --static 384 --init bundled $(ARGS)
 
 # torchrun would give each process one thread. They speak over the loopback interface alone.
 THREADS = $${OMP_NUM_THREADS:-$$($(RUN) -c "import os; print(max(1, os.cpu_count() // $(PROCESSES)))")}

@@ -30,7 +30,7 @@ MEANS = ("global", "layer")
 # What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
 BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
 MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
-STATIC_LR, STATIC_INIT_LR = 0.2, 0.02  # of a random table, and of one that knows something already
+STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
 
 
 @dataclass

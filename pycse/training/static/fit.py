@@ -17,6 +17,7 @@ from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
 from pycse.training.fit import progress_bar
 from pycse.training.run import Run
 from pycse.training.settings import EVALUATIONS, Settings
+from pycse.training.static.bags import mean_of_rows
 from pycse.training.static.loss import StaticLoss
 from pycse.training.static.table import bag
 from pycse.training.static.tokens import KeptTeacher, Tokens, batches
@@ -65,7 +66,7 @@ def train_step(
     """One step on the rows of these numbers; their loss before it."""
     numbers = tokens.index[rows]  # (B, columns)
     ids, offsets = tokens.bags(numbers.T.reshape(-1), model.device)
-    columns = bag(model)(ids, offsets).split(len(rows))
+    columns = mean_of_rows(bag(model).weight, ids, offsets).split(len(rows))
     learned = [teacher(numbers[:, 0]).to(model.device) for teacher in teachers]
     value = loss(columns, [tokens.hashes[column] for column in numbers.T], learned)
     optimizer.zero_grad()
