@@ -66,7 +66,7 @@ def plot_lengths(static: Static, path: Path) -> None:
     panel.set_xticks(lengths, [str(length) for length in lengths])
     panel.set_xlabel("length that embeddings are cut at")
     panel.set_ylabel("Spearman")
-    panel.set_title(f"static table, {static.start}")
+    panel.set_title(f"static table, {static.start}", fontsize="small", wrap=True)
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")
     figure.savefig(path, dpi=120)
