@@ -79,7 +79,7 @@ def agree(B: int) -> None:
 
 def trainer_steps(B: int) -> list[float]:
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
     ends: list[float] = []
 
@@ -94,10 +94,12 @@ def trainer_steps(B: int) -> list[float]:
             learning_rate=LR, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
             logging_strategy="no",
         )  # fmt: skip
-        SentenceTransformerTrainer(
+        trainer = SentenceTransformerTrainer(
             model=start.model, args=arguments, train_dataset=pairs().dataset(), loss=theirs(start.model),
             callbacks=[Clock()],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return list(np.diff(ends)[WARM - 1 :])
 
 
