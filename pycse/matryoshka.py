@@ -11,6 +11,7 @@ Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022 (arX
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ class Drawn:
     def check_lengths(self, options: dict[str, Any]) -> dict[str, Any]:
         """A module's options but those of lengths, once these are checked; ``n_dims_per_step`` is taken from them."""
         self.n_dims_per_step = options.pop("n_dims_per_step", None)
+        if self.n_dims_per_step is not None:
+            _draw_uncompiled()
         given: dict[str, Any] = {name: options[name] for name in ("dims", "dim_weights", "parts") if name in options}
         others = {name: value for name, value in options.items() if name not in given}
         if given.get("dims") is None:
@@ -127,11 +130,18 @@ class Drawn:
         n = self.n_dims_per_step
         if n is None or not self.training:
             return options
-        chosen = self._chosen(len(options["dims"]), n)
+        chosen = chosen_lengths(self, len(options["dims"]), n)
         given = {name: options[name] for name in ("dims", "dim_weights") if options.get(name) is not None}
         return options | {name: [values[k] for k in chosen] for name, values in given.items()}
 
-    @torch.compiler.disable(reason="pycse: lengths are drawn anew in each step")
-    def _chosen(self, K: int, n: int) -> list[int]:
-        self.draws += 1
-        return sorted(random.Random(self.draws).sample(range(K), n))
+
+def chosen_lengths(module: Drawn, K: int, n: int) -> list[int]:
+    module.draws += 1
+    return sorted(random.Random(module.draws).sample(range(K), n))
+
+
+@functools.cache
+def _draw_uncompiled() -> None:
+    """torch.compile leaves a step's draw out; saying so loads its compiler, so only where lengths are drawn."""
+    global chosen_lengths
+    chosen_lengths = torch.compiler.disable(chosen_lengths, reason="pycse: lengths are drawn anew in each step")

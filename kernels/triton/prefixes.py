@@ -8,7 +8,7 @@ Symbols (kernels/README.md), panel of c rows from row i0, lengths k < K along th
     S^b_ij becomes H^b_ij = sum_{k >= b} G^k_ij
     t^k_i = sum_j G^k_ij raw^k_ij,   columns^k_j = sum_i of the same
 Two visits of the panels, all lengths in each: ``sums``, a program a row, for losses and what ``gradients`` takes of a
-row (results (5, K, c): s_pos, g_pos, f, the shift in bits, t); then tiles of ROWS x COLUMNS, which add up their columns.
+row (results (5, K, c): s_pos, g_pos, f, the shift in bits, t); then tiles of ROWS x COLUMNS, which sum their columns.
 Stored: those, loss (K, B), dlogit (K, 5, B), and a sum of columns for each run of ROWS rows: no atomics.
 """
 

@@ -125,9 +125,8 @@ def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[
     problems = [lengths.problem(p, k) for k in order]
     with kernels.place(p.z1):
         whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
-    losses: list[Tensor] = [torch.empty(0)] * len(dims)
-    for k, rows in zip(order, whole.losses):
-        losses[k] = rows
+    of = dict(zip(order, whole.losses))
+    losses = [of[k] for k in range(len(dims))]
     total = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
     parts: list[Result] = [Result(total)] * len(dims)
     for k, problem, dlogit in zip(order, problems, whole.dlogits):

@@ -52,9 +52,7 @@ def test_the_definition(backend):
     dims, weights = [24, 3, 10], [0.5, 2.0, 1.0]
     z1, z2 = embeddings()
     labels = torch.arange(12)
-    parts = torch.stack(
-        [cross_entropy(normalize(z1[:, :d]) @ normalize(z2[:, :d]).t() / 0.05, labels) for d in dims]
-    )
+    parts = torch.stack([cross_entropy(normalize(z1[:, :d]) @ normalize(z2[:, :d]).t() / 0.05, labels) for d in dims])
     expected = (parts * torch.tensor(weights, dtype=torch.float64)).sum()
     actual = fused_infonce(z1, z2, 0.05, dims=dims, dim_weights=weights, parts=True, backend=backend)
     assert isinstance(actual, MatryoshkaOutput) and not actual.parts.requires_grad

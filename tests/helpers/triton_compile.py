@@ -26,9 +26,8 @@ from triton.compiler import ASTSource
 from pycse.backends.triton import adapacse as angles
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
-from pycse.backends.triton import prefixes
+from pycse.backends.triton import prefixes, sparse
 from pycse.backends.triton import sigmoid as pairs
-from pycse.backends.triton import sparse
 from pycse.backends.triton import supervised as classes
 from pycse.backends.triton import uniformity as hypersphere
 from pycse.panels import prefixes as lengths_driver

@@ -107,7 +107,13 @@ class Table:
         self, name: str, arguments: dict[str, Argument], *buffers: Tensor, by_name: bool = False, kept: Any = None
     ) -> None:
         tail = {"where": Argument((0, 0), WORDS)} if self.emulated else {"threads": Argument(2, THREADS)}
-        alone = ("small_work_size", "small_distill_work_size", "small_prefixes_work_size", "SparsePattern", "fingerprint")
+        alone = (
+            "small_work_size",
+            "small_distill_work_size",
+            "small_prefixes_work_size",
+            "SparsePattern",
+            "fingerprint",
+        )
         if not by_name and name not in alone:
             if "threads" not in arguments:
                 arguments = arguments | tail
