@@ -14,8 +14,8 @@ G^k = dL^k/d sum_{b <= k} S^b; the norms' own gradients are T^b = sum_{k >= b} (
 of the row, and C^b likewise of the keys' columns. 6 N^2 D operations for all lengths, O(K c N) memory. Rows and columns
 of a symmetric loss are two such sweeps, 12 N^2 D. A batch that fits in cache is one call of its own (``small``).
 
-What the visit does not have (parts of panels/parts.py, more lengths than fit) is computed length by length,
-sum_k d_k / D of one loss' products.
+What the visit does not have (parts of panels/parts.py, more lengths than fit, a length of 1, rows whose prefix is null
+beside the rest) is computed length by length, sum_k d_k / D of one loss' products.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def matryoshka(
         differentiable: by PyTorch itself, so that nothing is detached.
     """
     result = None
-    if kernels is not None and not p.in_parts and len(lengths.dims) <= kernels.most:
+    # Of one feature a normalised row is its sign, whose gradient is 0: here it would be what rounding leaves of it.
+    signs = p.normalize and 1 in lengths.dims
+    if kernels is not None and not (p.in_parts or signs) and len(lengths.dims) <= kernels.most:
         result = (_both_ways if p.symmetric else together)(p, lengths, kernels)
     return one_by_one(p, lengths, run, differentiable) if result is None else result
 
@@ -203,8 +205,8 @@ TINY = 1e-12  # norms up to this are 0 (kernels/cpu/norms.h)
 
 
 def _norms(k: Kernels, dims: list[int], z: Tensor, zhat: Tensor, r: Tensor, rho: Tensor) -> bool:
-    """rho = the inverse norms of the prefixes of zhat = r z, 0 where z's own prefix is null. Returns whether no other is
-    0: a prefix may be null beside its row, and none by itself."""
+    """rho = the inverse norms of the prefixes of zhat = r z, 0 where z's own are null. Returns whether no other is 0: a
+    prefix may be null beside its row, and none by itself."""
     for d, one in zip(dims, rho):
         k.normalize(zhat[:, :d], one, None)
     null = (rho == 0) | (rho * r >= 1 / TINY)
