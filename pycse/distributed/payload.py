@@ -152,8 +152,8 @@ class Exchange(torch.autograd.Function):
         if numbers:
             shapes = [ctx.like[k][0] for k in numbers]  # () each, or (K,) of a number for each of K lengths
             zeros = torch.zeros((), dtype=torch.float64, device=ctx.like[numbers[0]][2])
-            given = [zeros.expand(s) if upstream[k] is None else upstream[k].double() for k, s in zip(numbers, shapes)]
-            packed = torch.cat([g.reshape(-1) for g in given])
+            given = [zeros.expand(s) if (g := upstream[k]) is None else g for k, s in zip(numbers, shapes)]
+            packed = torch.cat([g.double().reshape(-1) for g in given])
             all_reduce(packed, ctx.group, "gradients of numbers")
             for k, shape, total in zip(numbers, shapes, packed.split([s.numel() for s in shapes])):
                 total = total.view(shape)
