@@ -53,7 +53,7 @@ class Loss(Drawn, nn.Module):
         return {**{name: getattr(self, name) for name in self.numbers}, **self.options}
 
     def extra_repr(self) -> str:
-        shown = self.fixed() | ({} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step})
+        shown = self.fixed() | self.described()
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
 
 

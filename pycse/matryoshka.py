@@ -139,6 +139,10 @@ class Drawn:
         validation.lengths_a_step(self.n_dims_per_step, given, options.get("temperature"))
         return others
 
+    def described(self) -> dict[str, Any]:
+        """What a module's description has beside its options."""
+        return {} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step}
+
     def drawn(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options with the lengths of this step."""
         n = self.n_dims_per_step
