@@ -144,9 +144,10 @@ class Drawn:
         return {} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step}
 
     def drawn(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with the lengths of this step."""
+        """The options with the lengths of this step; a trainer evaluates without gradients, and leaves its loss in
+        training mode."""
         n = self.n_dims_per_step
-        if n is None or not self.training:
+        if n is None or not (self.training and torch.is_grad_enabled()):
             return options
         chosen = self._chosen(len(options["dims"]), n)
         given = {name: options[name] for name in ("dims", "dim_weights") if options.get(name) is not None}

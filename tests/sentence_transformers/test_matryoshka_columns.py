@@ -158,7 +158,7 @@ def test_lengths_of_a_step(model, wide_model):
             assert any(torch.isclose(value, one, rtol=1e-4) for one in weighted.values())
         assert seen == set(DIMS)
         with torch.no_grad():
-            value = loss.eval()(features(model, ANCHORS, POSITIVES))
+            value = loss(features(model, ANCHORS, POSITIVES))
         torch.testing.assert_close(value, sum(weighted.values()), rtol=1e-4, atol=1e-5)
 
 
