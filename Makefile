@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test sanitize fuzz train train-distributed lint bench bench-check bench-compare bench-update bench-docs wheel clean
+.PHONY: test sanitize fuzz train train-static train-distributed lint bench bench-check bench-compare bench-update bench-docs wheel clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -19,6 +19,9 @@ test: $(VENV)/test  ## run the tests
 
 train: $(VENV)/train  ## train a sentence encoder on English Wikipedia; ARGS="--recipe simcse" for options of pycse train
 	$(VENV)/bin/pycse train $(ARGS)
+
+train-static: $(VENV)/train  ## train a static table on English Wikipedia, beside the MiniLM; ARGS as for train
+	$(VENV)/bin/pycse train --static 384 --init bundled $(ARGS)
 
 # torchrun would give each process one thread. They speak over the loopback interface alone.
 THREADS = $${OMP_NUM_THREADS:-$$($(RUN) -c "import os; print(max(1, os.cpu_count() // $(PROCESSES)))")}

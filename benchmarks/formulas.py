@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import CLASSES, LISTED, Inputs, Workload
+from benchmarks.workloads import CLASSES, LISTED, Inputs, Workload, lengths
 
 TAU, M = 0.05, 0.3
 SCALE, BIAS = 10.0, -10.0  # of the sigmoid loss
@@ -31,6 +31,9 @@ def classes(rows: Tensor, first: int = 0) -> Tensor:
 
 def contrastive(op: str, z1: Tensor, z2: Tensor, first: int = 0) -> Tensor:
     """Mean loss of rows whose positives are the keys from ``first`` on: what people write."""
+    if op == "matryoshka":
+        parts = [contrastive("infonce", z1[:, :d], z2[:, :d], first) for d in lengths(z1.shape[1])]
+        return torch.stack(parts).sum()
     s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t()
     return contrastive_of_similarities(op, s, first)
 

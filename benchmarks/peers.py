@@ -24,7 +24,7 @@ from benchmarks.formulas import BIAS, CHUNK, SCALE, TAU, TEACHER, classes, formu
 from benchmarks.internals import contrastive_rows, distill_rows
 from benchmarks.limits import products, yardstick
 from benchmarks.measure import available_memory
-from benchmarks.workloads import CONTRASTIVE, LISTED, ROWS, SIDES, Inputs, Workload
+from benchmarks.workloads import CONTRASTIVE, LISTED, ROWS, SIDES, Inputs, Workload, lengths
 from pycse.sparse import SparseLinear
 
 OVERHEAD = 256 << 20  # of a process beyond its tensors
@@ -108,8 +108,14 @@ def _pycse(w: Workload, x: Inputs, backend: str = "auto") -> Alternative:
         "guided": lambda: pycse.fused_infonce(*x.leaves, guides=[(x.teachers[0], x.teachers[1])], backend=backend),
         "directions": lambda: pycse.fused_infonce(*x.leaves, directions=("qd", "qq", "dq", "dd"), backend=backend),
         "lists": lambda: pycse.fused_infonce(*x.leaves, negatives=_lists(w), backend=backend),
+        "matryoshka": lambda: pycse.fused_infonce(*x.leaves, dims=lengths(w.D), backend=backend),
     }
     return Alternative(loss[w.op], x.leaves)
+
+
+def _separate(w: Workload, x: Inputs) -> Alternative:
+    z1, z2 = x.leaves
+    return Alternative(lambda: sum(pycse.fused_infonce(z1[:, :d], z2[:, :d]) for d in lengths(w.D)), x.leaves)
 
 
 def _lists(w: Workload) -> tuple[Tensor, Tensor]:
@@ -163,7 +169,7 @@ def _linear_cross_entropy(w: Workload, x: Inputs) -> Alternative:
 
 
 def _directions(w: Workload) -> dict[str, Any]:
-    if w.op == "infonce":
+    if w.op in ("infonce", "matryoshka"):
         return {}
     if w.op == "directions":
         return {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
@@ -178,6 +184,9 @@ def _mnrl(w: Workload, x: Inputs) -> Alternative:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss: Any = MultipleNegativesRankingLoss(_encoder(), scale=1 / TAU, **_directions(w))
+    if w.op == "matryoshka":  # as MatryoshkaLoss puts it around
+        cut = lambda d: [F.normalize(z[:, :d], dim=1) for z in x.leaves]  # noqa: E731
+        return Alternative(lambda: sum(loss.compute_loss_from_embeddings(cut(d), None) for d in lengths(w.D)), x.leaves)
     return Alternative(lambda: loss.compute_loss_from_embeddings(x.leaves, None), x.leaves)
 
 
@@ -365,7 +374,7 @@ def _floor(c: int, wide: bool = False) -> Callable[[Workload, Inputs], Alternati
 def _covers_floor(c: int, wide: bool = False) -> Callable[[Workload], bool]:
     def covers(w: Workload) -> bool:
         gpu = torch.cuda.is_available()
-        if w.op not in (*CONTRASTIVE, "directions", "distillcse", "sigmoid", "uniformity") or (
+        if w.op not in (*CONTRASTIVE, "directions", "distillcse", "matryoshka", "sigmoid", "uniformity") or (
             wide and not (gpu and w.dtype == "bf16")
         ):
             return False
@@ -389,7 +398,12 @@ def _of_reference(w: Workload) -> float:
     return _matrices(16 if w.op == "distillcse" else 6)(w)
 
 
-OF_INFONCE = {"distillcse": 16 / 6, "directions": 4, "lists": 1 + LISTED}  # an eager peer's matrices, beside InfoNCE's
+OF_INFONCE = {
+    "distillcse": 16 / 6,
+    "directions": 4,
+    "lists": 1 + LISTED,
+    "matryoshka": 5,
+}  # an eager peer's matrices, beside InfoNCE's
 
 PYCSE = Peer("pycse", lambda w: True, _pycse, memory=_of_reference)
 PEERS = [
@@ -401,11 +415,11 @@ PEERS = [
     Peer("linear-ce", _ONE_WAY, _linear_cross_entropy, requirement="torch>=2.13", memory=_matrices(1)),
     Peer(
         "mnrl",
-        _among("infonce", "symmetric", "directions"),
+        _among("infonce", "symmetric", "directions", "matryoshka"),
         _mnrl,
         "sentence_transformers",
         "sentence-transformers",
-        memory=_matrices(6),
+        memory=lambda w: _matrices(6 * OF_INFONCE.get(w.op, 1))(w),
     ),
     Peer(
         "cached-mnrl",
@@ -448,6 +462,10 @@ PEERS = [
         "two views, both directions, diagonal kept, no shuffle",
         memory=_matrices(16),
     ),
+    Peer(
+        "pycse-one", _among("matryoshka"), lambda w, x: _pycse(replace(w, op="infonce"), x), differs="the longest alone"
+    ),
+    Peer("pycse-separate", _among("matryoshka"), _separate),
     Peer("pycse-none", _SAMPLE, lambda w, x: _pycse(replace(w, shuffle="none"), x), differs="no shuffle"),
     Peer(
         "pycse-expected",
@@ -559,6 +577,8 @@ def parity(w: Workload, x: Inputs, peer: Peer, alternative: Alternative, expecte
         return None
     if peer.name == "pycse-expected":
         expected = reference(replace(w, shuffle="expected"), x)
+    elif peer.name == "pycse-one":
+        expected = reference(replace(w, op="infonce"), x)
     elif w.shuffle == "sample":
         alternative = peer.build(replace(w, shuffle="none"), x)
     return compared(w, x, peer, alternative.compared(w.backward), expected)

@@ -1,6 +1,8 @@
 """Training steps with sentence-transformers: pycse's losses beside its own, in turns, in one process.
 
 static     a StaticEmbedding of 30522 x 1024: embeddings, loss, backward and AdamW, on texts of 20 tokens
+lengths    the same at six lengths: MatryoshkaLoss around theirs, dims= of ours
+whole      steps of whole runs at six lengths (benchmarks/static.py): their trainer, and `pycse train --static`
 cached     the loss of a cached batch and its backward, without the encoder's passes: B = 4096, D = 384, 64 at a time
 equal      how much of a step the search for equal texts takes
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Timing, in_new_process, interleaved, peak_memory
+from benchmarks.static import LENGTHS, whole
 
 VOCABULARY, WIDTH, TOKENS = 30522, 1024, 20
 CACHED_ROWS, CACHED_WIDTH, MINI = 4096, 384, 64
@@ -43,13 +46,32 @@ def columns(B: int) -> list[dict[str, Tensor]]:
 
 
 def loss_of(name: str, model: Any) -> Any:
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
     from pycse.sentence_transformers import InfoNCELoss
 
-    if name == "mnrl":
-        return MultipleNegativesRankingLoss(model)
+    if name.startswith("mnrl"):
+        theirs = MultipleNegativesRankingLoss(model)
+        return MatryoshkaLoss(model, theirs, LENGTHS) if name == "mnrl lengths" else theirs
+    if name.startswith("lengths"):
+        return lengths_loss(model, "half" in name)
     return InfoNCELoss(model, precision="half" if name == "pycse half" else None)
+
+
+def lengths_loss(model: Any, half: bool) -> Any:
+    """Our loss at every length, of the columns of a batch. Equal texts are looked for, as the losses do."""
+    from pycse import fused_infonce
+    from pycse.sentence_transformers.texts import hashes, ids_of
+
+    def loss(batch: list[dict[str, Tensor]], _: Any) -> Tensor:
+        ids = ids_of([hashes(column) for column in batch])  # type: ignore[misc]
+        z1, z2 = (model(column)["sentence_embedding"] for column in batch)
+        if half:
+            z1, z2 = z1.bfloat16(), z2.bfloat16()
+        rows, keys = ids or (None, None)
+        return fused_infonce(z1, z2, 0.05, query_ids=rows, key_ids=keys, dims=list(LENGTHS))
+
+    return loss
 
 
 def step_of(name: str, model: Any, B: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
@@ -78,9 +100,12 @@ def agree(values: dict[str, float], allowed: float = ALLOWED) -> None:
             raise AssertionError(f"{name} computes {value}, {next(iter(values))} {first}")
 
 
-def static(B: int, seconds: float) -> dict[str, Timing]:
+PLAIN, AT_LENGTHS = ("mnrl", "pycse", "pycse half"), ("mnrl lengths", "lengths", "lengths half")
+
+
+def static(B: int, seconds: float, names: tuple[str, ...] = PLAIN) -> dict[str, Timing]:
     model = static_model()
-    made = {name: step_of(name, copy.deepcopy(model), B) for name in ("mnrl", "pycse", "pycse half")}
+    made = {name: step_of(name, copy.deepcopy(model), B) for name in names}
     with torch.no_grad():
         agree({name: value().item() for name, (_, value) in made.items()})
     return interleaved({name: step for name, (step, _) in made.items()}, seconds)
@@ -156,10 +181,13 @@ def table(seconds: float) -> Any:
 
     for B in (2048, 8192):
         row(f"step of a StaticEmbedding, B = {B}", static(B, seconds))
+        row(f"the same at {len(LENGTHS)} lengths", static(B, seconds, AT_LENGTHS))
+        row("step of a whole run at these lengths, medians", whole(B))
     row(f"cached loss without the encoder, B = {CACHED_ROWS}", cached(seconds))
-    peaks = [in_new_process(static_peak, name, 8192) / 1e6 for name in ("mnrl", "pycse", "pycse half")]
-    cells = (f"{x:.0f} MB" for x in peaks)
-    out.add_row("peak of a step, B = 8192", *cells, f"{peaks[0] / peaks[1]:.2f}", f"{peaks[0] / peaks[2]:.2f}")
+    for title, names in (("peak of a step", PLAIN), ("the same at 6 lengths", AT_LENGTHS)):
+        peaks = [in_new_process(static_peak, name, 8192) / 1e6 for name in names]
+        cells = (f"{x:.0f} MB" for x in peaks)
+        out.add_row(f"{title}, B = 8192", *cells, f"{peaks[0] / peaks[1]:.2f}", f"{peaks[0] / peaks[2]:.2f}")
     search, step = equal(2048, seconds)
     share = 100 * search.best / step.best
     out.add_row(

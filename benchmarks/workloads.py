@@ -22,6 +22,7 @@ CONTRASTIVE = ("infonce", "focal", "symmetric")
 ROWS = ("contrastive-rows", "distill-rows")
 SIDES = {"block16": 16, "block32": 32, "block64": 64, "unstructured": 1}
 GUIDE = 384  # features of the guided loss' guide
+LENGTHS = (12, 8, 4, 2, 1)  # of a Matryoshka loss, in twelfths of the features
 LISTED = 7  # hard negatives that a row lists
 CLASSES = 64  # of the supervised loss: row i is of class i modulo that
 PANEL = 32  # rows of the panel that a row kernel is timed on: 1 MB at N = 8192, so caches and not memory decide
@@ -64,7 +65,7 @@ class Workload:
     @property
     def by_rows(self) -> bool:
         """The loss of a row does not depend on other rows, so the formula can be computed in chunks of them."""
-        return self.op in ("infonce", "focal", "sigmoid", "supcon", "guided", "directions", "lists")
+        return self.op in ("infonce", "focal", "sigmoid", "supcon", "guided", "directions", "lists", "matryoshka")
 
     @property
     def measures_memory(self) -> bool:
@@ -136,6 +137,11 @@ def inputs(w: Workload, device: str = "cpu") -> Inputs:
     return Inputs([leaf(z1), leaf(z1 + 2 * new(w.N, w.D))])
 
 
+def lengths(D: int) -> list[int]:
+    """Those of a Matryoshka loss: 768, 512, 256, 128 and 64 of 768 features."""
+    return [D * share // 12 for share in LENGTHS]
+
+
 def small(w: Workload) -> Workload:
     """The same with fewer rows: loads the libraries and MKL's packing buffers before memory is measured."""
     return replace(w, N=min(2048, w.N // 4))
@@ -184,6 +190,13 @@ def _workloads() -> list[Workload]:
         Workload("directions", 4096, allocators=True),
         Workload("lists", 2048, allocators=True),
     ]
+    matryoshka = [
+        Workload("matryoshka", 64),
+        Workload("matryoshka", 512),
+        Workload("matryoshka", 8192, allocators=True),
+        Workload("matryoshka", 8192, dtype="bf16"),
+        Workload("matryoshka", 32768, timed=False),
+    ]
     uniformity = [
         Workload("uniformity", 512, smallest="short"),
         Workload("uniformity", 2048),
@@ -225,7 +238,7 @@ def _workloads() -> list[Workload]:
     ]
     full.append(Workload("sparse", 2048, 768, "bf16", False, pattern="2:4", zeros=50, out=3072, smallest="full"))
     by_name: dict[str, Workload] = {}
-    for w in (*focal, *others, *distill, *sigmoid, *supcon, *parts, *uniformity, *rows, *layers, *full):
+    for w in (*focal, *others, *distill, *sigmoid, *supcon, *parts, *matryoshka, *uniformity, *rows, *layers, *full):
         by_name.setdefault(w.name, w)
     return list(by_name.values())
 
@@ -246,6 +259,7 @@ def _on_a_gpu() -> list[tuple[str, Workload]]:
         *(("rows", w) for w in largest),
         *(("graph", w) for w in (*batches, distill[0])),
         *(("rows", w) for w in (distill[1], *batches)),
+        *(("rows", Workload("matryoshka", N, dtype="bf16")) for N in (512, 8192)),
         *(("cold", w) for w in layers),
         *(("rows", w) for w in others),
     ]

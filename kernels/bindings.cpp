@@ -30,7 +30,8 @@ static Prefixes given_lengths(const std::vector<const Contrastive*>& lengths) {
   in_range("lengths", int64_t(lengths.size()), 1, kMostLengths);
   Prefixes p;
   for (const Contrastive* one : lengths) {
-    needed("loss", one->loss, one->B);
+    needed("lengths", one);
+    needed("loss of lengths", one->loss, one->B);
     if (one->B != lengths[0]->B || one->N != lengths[0]->N)
       refuse("lengths", "have the same rows and keys", one->B != lengths[0]->B ? one->B : one->N);
     p.of[p.lengths++] = one;

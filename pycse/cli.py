@@ -19,13 +19,21 @@ from pycse.training import ranks
 from pycse.training.errors import UserError, require_extras
 from pycse.training.recipes import PRUNING, RECIPES
 from pycse.training.settings import (
+    BATCH_SIZE,
+    BUNDLED,
     DEFAULT_LAYERS,
     DEFAULT_STEPS,
     DEVICES,
     EVALUATIONS,
     GRANULARITIES,
+    MAX_LENGTH,
     MEANS,
     SCOPES,
+    SHORTEST,
+    STATIC_BATCH_SIZE,
+    STATIC_INIT_LR,
+    STATIC_LR,
+    STATIC_MAX_LENGTH,
     Settings,
 )
 
@@ -149,6 +157,29 @@ def train(
             "another."
         ),
     ] = None,
+    static: Annotated[
+        int | None,
+        typer.Option(
+            help="Train a static table of this many features a token instead of an encoder: a text is the mean of its "
+            "tokens. --model then gives the tokenizer alone.",
+            metavar="WIDTH",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="--static: start from this encoder's embeddings of its tokens, or from another static table. Hugging "
+            f"Face id, folder, or {BUNDLED} for the encoder of the training extras. Default: random.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    dims: Annotated[
+        str | None,
+        typer.Option(
+            help="--static: lengths that embeddings shall be good at, as in 1024,512,256. Default: the width, halved "
+            f"down to {SHORTEST}.",
+        ),
+    ] = None,
     train_file: Annotated[
         str | None,
         typer.Option(
@@ -160,20 +191,22 @@ def train(
         str | None,
         typer.Option(
             help="What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE) or "
-            "next (the sentence after it). Default: dropout for --train-file, next for the default text."
+            "next (the sentence after it). Default: dropout for --train-file, next for the default text and --static."
         ),
     ] = None,
     eval_file: Annotated[list[str] | None, typer.Option(help=EVAL_HELP, metavar="FILE")] = None,
     out: Annotated[
-        str | None, typer.Option(help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME.")
+        str | None,
+        typer.Option(help="New or empty folder to write to. Default: runs/RECIPE-DATE-TIME, runs/static-DATE-TIME."),
     ] = None,
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"One of {', '.join(RECIPES)}. distillcse learns a teacher's similarities beside InfoNCE; focal is "
-            "Focal-InfoNCE; simcse is InfoNCE; sparsecse is InfoNCE, then removes parameters and trains the rest."
+            "Focal-InfoNCE; simcse is InfoNCE; sparsecse is InfoNCE, then removes parameters and trains the rest. "
+            f"Default: {DEFAULTS.recipe}; simcse for --static without --teacher."
         ),
-    ] = DEFAULTS.recipe,
+    ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -250,22 +283,30 @@ def train(
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Mean of the loss in both directions.")] = False,
     backend: Annotated[str, typer.Option(help="Backend of the loss; pycse info lists them.")] = DEFAULTS.backend,
     batch_size: Annotated[
-        int, typer.Option(help="Rows a step; of each process where there are several.")
-    ] = DEFAULTS.batch_size,
+        int | None,
+        typer.Option(
+            help=f"Rows a step; of each process where there are several. Default: {BATCH_SIZE}; {STATIC_BATCH_SIZE} "
+            "for --static."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help=f"Training steps. Default: {DEFAULT_STEPS}.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Times through the text, instead of --steps.")] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             help=f"Peak learning rate, linear warm-up and decay. Default: {RECIPES['distillcse'].lr:g} for distillcse, "
-            f"{RECIPES['focal'].lr:g} for the others."
+            f"{RECIPES['focal'].lr:g} for the others; {STATIC_LR:g} for --static, {STATIC_INIT_LR:g} with --init."
         ),
     ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps that warm up.")] = DEFAULTS.warmup,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = DEFAULTS.weight_decay,
     max_length: Annotated[
-        int, typer.Option(help="Tokens that training text is cut at; evaluation reads as far as the encoder can.")
-    ] = DEFAULTS.max_length,
+        int | None,
+        typer.Option(
+            help="Tokens that training text is cut at; evaluation reads as far as the encoder can. Default: "
+            f"{MAX_LENGTH}; {STATIC_MAX_LENGTH} for --static."
+        ),
+    ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(help=f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")
     ] = None,
@@ -285,7 +326,7 @@ def train(
             settings = Settings(**options, eval_files=tuple(eval_file or ()), teachers=tuple(teacher or ()))
             settings.check()
             require_extras()
-            quiet(is_local(model, settings.teachers))
+            quiet(is_local(init or model, settings.teachers))
 
         from rich.console import Console
 

@@ -188,7 +188,7 @@ LAYERS = (
     "backends panels",
     "ops",
     "distributed",
-    "adapacse functional distillation hypersphere log_sums losses report sigmoid sparse supervised",
+    "adapacse functional distillation hypersphere log_sums losses matryoshka report sigmoid sparse supervised",
     "sentence_transformers",
     "training",
     "cli",

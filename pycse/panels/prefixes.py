@@ -20,14 +20,16 @@ beside the rest) is computed length by length, sum_k d_k / D of one loss' produc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pycse.panels.contrastive import Guide, KeyGradient, State
+from pycse.panels import products
+from pycse.panels.contrastive import Guide, KeyGradient
 from pycse.panels.products import Products
 from pycse.problem import Contrastive, Lengths, Result
 
@@ -44,6 +46,18 @@ class Whole(NamedTuple):
     dlogits: list[Tensor | None]
 
 
+@dataclass
+class States:
+    """What kernels fill, and what they need of rows, for all lengths; as panels/contrastive.py has it for one."""
+
+    weights: list[float]  # of the lengths
+    coef: Tensor | float  # dLoss/dL_i but for them
+    r2: Tensor  # (K, N)
+    loss: Tensor  # (K, B)
+    s_pos: Tensor | None  # (K, B), of 16-bit panels
+    dlogit: Tensor | None  # (K, p.gradients, B)
+
+
 class Kernels(Products):
     """What a backend brings: ``visit`` for panels (K, c, N) of the blocks' products."""
 
@@ -54,7 +68,12 @@ class Kernels(Products):
         """The whole computation of a batch for which panels are too much work, if it is one."""
         return None
 
-    def __init__(self, lengths: list[Contrastive], states: list[State]) -> None:
+    @staticmethod
+    def place(z: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Where its kernels run."""
+        return contextlib.nullcontext()
+
+    def __init__(self, problems: list[Contrastive], states: States) -> None:
         raise NotImplementedError
 
     def visit(
@@ -92,8 +111,10 @@ def matryoshka(
 
 def panel_rows(p: Contrastive, K: int) -> int:
     """c: as many as fit, in panels of one size."""
-    rows = p.mine.stop - p.mine.start
-    fits = max(64, min(MOST_ROWS, PANEL_BYTES // (K * p.z2.shape[0] * p.z1.element_size())))
+    rows, keys = p.mine.stop - p.mine.start, K * p.z2.shape[0]
+    if p.z1.is_cuda:
+        return products.panel_rows(rows, keys, p.z1.shape[1], p.z1.element_size())
+    fits = max(64, min(MOST_ROWS, PANEL_BYTES // (keys * p.z1.element_size())))
     each = -(-rows // -(-rows // fits))
     return min(rows, -(-each // 16) * 16)
 
@@ -103,10 +124,11 @@ def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[
     order = sorted(range(len(lengths.dims)), key=lengths.dims.__getitem__)
     dims, weights = [lengths.dims[k] for k in order], [lengths.dim_weights[k] for k in order]
     problems = [lengths.problem(p, k) for k in order]
-    whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
+    with kernels.place(p.z1):
+        whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
     if whole is None:
         return None
-    losses: list[Tensor] = [torch.empty(0)] * len(dims)
+    losses = list(whole.losses)
     for k, rows in zip(order, whole.losses):
         losses[k] = rows
     total = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
@@ -126,17 +148,16 @@ def by_panels(
     new = lambda *shape: torch.empty(shape, dtype=p.acc, device=z1.device)  # noqa: E731
     grad = p.needs.z1 or p.needs.z2 or p.trained
     coef, r2 = p.placed(p.row_coefficients()), new(K, N)
-    states = [State(r2=r, coef=coef * w, loss=new(B)) for r, w in zip(r2, weights)]
-    for state in states:
-        state.dlogit = new(p.gradients, B) if p.trained else None
-        state.s_pos = new(B) if z1.dtype == torch.bfloat16 else None
+    dlogit = new(K, p.gradients, B) if p.trained else None
+    states = States(weights, coef, r2, new(K, B), new(K, B) if z1.dtype == torch.bfloat16 else None, dlogit)
     k = kernels(problems, states)
     z2, r_far, fine = _keys(p, dims, r2, k)
     if not fine:
         return None
 
     c = panel_rows(p, K)
-    memory, r1, rho = k.empty(K * c * N, dtype=z1.dtype), new(c), new(K, c)
+    stride = products.row_stride(N, z1.device, z1.element_size())
+    panels, r1, rho = k.empty(K, c, stride, dtype=z1.dtype)[:, :, :N], new(c), new(K, c)
     z1hat = k.empty(c, D, dtype=z1.dtype) if p.normalize else None
     t, columns = (new(K, c), new(K, N).zero_()) if grad else (None, None)
     guide = Guide(p, k, c) if p.guided else None
@@ -155,11 +176,11 @@ def by_panels(
             k.normalize(given, r1[:n], z)
             if not _norms(k, dims, given, z, r1[:n], rho_n):
                 return None
-        S = memory[: K * n * N].view(K, n, N)
+        S = panels[:, :n]
         for b, panel in zip(blocks, S):
             k.product(z[:, b], z2[:, b].t(), panel)
-        if states[0].s_pos is not None:
-            _positives(p, z, z2, i0, dims, rho_n, r2, states)
+        if states.s_pos is not None:
+            _positives(p, z, z2, i0, dims, rho_n, states)
         t_n = None if t is None else t.view(-1)[: K * n].view(K, n)
         k.visit(S, rho_n, i0, t_n, columns, None if guide is None else guide.panel(i0, n))
         if dz1 is not None:
@@ -181,8 +202,8 @@ def by_panels(
                 _project(total.total, z2[:, b], of_norms, r_far, dz2[:, b])
             elif total.total is not total.out:
                 dz2[:, b] = total.total
-    dlogits = [None if state.dlogit is None else state.dlogit[:, own] for state in states]
-    return Whole([state.loss[own] for state in states], dz1, dz2, dlogits)
+    dlogits = [None] * K if dlogit is None else list(dlogit[:, :, own])
+    return Whole(list(states.loss[:, own]), dz1, dz2, dlogits)
 
 
 def _keys(p: Contrastive, dims: list[int], r2: Tensor, k: Kernels) -> tuple[Tensor, Tensor | None, bool]:
@@ -206,9 +227,11 @@ TINY = 1e-12  # norms up to this are 0 (kernels/cpu/norms.h)
 
 def _norms(k: Kernels, dims: list[int], z: Tensor, zhat: Tensor, r: Tensor, rho: Tensor) -> bool:
     """rho = the inverse norms of the prefixes of zhat = r z, 0 where z's own are null. Returns whether no other is 0: a
-    prefix may be null beside its row, and none by itself."""
+    prefix may be null beside its row, and none by itself. On a GPU, which would have to be waited for, nobody looks."""
     for d, one in zip(dims, rho):
         k.normalize(zhat[:, :d], one, None)
+    if rho.is_cuda:
+        return True
     null = (rho == 0) | (rho * r >= 1 / TINY)
     if not null.any():
         return True
@@ -240,7 +263,7 @@ def _project(g: Tensor, z: Tensor, of_norms: Tensor, r: Tensor | None, out: Tens
 
 
 def _positives(
-    p: Contrastive, z1hat: Tensor, z2: Tensor, i0: int, dims: list[int], rho: Tensor, r2: Tensor, states: list[State]
+    p: Contrastive, z1hat: Tensor, z2: Tensor, i0: int, dims: list[int], rho: Tensor, states: States
 ) -> None:
     """The rows' similarities with their positives at each length, from the embeddings."""
     n, N = z1hat.shape[0], z2.shape[0]
@@ -249,9 +272,9 @@ def _positives(
     else:
         j = p.positives[i0 : i0 + n].clamp(0, N - 1)
     sums = (z1hat.to(p.acc) * z2[j].to(p.acc)).cumsum(1)
-    for d, of_rows, of_keys, state in zip(dims, rho, r2, states):
-        assert state.s_pos is not None
-        state.s_pos[i0 : i0 + n] = sums[:, d - 1] * of_rows * of_keys[j]
+    assert states.s_pos is not None
+    for d, of_rows, of_keys, s_pos in zip(dims, rho, states.r2, states.s_pos):
+        s_pos[i0 : i0 + n] = sums[:, d - 1] * of_rows * of_keys[j]
 
 
 def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.training.errors import UserError
+from pycse.training.settings import BUNDLED
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -20,7 +21,12 @@ def bundled_model() -> str:
 
 
 def resolve_model(name: str) -> tuple[str, bool]:
-    """(folder or Hugging Face id, whether it is a local folder); UserError for a path that holds no model."""
+    """(folder or Hugging Face id, whether it is a local folder); UserError for a path that holds no model.
+
+    BUNDLED is the encoder of the training extras, unless a folder here has that name.
+    """
+    if name == BUNDLED and not Path(name).exists():
+        return bundled_model(), True
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"{name} is a file; give a model folder or a Hugging Face id")

@@ -122,11 +122,13 @@ def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | 
 
         def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
             own_length = model.max_seq_length
-            model.max_seq_length = max_length or own_length
+            if max_length is not None:  # a bag of tokens has no limit, and none can be set
+                model.max_seq_length = max_length
             # A device, for the trainer would share the texts out to other processes, whose encoders have not this
             # length: rank 0 reads all, as one process does.
             self.embeddings = super().embed_inputs(model, list(self.index), device=str(model.device))
-            model.max_seq_length = own_length
+            if max_length is not None:
+                model.max_seq_length = own_length
             metrics = super().__call__(model, output_path, epoch, steps)
             z = torch.from_numpy(self.embeddings).double()
             if len(z) > 1:

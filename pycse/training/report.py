@@ -12,6 +12,7 @@ from pycse.sparse.report import new_figure
 from pycse.training.data import Text
 from pycse.training.evaluate import MEASURES, Scores
 from pycse.training.run import Pruned, Run
+from pycse.training.static import report as of_static
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +29,13 @@ def show_and_write(run: Run, out: Path, console: Console) -> None:
         console.print(loss_curve(run, console.width))
     if run.pruned:
         run.pruned.report.plot(out / "layers.png")
+    if run.static:
+        of_static.plot_lengths(run.static, out / "lengths.png")
     write_metrics(run, out / "metrics.json")
     console.print(scores_table(score_columns(run)))
+    if run.static:
+        console.print(of_static.lengths_table(run.static))
+        console.print(of_static.beside_table(run.static))
     if run.pruned:
         console.print(size_table(run.pruned))
     fine, sentence = verdict(run.before, run.after)
@@ -87,10 +93,13 @@ def run_table(run: Run, out: Path) -> Table:
     settings = run.settings
     table = Table(title="Run", title_justify="left", show_header=False)
     options = ", ".join(f"{name} {value}" for name, value in settings.loss_arguments().items() if value is not None)
-    layers = f"{','.join(map(str, run.layers))} of {run.layers_before}; {run.parameters / 1e6:.1f} M parameters"
-    rows = [("encoder", run.model), ("layers", layers)]
+    what, shape = run.shape.split(" ", 1)
+    rows = [("start" if run.static else "encoder", run.model)]
+    rows.append((what, f"{shape}; {run.parameters / 1e6:.1f} M parameters"))
     if run.loss:
         rows += [("teacher", teacher_line(teacher)) for teacher in run.teachers]
+        if run.static:
+            options += f", dims {','.join(map(str, settings.lengths))}"
         rows += [("loss", f"{settings.recipe}: {options}")]
         rows += [("", part) for part in part_lines(run)]
         batch = f"{settings.batch_size}"
@@ -109,6 +118,8 @@ def run_table(run: Run, out: Path) -> Table:
         ("time", f"{training}{run.seconds['total']:.0f} s in all"),
         ("written to", f"{out}: {', '.join(written(run))}"),
     ]
+    if run.static:
+        rows.append(("to load", f"SentenceTransformer({str(out / 'model')!r}, truncate_dim={min(run.static.after)})"))
     if run.pruned:
         rows.append(("to load", f"pycse.sparse.load({str(out / 'model')!r}), or as a model for pycse eval and train"))
     for name, value in rows:
@@ -118,7 +129,7 @@ def run_table(run: Run, out: Path) -> Table:
 
 def written(run: Run) -> list[str]:
     """What a run leaves in its folder."""
-    pictures = {"curves.png": run.loss, "layers.png": run.pruned}
+    pictures = {"curves.png": run.loss, "layers.png": run.pruned, "lengths.png": run.static}
     return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown)]
 
 
@@ -220,7 +231,7 @@ def plot(run: Run, path: Path) -> None:
     for panel in panels.values():
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    figure.suptitle(f"{run.model}, layers {','.join(map(str, run.layers))} of {run.layers_before}")
+    figure.suptitle(f"{run.model}, {run.shape}")
     figure.savefig(path, dpi=120)
 
 
@@ -259,6 +270,8 @@ def write_metrics(run: Run, path: Path) -> None:
         },
         "seconds": run.seconds,
     }
+    if run.static:
+        metrics["static"] = of_static.as_dict(run.static)
     if run.pruned:
         metrics["pruning"] = {
             "report": run.pruned.report.as_dict(),

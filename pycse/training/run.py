@@ -32,6 +32,27 @@ class Pruned:
 
 
 @dataclass
+class Static:
+    """What the training of a static table did.
+
+    Fields:
+        tokens, width: the table's rows and features.
+        start: where its rows came from, for people to read.
+        before, after: length -> scores.
+        beside: name of the encoder that it stands beside, and that encoder's scores.
+        size: "static" and "encoder" -> megabytes, sentences_a_second.
+    """
+
+    tokens: int
+    width: int
+    start: str
+    before: dict[int, Scores] = field(default_factory=dict)
+    after: dict[int, Scores] = field(default_factory=dict)
+    beside: tuple[str, Scores] = ("", {})
+    size: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """A training run, or a removal of parameters with what followed it."""
 
@@ -52,6 +73,14 @@ class Run:
     parts: dict[str, list[float]] = field(default_factory=dict)  # part of the loss -> a value a step
     seconds: dict[str, float] = field(default_factory=dict)
     pruned: Pruned | None = None
+    static: Static | None = None
+
+    @property
+    def shape(self) -> str:
+        """What was trained, in words."""
+        if self.static is not None:
+            return f"table {self.static.tokens:,} tokens x {self.static.width}"
+        return f"layers {','.join(map(str, self.layers))} of {self.layers_before}"
 
     def follow(self, later: Run) -> None:
         """Take in a run that went on with the same encoder."""

@@ -8,22 +8,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError
 from pycse.training.recipes import PRUNING, RECIPES, SHARED, recipes_with
 
+BUNDLED = "bundled"  # name of the encoder that comes with the training extras
 DEFAULT_LAYERS = "0,2,4"  # of the bundled MiniLM: every other layer, so that there is something to learn
 DEFAULT_STEPS = 100
+SHORTEST = 32  # of the lengths that a static table has by default
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
 DEVICES = ("auto", "cpu", "cuda", "mps")
 GRANULARITIES = ("weight", "block", "head", "neuron")  # and n:m with numbers, as in 2:4
 SCOPES = ("global", "layer")
 MEANS = ("global", "layer")
+# What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
+BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
+MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
+STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
 
 
 @dataclass
@@ -32,11 +39,14 @@ class Settings:
 
     model: str | None = None
     layers: str | None = None
+    static: int | None = None  # features of a table of tokens, which is trained instead of an encoder
+    init: str | None = None
+    dims: str | None = None
     train_file: str | None = None
     positives: str | None = None
     eval_files: tuple[str, ...] = ()
     out: str | None = None
-    recipe: str = "distillcse"
+    recipe: str = field(default=None)  # type: ignore[assignment]
     temperature: float = 0.05
     m: float | None = None
     teachers: tuple[str, ...] = ()
@@ -61,18 +71,27 @@ class Settings:
     hard_negative_weight: float = 0.0
     symmetric: bool = False
     backend: str = "auto"
-    batch_size: int = 64
+    batch_size: int = field(default=None)  # type: ignore[assignment]
     steps: int | None = None
     epochs: float | None = None
     lr: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.0
-    max_length: int = 32
+    max_length: int = field(default=None)  # type: ignore[assignment]
     eval_steps: int | None = None
     seed: int = 42
     device: str = "auto"
     bf16: bool = False
     prunes: bool = False  # whatever the recipe: `pycse sparsify`
+
+    def __post_init__(self) -> None:
+        static = self.static is not None
+        if self.recipe is None:
+            self.recipe = "simcse" if static and not self.teachers else "distillcse"
+        if self.batch_size is None:
+            self.batch_size = STATIC_BATCH_SIZE if static else BATCH_SIZE
+        if self.max_length is None:
+            self.max_length = STATIC_MAX_LENGTH if static else MAX_LENGTH
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
@@ -84,6 +103,7 @@ class Settings:
                 raise UserError(
                     f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {others}"
                 )
+        self.check_static()
         self.check_teachers()
         self.check_pruning()
         if self.steps is not None and self.epochs is not None:
@@ -113,6 +133,32 @@ class Settings:
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise UserError(f"--weight-decay is {self.weight_decay:g}; it must be a finite number, at least 0")
 
+    def check_static(self) -> None:
+        """Raise UserError for settings that do not go with a static table, or need one."""
+        if self.static is None:
+            for name in ("init", "dims"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} belongs to --static; leave it out or give --static WIDTH")
+            return
+        if self.static < 1:
+            raise UserError(f"--static is {self.static}; it must be at least 1")
+        self.lengths  # noqa: B018 (raises)
+        recipe = RECIPES[self.recipe]
+        if recipe.prunes:
+            others = " or ".join(name for name, other in RECIPES.items() if not other.prunes)
+            raise UserError(f"--recipe {self.recipe} removes parameters of encoders, not of --static; use {others}")
+        if recipe.teaches and not self.teachers:
+            raise UserError(f"--recipe {self.recipe} with --static has no encoder to learn from; give --teacher")
+        if self.layers is not None:
+            raise UserError("--layers does not go with --static: a table has no layers; leave it out")
+        if self.model is not None and self.init is not None:
+            raise UserError("--model (its tokenizer alone) and --init (its embeddings too) exclude each other")
+        if self.positives == "dropout":
+            raise UserError(
+                "--positives dropout does not go with --static: a table has no dropout, so both views of a sentence "
+                "are equal; use next, or pairs in --train-file"
+            )
+
     def check_teachers(self) -> None:
         """Raise UserError where the teachers do not go with the recipe, or there is nobody to learn from."""
         if not RECIPES[self.recipe].teaches:
@@ -123,7 +169,7 @@ class Settings:
                         f"--recipe {self.recipe} takes no --{name}; leave it out or use --recipe {teaching}"
                     )
         # What is left of a pruned encoder learns from the whole one.
-        elif not self.prunes and not self.teachers and self.model is not None and self.uncut:
+        elif not self.prunes and self.static is None and not self.teachers and self.model is not None and self.uncut:
             raise UserError(
                 f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, "
                 f"or --layers to cut it, or --recipe focal"
@@ -202,24 +248,53 @@ class Settings:
         return (self.layers or "all").strip().lower() == "all"
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of a static table's embeddings, the longest first; UserError where --dims cannot be used."""
+        width = self.static or 0
+        if self.dims is None:
+            halves = takewhile(lambda length: length >= SHORTEST, (width >> k for k in range(1, width.bit_length())))
+            return (width, *halves)
+        try:
+            dims = [int(part) for part in self.dims.split(",")]
+        except ValueError:
+            raise UserError(f"--dims {self.dims!r}: give lengths, as in 1024,512,256") from None
+        for length in dims:
+            if not 1 <= length <= width:
+                raise UserError(f"--dims {self.dims}: {length} is no length of --static {width}; give 1 to {width}")
+            if dims.count(length) > 1:
+                raise UserError(f"--dims {self.dims}: {length} is there {dims.count(length)} times; give each once")
+        if width not in dims:
+            raise UserError(
+                f"--dims {self.dims}: features beyond {max(dims)} would not be trained; add {width}, or use "
+                f"--static {max(dims)}"
+            )
+        return tuple(sorted(dims, reverse=True))
+
+    @property
     def learning_rate(self) -> float:
-        return RECIPES[self.recipe].lr if self.lr is None else self.lr
+        if self.lr is not None:
+            return self.lr
+        if self.static is not None:
+            return STATIC_LR if self.init is None else STATIC_INIT_LR
+        return RECIPES[self.recipe].lr
 
     @property
     def positives_of_sentences(self) -> str:
         """What single sentences are pulled to.
 
         The default text is running prose: the next sentence has mostly the same subject, and as a positive it taught
-        the cut MiniLM more than dropout did, with every recipe. The lines of a user's file need not follow one another.
+        the cut MiniLM more than dropout did, with every recipe. The lines of a user's file need not follow one another;
+        a static table has no dropout, and takes them as if they did.
         """
-        return self.positives or ("dropout" if self.train_file else "next")
+        return self.positives or ("dropout" if self.train_file and self.static is None else "next")
 
     def as_dict(self) -> dict:
         """For metrics.json: everything as the run used it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         lists = {name: list(getattr(self, name)) for name in ("eval_files", "teachers")}
         pruning = self.pruning() if self.prunes or RECIPES[self.recipe].prunes else {}
-        return values | self.loss_arguments() | pruning | lists | {"lr": self.learning_rate}
+        dims = {} if self.static is None else {"dims": list(self.lengths)}
+        return values | self.loss_arguments() | pruning | lists | dims | {"lr": self.learning_rate}
 
 
 def n_of_m(granularity: str) -> tuple[int, int] | None:

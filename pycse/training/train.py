@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.fit import fit
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
+from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count, working_folder
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import text_table
 from pycse.training.run import Run
-from pycse.training.settings import DEFAULT_STEPS, Settings
+from pycse.training.settings import Settings
+from pycse.training.static.run import train_static
 from pycse.training.teachers import described
 
 
@@ -35,6 +35,8 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     Raises:
         UserError: for input that cannot be used; nothing has been written then.
     """
+    if settings.static is not None:
+        return train_static(settings, console)
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, keep = prepare(settings)
@@ -83,9 +85,3 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started
     return run, out
-
-
-def step_count(settings: Settings, text: Text) -> int:
-    """Training steps: each takes a batch on every process."""
-    per_epoch = len(text.rows) // (settings.batch_size * ranks.size())
-    return settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)

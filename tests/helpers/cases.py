@@ -188,4 +188,38 @@ PARTS = [
     Case(kind="unit", N=40, options={"normalize": False, "negatives": lists(16, 40, 16), "weight": _weights(16)}, tensors=True),
 ]  # fmt: skip
 
+WHOLE = {"dims": [32, 7, 16]}
+MATRYOSHKA = [
+    Case(1, None, 5, options={"dims": [5, 2]}),
+    Case(1, 3, 2, options={"dims": [2]}),
+    Case(17, 31, 97, options={"dims": [96, 1, 64, 33]}),
+    Case(63, 65, 64, options={"dims": [8, 64], "dim_weights": [0.2, 3.0]}, focal=False),
+    Case(20, 530, 40, options={"dims": [10, 20, 30]}),
+    Case(9, 20, 20, options={"dims": list(range(1, 17))}, temperature=0.5),
+    Case(9, 20, 20, options={"dims": list(range(2, 20))}, temperature=0.5),  # more than a kernel takes at once
+    Case(options=WHOLE, temperature=0.01),
+    Case(33, 70, options={**WHOLE, "dim_weights": [1, 0, 2]}, tensors=True),
+    Case(33, 70, options=WHOLE, tensors=True, temperature=0.01, focal=False),
+    *(Case(kind=kind, options=WHOLE) for kind in ("confident", "duplicates", "equal", "zeros", "scales", "far", "opposite")),
+    Case(17, 31, kind="far", focal=False, options=WHOLE),
+    Case(20, 47, options={**WHOLE, "positives": torch.arange(20) * 2 + 3}),
+    Case(20, 60, options={**WHOLE, "hard_negative_weight": 1.5}),
+    Case(40, 90, options={**WHOLE, "query_ids": _ids(40, 6), "key_ids": _ids(90, 6, 1)}),
+    Case(9, options={**WHOLE, "query_ids": torch.zeros(9).long(), "key_ids": torch.zeros(9).long()}),  # no negatives at all
+    Case(40, 90, options={**WHOLE, "exclude_above": torch.linspace(-0.5, 0.3, 40), "exclude_by": "relative"}),
+    Case(20, 40, options={**WHOLE, "exclude_above": 0.2, "exclude_by": "constant"}),
+    Case(20, 60, options={**WHOLE, "guides": _guides(20, 60, 12), "guide_above": -0.3, "exclude_above": 0.2}),
+    Case(33, 99, focal=False, options={**WHOLE, "hardness": 9.0, "hardness_mode": "in_batch_negatives", "positive_margin": 0.1}),
+    Case(30, 50, kind="unit", options={"normalize": False, **WHOLE}, tensors=True, seed=1),
+    Case(33, 50, options={**WHOLE, "weight": _weights(33), "reduction": "none"}, tensors=True, seed=1),
+    Case(33, 50, options={**WHOLE, "weight": _weights(33)}),
+    Case(33, 50, options={**WHOLE, "reduction": "sum"}),
+    Case(65, options={**WHOLE, "symmetric": True}, tensors=True),
+    Case(40, options={**WHOLE, "symmetric": True, "exclude_above": torch.linspace(-0.5, 0.3, 40), "query_ids": _ids(40, 6), "key_ids": _ids(40, 6, 1)}),
+    Case(33, kind="far", options={**WHOLE, "symmetric": True}),
+    Case(40, options={**WHOLE, "symmetric": True, "reduction": "none", "weight": _weights(40)}, tensors=True),
+    Case(33, 66, options={**WHOLE, "directions": EVERY, "exclude_above": 0.1}, focal=False),
+    Case(20, 47, options={**WHOLE, "negatives": lists(20, 47, 30), "hard_negative_weight": 0.7}),
+]  # fmt: skip
+
 ALL = [*SHAPES, *LOGITS, *HOSTILE, *OPTIONS, *SYMMETRIC, *PARTS]

@@ -26,10 +26,11 @@ from triton.compiler import ASTSource
 from pycse.backends.triton import adapacse as angles
 from pycse.backends.triton import contrastive as backend
 from pycse.backends.triton import distill as distillation
+from pycse.backends.triton import prefixes, sparse
 from pycse.backends.triton import sigmoid as pairs
-from pycse.backends.triton import sparse
 from pycse.backends.triton import supervised as classes
 from pycse.backends.triton import uniformity as hypersphere
+from pycse.panels import prefixes as lengths_driver
 from pycse.pattern import Pattern, pack_mask
 from pycse.problem import (
     Alignment,
@@ -38,6 +39,7 @@ from pycse.problem import (
     Contrastive,
     Distillation,
     Grouping,
+    Lengths,
     Needs,
     Sigmoid,
     SigmoidNeeds,
@@ -58,6 +60,7 @@ TYPES = {
 }
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
+LENGTHS = ("plain", "forward", "options", "exclude each", "maximum", "tensors")  # problems, of several lengths as well
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 launches: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = []
 label = ""
@@ -186,6 +189,12 @@ def gather(arch: int) -> None:
                         backend.tile = lambda *a, **k: PLAIN_TILE(*a, **k)._replace(copied=True)
                         backend.contrastive(p)
                         backend.tile = PLAIN_TILE
+        for name, p in problems(dtype).items():
+            label = f"{TYPES[dtype]:5} lengths, {name}"
+            if name in LENGTHS and dtype != torch.float64:
+                dims = several(p.z1.shape[1], 16 if name == "options" else 5)
+                lengths = Lengths(dims, [1.0] * len(dims))
+                lengths_driver.matryoshka(p, lengths, backend.contrastive, prefixes.Kernels, False)
         for name, d in distillations(dtype).items():
             label = f"{TYPES[dtype]:5} distill, {name}"
             distillation.distill(d)
@@ -206,6 +215,11 @@ def gather(arch: int) -> None:
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             torch.set_float32_matmul_precision(precision)
             products(dtype)
+
+
+def several(D: int, K: int) -> list[int]:
+    """Up to K lengths of embeddings with D features."""
+    return sorted({max(1, D * k // K) for k in range(1, K + 1)})
 
 
 def labelled(dtype: torch.dtype) -> dict[str, Supervised]:

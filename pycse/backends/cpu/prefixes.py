@@ -11,7 +11,6 @@ from pycse.backends.cpu.products import Products
 from pycse.kernels import native
 from pycse.logits import GRADIENTS
 from pycse.panels import prefixes as panel
-from pycse.panels.contrastive import State
 from pycse.problem import Contrastive
 
 SMALL = {torch.float32: 16 << 20, torch.bfloat16: 4 << 20}  # as contrastive.SMALL
@@ -45,16 +44,15 @@ class Kernels(Products, panel.Kernels):
         )  # fmt: skip
         return panel.Whole(list(losses), dz1, dz2, list(dlogits)) if done else None
 
-    def __init__(self, lengths: list[Contrastive], states: list[State]) -> None:
-        first = lengths[0]
+    def __init__(self, problems: list[Contrastive], states: panel.States) -> None:
+        first = problems[0]
         super().__init__(first.z1)
         self.bounds = row_bounds(first)  # alive for the kernels
-        self.states = states
+        self.coefs = [states.coef * w for w in states.weights]
+        of = {name: getattr(states, name) for name in ("r2", "s_pos", "loss", "dlogit")}
         self.problems = [
-            native_problem(
-                p, state.coef, self.bounds, r2=state.r2, s_pos=state.s_pos, loss=state.loss, dlogit=state.dlogit
-            )
-            for p, state in zip(lengths, states)
+            native_problem(p, coef, self.bounds, **{name: None if x is None else x[k] for name, x in of.items()})
+            for k, (p, coef) in enumerate(zip(problems, self.coefs))
         ]
 
     def visit(

@@ -120,6 +120,7 @@ void sigmoid(const Kernels&);
 void supervised(const Kernels&);
 void guide(const Kernels&);
 void adapacse(const Kernels&);
+void prefixes(const Kernels&);
 constexpr int kThreads = 3;  // odd: shares of rows are ragged
 
 }  // namespace checks

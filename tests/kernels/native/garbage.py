@@ -107,7 +107,14 @@ class Table:
         self, name: str, arguments: dict[str, Argument], *buffers: Tensor, by_name: bool = False, kept: Any = None
     ) -> None:
         tail = {"where": Argument((0, 0), WORDS)} if self.emulated else {"threads": Argument(2, THREADS)}
-        if not by_name and name not in ("small_work_size", "small_distill_work_size", "SparsePattern", "fingerprint"):
+        alone = (
+            "small_work_size",
+            "small_distill_work_size",
+            "small_prefixes_work_size",
+            "SparsePattern",
+            "fingerprint",
+        )
+        if not by_name and name not in alone:
             if "threads" not in arguments:
                 arguments = arguments | tail
             elif self.emulated:
@@ -248,6 +255,7 @@ class Table:
         self.constructor(kept)
         if not self.emulated:
             self.alone(d, S, coef, loss, z1)
+            self.prefixes()
             self.adapacse()
             self.sigmoid()
             self.supervised()
@@ -274,6 +282,63 @@ class Table:
             dlogit=Argument(0, ADDRESS),
         )
         self.add("Contrastive", arguments, by_name=True)
+
+    def prefixes(self) -> None:
+        """Two lengths."""
+        (p, kept), (q, others) = self.contrastive(N), self.contrastive(N)
+        other = self.module.Contrastive(B=B, N=N + 1, logit=LOGIT, shift=26.0, loss=kept[-1].data_ptr())
+        lengths = Argument([p, q], st.sampled_from([[], [p] * 17, [p, other], [p, None], None, 3]))
+        S, rho, t, columns = new(2 * B, N), new(2, B), new(2, B), new(2, N)
+        panel = self.panel(S, True)
+        first = {name: panel.pop(name) for name in ("dtype", "S", "ld")}
+        step = Argument(B * N, st.sampled_from([-1, 0, B * N - 1, HUGE * 16]))
+        self.add(
+            "prefixes",
+            {
+                "lengths": lengths,
+                **first,
+                "step": step,
+                **panel,
+                "rho": at(rho),
+                "t": at(t),
+                "columns": at(columns),
+                "threads": Argument(2, THREADS),
+                "grad": flag(True),
+            },
+            S,
+            rho,
+            t,
+            columns,
+            *kept,
+            *others,
+        )
+        z1, z2, work, dz1, dz2 = new(B, D), new(N, D), new(4096), new(B, D), new(N, D)
+        self.add(
+            "small_prefixes",
+            {
+                "lengths": lengths,
+                "dims": Argument([2, 5], st.sampled_from([[], [2], [5, 2], [2, 2], [0, 5], [2, 6], [-1, 5], None])),
+                "dtype": Argument(0, outside(0, 1)),
+                "D": Argument(D, st.sampled_from([0, 4, -1]), "dims"),
+                "z1": at(z1),
+                "ld1": read(D, "z1"),
+                "z2": at(z2),
+                "ld2": read(D, "z2"),
+                "normalize": flag(True),
+                "work": at(work),
+                "dz1": optional(dz1),
+                "dz2": optional(dz2),
+            },
+            z1,
+            z2,
+            dz1,
+            dz2,
+            *kept,
+            *others,
+            kept=work,
+        )
+        sizes = {"lengths": Argument(2, outside(1, 16)), "B": Argument(B, SIZE, ""), "N": Argument(N, SIZE, "")}
+        self.add("small_prefixes_work_size", sizes | {"longest": Argument(D, outside(1, HUGE), "")})
 
     def alone(self, d: Any, S: Tensor, coef: Tensor, loss: Tensor, z: Tensor) -> None:
         """What only the processor's kernels have."""

@@ -18,6 +18,7 @@ int main(int arguments, char** argument) {
   checks::supervised(kernels);
   checks::guide(kernels);
   checks::adapacse(kernels);
+  checks::prefixes(kernels);
   std::printf("%s: %d comparisons, %d failed\n", kernels.isa, checks::comparisons, checks::failures);
   return checks::failures > 0 || checks::comparisons == 0;
 }

@@ -1,0 +1,104 @@
+"""One run of `pycse train --static`: check, make the table, tokenise, train, save, stand it beside an encoder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pycse.training import ranks
+from pycse.training.encoder import bundled_model, load_encoder
+from pycse.training.errors import UserError
+from pycse.training.evaluate import evaluate
+from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count, working_folder
+from pycse.training.pruning import encoding, speeds
+from pycse.training.report import text_table
+from pycse.training.run import Run, Static
+from pycse.training.settings import BUNDLED, Settings
+from pycse.training.static.fit import fit
+from pycse.training.static.loss import check_loss
+from pycse.training.static.memory import keep_freed_memory
+from pycse.training.static.table import bag, start
+from pycse.training.static.tokens import KeptTeacher, tokenise
+from pycse.training.teachers import described
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TIMED, TIMED_STATIC = 128, 4096  # sentences of the text that speeds are measured on
+
+
+def train_static(settings: Settings, console) -> tuple[Run, Path]:
+    """Train a static table as the settings describe; writes the model to OUT/model.
+
+    Returns:
+        The Run, and the folder that it wrote to.
+
+    Raises:
+        UserError: for input that cannot be used; nothing has been written then.
+    """
+    started = time.perf_counter()
+    with ranks.together():
+        if ranks.size() > 1:
+            raise UserError(f"--static trains in one process, not {ranks.size()}; start it without a launcher")
+    out, sets, text, source, _ = prepare(settings, "static")
+
+    from transformers import set_seed
+
+    set_seed(settings.seed)
+    shown = model_name(settings)
+    begun = start(settings, source, shown, settings.device)
+    model = begun.model
+    check_loss(settings, model.device)
+    teachers = load_all_teachers(settings, model, source, shown)
+    keep_freed_memory()
+
+    table = bag(model).weight
+    run = Run(
+        settings=settings,
+        text=text,
+        model=begun.words,
+        layers=[],
+        layers_before=0,
+        parameters=table.numel(),
+        device=str(model.device),
+        steps=step_count(settings, text),
+        static=Static(tokens=table.shape[0], width=table.shape[1], start=begun.words),
+    )
+    console.print(text_table(text))
+    with working_folder(out) as (out, scratch):
+        before = time.perf_counter()
+        tokens = tokenise(text, begun.tokenizer, settings.max_length, scratch)
+        run.seconds["tokenise"] = time.perf_counter() - before
+        sentences = tokens.sentences if teachers else []
+        kept = [KeptTeacher(one, sentences, Path(scratch) / f"teacher-{k}") for k, one in enumerate(teachers)]
+        fit(run, model, tokens, kept, sets, console)
+        run.teachers = described(teachers)
+        model.eval().save_pretrained(str(out / "model"))
+        name, encoder = beside(begun.encoder, shown, settings.device)
+        stand(run, model, name, encoder, sets, Path(scratch))
+    run.seconds["total"] = time.perf_counter() - started
+    return run, out
+
+
+def beside(encoder: SentenceTransformer | None, shown: str, device: str) -> tuple[str, SentenceTransformer]:
+    """The encoder that a table stands beside: the one that it has its tokens from, else the bundled one."""
+    if encoder is not None:
+        return shown.split(" (")[0], encoder
+    return BUNDLED, load_encoder(bundled_model(), device)
+
+
+def stand(run: Run, model: SentenceTransformer, name: str, encoder: SentenceTransformer, sets, scratch: Path) -> None:
+    """Scores, size and speed of the table and of the encoder."""
+    assert run.static is not None
+    run.static.beside = (name, evaluate(encoder, sets))
+    sentences = [row[0] for row in run.text.rows[:TIMED_STATIC]]
+    few = sentences[:TIMED]
+    for key, one, call, count in (
+        ("static", model, lambda: model.encode(sentences, batch_size=512, show_progress_bar=False), len(sentences)),
+        ("encoder", encoder, encoding(encoder, few), len(few)),
+    ):
+        folder = scratch / f"size-{key}"
+        one.save_pretrained(str(folder))
+        weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        run.static.size[key] = {"megabytes": weights / 1e6, "sentences_a_second": speeds({key: call}, count)[key]}

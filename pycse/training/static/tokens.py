@@ -1,0 +1,122 @@
+"""The text as token ids: made once, kept in a file of the run, and read by index.
+
+    ids      all texts' tokens behind one another, int32, memory-mapped
+    starts   (texts + 1,) where each text begins
+    sentences  the texts, by number
+    hashes   (texts,) equal where texts are, as pycse.sentence_transformers.texts makes them
+    index    (rows, columns) the number of the text in each place
+
+A batch is rows of `index`; no text is copied, and no worker process is needed. A text that stands in several places
+(the sentence that is one row's positive and the next one's anchor) is there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pycse.sentence_transformers.texts import hashes as hashes_of
+from pycse.training.data import Text
+
+CHUNK = 16384  # texts tokenised at a time
+
+
+@dataclass
+class Tokens:
+    """Tokens of a text; fields as above."""
+
+    sentences: list[str]
+    ids: np.ndarray
+    starts: np.ndarray
+    hashes: Tensor
+    index: np.ndarray
+
+    def bags(self, texts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(input_ids, offsets), as nn.EmbeddingBag takes them, of texts by number."""
+        first = self.starts[texts]
+        lengths = self.starts[texts + 1] - first
+        offsets = np.cumsum(lengths) - lengths
+        flat = np.repeat(first - offsets, lengths)
+        flat += np.arange(len(flat), dtype=flat.dtype)
+        ids = torch.from_numpy(self.ids[flat].astype(np.int64))
+        return ids.to(device), torch.from_numpy(offsets).to(device)
+
+
+def tokenise(text: Text, tokenizer: Any, max_length: int, folder: str | Path) -> Tokens:
+    """Tokens of every text, cut at max_length.
+
+    Args:
+        tokenizer: a tokenizers.Tokenizer, without padding and truncation.
+        folder: where the file of ids is made.
+    """
+    numbers: dict[str, int] = {}
+    index = np.empty((len(text.rows), len(text.columns)), dtype=np.int64)
+    for i, row in enumerate(text.rows):
+        for k, sentence in enumerate(row):
+            index[i, k] = numbers.setdefault(sentence, len(numbers))
+    sentences = list(numbers)
+    path = Path(folder) / "tokens.int32"
+    lengths, hashes = [], []
+    with path.open("wb") as file:
+        for k in range(0, len(sentences), CHUNK):
+            chunk = [
+                encoding.ids[:max_length]
+                for encoding in tokenizer.encode_batch_fast(sentences[k : k + CHUNK], add_special_tokens=False)
+            ]
+            counts = np.array([len(ids) for ids in chunk], dtype=np.int64)
+            ids = np.fromiter((token for ids in chunk for token in ids), dtype=np.int32, count=int(counts.sum()))
+            ids.tofile(file)
+            lengths.append(counts)
+            bags = {
+                "input_ids": torch.from_numpy(ids.astype(np.int64)),
+                "offsets": torch.from_numpy(counts.cumsum() - counts),
+            }
+            hashes.append(equal_texts(bags))
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.concatenate(lengths).cumsum()])
+    empty = np.empty(0, dtype=np.int32)  # a file without a byte cannot be mapped
+    ids = np.memmap(path, dtype=np.int32, mode="r") if starts[-1] else empty
+    return Tokens(sentences, ids, starts, torch.cat(hashes), index)
+
+
+def equal_texts(bags: dict[str, Tensor]) -> Tensor:
+    found = hashes_of(bags)
+    if found is None:
+        raise AssertionError("bags of tokens have token ids")
+    return found
+
+
+def batches(rows: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Row numbers of full batches, without end: every epoch in an order of its own."""
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(rows)
+        for k in range(0, rows - size + 1, size):
+            yield order[k : k + size]
+
+
+class KeptTeacher:
+    """A teacher that reads each text once in a run; its embeddings lie in a file, by the text's number.
+
+    Args:
+        teacher: a function of texts, with a width.
+        sentences: all that it may be asked for, by number.
+    """
+
+    def __init__(self, teacher: Any, sentences: Sequence[str], path: Path) -> None:
+        self.teacher, self.sentences = teacher, sentences
+        self.known = np.zeros(len(sentences), dtype=bool)
+        shape = (len(sentences), teacher.width)
+        self.embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)  # pages never written take no disk
+
+    def __call__(self, numbers: np.ndarray) -> Tensor:
+        new = np.unique(numbers[~self.known[numbers]])
+        if len(new):
+            self.embeddings[new] = self.teacher([self.sentences[i] for i in new]).float().cpu().numpy()
+            self.known[new] = True
+        return torch.from_numpy(self.embeddings[numbers])
