@@ -98,7 +98,7 @@ def fused_adapacse(
     if matryoshka.wanted(z1, dims, dim_weights, parts, group):
         others = {**batch, **options, "group": group}
         one = lambda z1, z2, t: fused_adapacse(**{**others, "z1": z1, "z2": z2, "temperature": t})  # noqa: E731
-        return matryoshka.summed(one, z1, z2, temperature, dims, dim_weights, parts, group)
+        return matryoshka.summed("fused_adapacse", one, z1, z2, temperature, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

@@ -151,9 +151,10 @@ def _at_lengths(
     others = dict(batch)
     z1, z2, teachers = (others.pop(name) for name in ("z1", "z2", "teachers"))
     with matryoshka.on_all_ranks(z1, group):
-        validation.rows_and_keys(z1, z2)
+        rows = matryoshka.filled({"z1": z1, "z2": z2, "teachers": teachers, "weight": batch["weight"]}, group)
+        validation.rows_and_keys(rows["z1"], rows["z2"])
         matryoshka.lengths_of(z1.shape[1], temperature, *given)
-        d = _distillation(z1, "z1", teachers, weight=batch["weight"], **of_teachers)
+        d = _distillation(rows["z1"], "z1", rows["teachers"], weight=rows["weight"], **of_teachers)
     if d.shuffle == "sample":
         of_teachers = of_teachers | {"seed": d.seed}  # drawn once
     contrast, contrasts = at_lengths(
@@ -255,11 +256,11 @@ def fused_distill(
             weight=weight, reduction=reduction, group=group, backend=backend,
         )  # fmt: skip
         with matryoshka.on_all_ranks(z, group):
-            validation.embeddings("z", z)
+            validation.embeddings("z", matryoshka.filled({"z1": z}, group)["z1"])
             validation.seed(seed)
             alike["seed"] = _drawn(seed, z.device) if shuffle == "sample" else seed
         one = lambda z, *_: fused_distill(z, teachers, **alike)  # noqa: E731
-        return matryoshka.summed(one, z, None, None, dims, dim_weights, parts, group)
+        return matryoshka.summed("fused_distill", one, z, None, None, dims, dim_weights, parts, group)
 
     def problems(z1: Any, teachers: Any, weight: Any) -> tuple[Contrastive, Distillation]:
         validation.rows_and_choices(z1, "z", normalize, weight, reduction, backend)

@@ -24,7 +24,7 @@ class Loss(Drawn, nn.Module):
     """A public function whose options are fixed here, by name; what belongs to a batch is given to ``forward``.
 
     Beside the function's, where it has ``dims``: ``n_dims_per_step``, how many of the lengths a call takes while the
-    module is training, drawn anew each time, on all processes alike; None for all.
+    module is training and gradients are enabled, drawn anew each time, on all processes alike; None for all.
     """
 
     function: ClassVar[Callable[..., Any]]
@@ -53,7 +53,7 @@ class Loss(Drawn, nn.Module):
         return {**{name: getattr(self, name) for name in self.numbers}, **self.options}
 
     def extra_repr(self) -> str:
-        shown = self.fixed() | ({} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step})
+        shown = self.fixed() | self.described()
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
 
 

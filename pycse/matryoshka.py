@@ -71,15 +71,31 @@ def output(losses: tuple[Tensor, ...], parts: bool) -> Any:
     return MatryoshkaOutput(losses[0], losses[1].detach()) if parts else losses[0]
 
 
+def filled(given: dict[str, Any], group: Any) -> dict[str, Any]:
+    """The arguments for checks of one process: over a group a rank may have no rows."""
+    if group is None:
+        return given
+    from pycse import distributed
+
+    return distributed.filled(given, False)
+
+
 def over_lengths(
-    loss: Callable[..., Any], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any, group: Any
-) -> tuple[list[Any], Lengths]:
-    """What ``loss`` of z1, z2 and a temperature returns for each length."""
+    name: str, loss: Callable[..., Any], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any,
+    group: Any,
+) -> tuple[list[Any], Lengths]:  # fmt: skip
+    """What ``loss`` of z1, z2 and a temperature returns for each length; ``name``: the public function's."""
     with on_all_ranks(z1, group):
-        validation.embeddings("z1", z1)
+        rows = filled({"z1": z1, "z2": z2}, group)
+        validation.embeddings("z1", rows["z1"])
         if z2 is not None:
-            validation.rows_and_keys(z1, z2)
+            validation.rows_and_keys(**rows)
         lengths, *_ = lengths_of(z1.shape[1], temperature, dims, dim_weights, parts)
+    if group is not None:  # of more lengths a rank would make more calls than others
+        from pycse import distributed
+
+        told = {"function": f"{name} with dims", **{n: repr(x) for n, x in vars(lengths).items()}}
+        distributed.alike(told, z1, group)
     result = []
     for k, d in enumerate(lengths.dims):
         each = temperature[k] if lengths.temperatures else temperature
@@ -92,10 +108,11 @@ def weighted_sum(losses: Sequence[Tensor], lengths: Lengths) -> Tensor:
 
 
 def summed(
-    loss: Callable[..., Tensor], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any, group: Any
-) -> Any:
+    name: str, loss: Callable[..., Tensor], z1: Any, z2: Any, temperature: Any, dims: Any, dim_weights: Any, parts: Any,
+    group: Any,
+) -> Any:  # fmt: skip
     """A loss that is computed length by length."""
-    losses, lengths = over_lengths(loss, z1, z2, temperature, dims, dim_weights, parts, group)
+    losses, lengths = over_lengths(name, loss, z1, z2, temperature, dims, dim_weights, parts, group)
     return output((weighted_sum(losses, lengths), torch.stack([one.detach() for one in losses])), parts)
 
 
@@ -125,10 +142,15 @@ class Drawn:
         validation.lengths_a_step(self.n_dims_per_step, given, options.get("temperature"))
         return others
 
+    def described(self) -> dict[str, Any]:
+        """What a module's description has beside its options."""
+        return {} if self.n_dims_per_step is None else {"n_dims_per_step": self.n_dims_per_step}
+
     def drawn(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with the lengths of this step."""
+        """The options with the lengths of this step; a trainer evaluates without gradients, and leaves its loss in
+        training mode."""
         n = self.n_dims_per_step
-        if n is None or not self.training:
+        if n is None or not (self.training and torch.is_grad_enabled()):
             return options
         chosen = chosen_lengths(self, len(options["dims"]), n)
         given = {name: options[name] for name in ("dims", "dim_weights") if options.get(name) is not None}

@@ -85,7 +85,7 @@ def fused_sigmoid(
     )  # fmt: skip
     if matryoshka.wanted(z1, dims, dim_weights, parts, group):
         one = lambda z1, z2, _: fused_sigmoid(z1, z2, scale, bias, group=group, **given)  # noqa: E731
-        return matryoshka.summed(one, z1, z2, None, dims, dim_weights, parts, group)
+        return matryoshka.summed("fused_sigmoid", one, z1, z2, None, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

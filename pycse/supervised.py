@@ -80,7 +80,7 @@ def fused_supcon(
     )  # fmt: skip
     if matryoshka.wanted(z1, dims, dim_weights, parts, group):
         one = lambda z1, z2, temperature: fused_supcon(z1, ids1, z2, ids2, temperature, group=group, **given)  # noqa: E731
-        return matryoshka.summed(one, z1, z2, temperature, dims, dim_weights, parts, group)
+        return matryoshka.summed("fused_supcon", one, z1, z2, temperature, dims, dim_weights, parts, group)
     if group is not None:
         from pycse import distributed
 

@@ -5,18 +5,20 @@ and in backward one collective takes their gradients home. What a rank then comp
 its own rows (joined.py). docs/scaling.md has the collectives, bytes and operations.
 """
 
-from pycse.distributed.calls import adapacse, contrastive, distill, sigmoid, supervised
+from pycse.distributed.calls import adapacse, contrastive, distill, filled, sigmoid, supervised
 from pycse.distributed.hypersphere import alignment, uniformity
 from pycse.distributed.rows import averaged, differ, joined_rows
-from pycse.distributed.talk import refuse
+from pycse.distributed.talk import alike, refuse
 
 __all__ = [
     "adapacse",
     "alignment",
+    "alike",
     "averaged",
     "contrastive",
     "differ",
     "distill",
+    "filled",
     "joined_rows",
     "refuse",
     "sigmoid",

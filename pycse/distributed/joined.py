@@ -104,7 +104,9 @@ class Local:
             for field, value in vars(p).items():
                 if field in ("z1", "z2", "share", "needs", "need", "seed", "weight", "positives"):  # each rank's own
                     continue
-                if isinstance(value, Tensor):
+                if field == "temperature" and isinstance(value, Tensor) and value.dim() == 1:
+                    shown = "numbers in a tensor" if value.requires_grad or value.is_cuda else repr(value.tolist())
+                elif isinstance(value, Tensor):
                     shown = "a number in a tensor" if value.dim() == 0 else f"{value.dtype}, {tuple(value.shape[1:])}"
                 elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                     shown = ", ".join(f"{e.shape[1]} features of {e.dtype}" for e in value)

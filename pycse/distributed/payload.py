@@ -150,11 +150,13 @@ class Exchange(torch.autograd.Function):
                 result[k] = home.to(ctx.like[k][1])
         numbers = [k for k in wanted if of[k] not in ("rows", "keys")]
         if numbers:
-            zero = torch.zeros((), dtype=torch.float64, device=ctx.like[numbers[0]][2])
-            given = [upstream[k] for k in numbers]
-            packed = torch.stack([zero if g is None else g.double() for g in given])
+            shapes = [ctx.like[k][0] for k in numbers]  # () each, or (K,) of a number for each of K lengths
+            zeros = torch.zeros((), dtype=torch.float64, device=ctx.like[numbers[0]][2])
+            given = [zeros.expand(s) if (g := upstream[k]) is None else g for k, s in zip(numbers, shapes)]
+            packed = torch.cat([g.double().reshape(-1) for g in given])
             all_reduce(packed, ctx.group, "gradients of numbers")
-            for k, total in zip(numbers, packed):
+            for k, shape, total in zip(numbers, shapes, packed.split([s.numel() for s in shapes])):
+                total = total.view(shape)
                 result[k] = (total if of[k] == "summed" else total / layout.size).to(ctx.like[k][1])
         return (*[None] * OWN, *result)
 

@@ -82,6 +82,13 @@ def exchange(
     return Headers(dist.get_rank(group), table["rows"], table["keys"], seeds, sum(totals))
 
 
+@torch.compiler.disable(reason=TALK)
+def alike(told: dict[str, str], t: Tensor, given: Any) -> None:
+    """That the ranks of a group agree in what a call of several conversations says before the first of them."""
+    group = group_of(given)
+    exchange(group, device_of(group, t), told, None)
+
+
 def refuse(error: Exception, t: Any, given: Any) -> None:
     """Raises ``error`` here, and on the other ranks of a group what it says, where they exchange headers next."""
     group = group_of(given)

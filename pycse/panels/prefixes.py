@@ -14,8 +14,8 @@ G^k = dL^k/d sum_{b <= k} S^b; the norms' own gradients are T^b = sum_{k >= b} (
 of the row, and C^b likewise of the keys' columns. 6 N^2 D operations for all lengths, O(K c N) memory. Rows and columns
 of a symmetric loss are two such sweeps, 12 N^2 D. A batch that fits in cache is one call of its own (``small``).
 
-What the visit does not have (parts of panels/parts.py, more lengths than fit) is computed length by length,
-sum_k d_k / D of one loss' products.
+What the visit does not have (parts of panels/parts.py, more lengths than fit, a length of 1, rows whose prefix is null
+beside the rest) is computed length by length, sum_k d_k / D of one loss' products.
 """
 
 from __future__ import annotations
@@ -101,11 +101,12 @@ def matryoshka(
         run: a backend's contrastive loss. kernels: what it brings for all lengths at once, if it does.
         differentiable: by PyTorch itself, so that nothing is detached.
     """
-    if kernels is None or p.in_parts or len(lengths.dims) > kernels.most:
-        return one_by_one(p, lengths, run, differentiable)
-    if p.symmetric:
-        return _both_ways(p, lengths, kernels)
-    return together(p, lengths, kernels)
+    result = None
+    # Of one feature a normalised row is its sign, whose gradient is 0: here it would be what rounding leaves of it.
+    signs = p.normalize and 1 in lengths.dims
+    if kernels is not None and not (p.in_parts or signs) and len(lengths.dims) <= kernels.most:
+        result = (_both_ways if p.symmetric else together)(p, lengths, kernels)
+    return one_by_one(p, lengths, run, differentiable) if result is None else result
 
 
 def panel_rows(p: Contrastive, K: int) -> int:
@@ -118,13 +119,15 @@ def panel_rows(p: Contrastive, K: int) -> int:
     return min(rows, -(-each // 16) * 16)
 
 
-def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]]:
-    """All lengths from one loss' products. Below, lengths are ascending."""
+def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]] | None:
+    """All lengths from one loss' products, unless ``by_panels`` cannot. Below, lengths are ascending."""
     order = sorted(range(len(lengths.dims)), key=lengths.dims.__getitem__)
     dims, weights = [lengths.dims[k] for k in order], [lengths.dim_weights[k] for k in order]
     problems = [lengths.problem(p, k) for k in order]
     with kernels.place(p.z1):
         whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
+    if whole is None:
+        return None
     of = dict(zip(order, whole.losses))
     losses = [of[k] for k in range(len(dims))]
     total = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
@@ -136,7 +139,8 @@ def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[
 
 def by_panels(
     p: Contrastive, dims: list[int], problems: list[Contrastive], weights: list[float], kernels: type[Kernels]
-) -> Whole:
+) -> Whole | None:
+    """None where a prefix is too small a part of its normalised row to have a norm of its own."""
     blocks = [slice(a, b) for a, b in zip([0, *dims], dims)]
     z1, own = p.z1, p.mine
     B, N, K, D, count = p.B, p.z2.shape[0], len(dims), dims[-1], own.stop - own.start
@@ -146,7 +150,9 @@ def by_panels(
     dlogit = new(K, p.gradients, B) if p.trained else None
     states = States(weights, coef, r2, new(K, B), new(K, B) if z1.dtype == torch.bfloat16 else None, dlogit)
     k = kernels(problems, states)
-    z2, r_far = _keys(p, dims, r2, k)
+    z2, r_far, fine = _keys(p, dims, r2, k)
+    if not fine:
+        return None
 
     c = panel_rows(p, K)
     stride = products.row_stride(N, z1.device, z1.element_size())
@@ -165,10 +171,10 @@ def by_panels(
         if z1hat is None:
             rho_n.fill_(1)
         else:
-            k.normalize(z, r1[:n], z1hat[:n])
-            z = z1hat[:n]
-            for d, r in zip(dims, rho_n):
-                k.normalize(z[:, :d], r, None)
+            given, z = z, z1hat[:n]
+            k.normalize(given, r1[:n], z)
+            if not _norms(k, dims, given, z, r1[:n], rho_n):
+                return None
         S = panels[:, :n]
         for b, panel in zip(blocks, S):
             k.product(z[:, b], z2[:, b].t(), panel)
@@ -199,22 +205,41 @@ def by_panels(
     return Whole(list(states.loss[:, own]), dz1, dz2, dlogits)
 
 
-def _keys(p: Contrastive, dims: list[int], r2: Tensor, k: Kernels) -> tuple[Tensor, Tensor | None]:
-    """The keys as products take them, with the inverse norms of their prefixes in r2; and, where they had to be
-    normalised for that, what r was."""
+def _keys(p: Contrastive, dims: list[int], r2: Tensor, k: Kernels) -> tuple[Tensor, Tensor | None, bool]:
+    """The keys as products take them, with the inverse norms of their prefixes in r2; where they had to be normalised
+    for that, what r was; and whether the norms are those of the keys' own prefixes."""
     z2 = p.z2[:, : dims[-1]]
     if not p.normalize:
         r2.fill_(1)
-        return z2, None
+        return z2, None, True
     far = [k.normalize(z2[:, :d], r, None) for d, r in zip(dims, r2)]
     if not any(far):
-        return z2, None
+        return z2, None, True
     # A key's product may overflow: all of them from a normalised copy.
     r, copy = r2[-1].clone(), k.empty(*z2.shape, dtype=z2.dtype)
     k.normalize(z2, None, copy)
-    for d, one in zip(dims, r2):
-        k.normalize(copy[:, :d], one, None)
-    return copy, r
+    return copy, r, _norms(k, dims, z2, copy, r, r2)
+
+
+TINY = 1e-12  # norms up to this are 0 (kernels/cpu/norms.h)
+
+
+def _norms(k: Kernels, dims: list[int], z: Tensor, zhat: Tensor, r: Tensor, rho: Tensor) -> bool:
+    """rho = the inverse norms of the prefixes of zhat = r z, 0 where z's own are null. Returns whether no other is 0: a
+    prefix may be null beside its row, and none by itself. On a GPU, which would have to be waited for, nobody looks."""
+    for d, one in zip(dims, rho):
+        k.normalize(zhat[:, :d], one, None)
+    if rho.is_cuda:
+        return True
+    null = (rho == 0) | (rho * r >= 1 / TINY)
+    if not null.any():
+        return True
+    own = torch.empty_like(rho)
+    for d, one in zip(dims, own):
+        k.normalize(z[:, :d], one, None)
+    fine = not ((rho == 0) & (own != 0)).any()
+    rho.mul_(own != 0)
+    return fine
 
 
 def _of_norms(r: Tensor, sums: Tensor) -> Tensor:
@@ -251,14 +276,17 @@ def _positives(
         s_pos[i0 : i0 + n] = sums[:, d - 1] * of_rows * of_keys[j]
 
 
-def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]]:
+def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]] | None:
     """A symmetric loss as the mean of that of its rows and that of its columns."""
     rows, half = p.copy(), replace(lengths, dim_weights=[w / 2 for w in lengths.dim_weights])
     rows.symmetric = False
     columns = rows.copy()
     columns.z1, columns.z2, columns.query_ids, columns.key_ids = p.z2, p.z1, p.key_ids, p.query_ids
     columns.needs = p.needs._replace(z1=p.needs.z2, z2=p.needs.z1)
-    (a, of_rows), (b, of_columns) = together(rows, half, kernels), together(columns, half, kernels)
+    one, other = together(rows, half, kernels), together(columns, half, kernels)
+    if one is None or other is None:
+        return None
+    (a, of_rows), (b, of_columns) = one, other
     result = Result(
         a.rows + b.rows, _sum(a.dz1, b.dz2), _sum(a.dz2, b.dz1), _sum(a.dtemperature, b.dtemperature), _sum(a.dm, b.dm)
     )

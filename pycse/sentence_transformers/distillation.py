@@ -182,11 +182,14 @@ class DistillCSELoss(InfoNCELoss):
         temperature = self.temperature.tolist() if isinstance(self.temperature, Tensor) else self.temperature
         numbers = {"temperature": temperature, "m": None if self.m is None else float(self.m)}
         options = {name: value for name, value in self.options.items() if name != "normalize"}
+        options["hardness_strength"] = options.pop("hardness")
+        options["hardness_mode"] = options["hardness_mode"] if options["hardness_strength"] else None
         own = {"similarity_fct": self.similarity_fct, **self.own_options()}
         teachers = None if self._teachers is None else [str(getattr(t, "encoder", t)) for t in self._teachers]
         return {
             **numbers,
             **options,
+            **self.described(),
             **self.distillation,
             **own,
             "teachers": teachers,

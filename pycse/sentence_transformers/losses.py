@@ -141,15 +141,13 @@ class InfoNCELoss(Drawn, ColumnLoss):
         given: dict[str, Any] = {
             name: value.tolist() if isinstance(value, Tensor) else value for name, value in self.fixed().items()
         }
-        if self.n_dims_per_step is not None:
-            given["n_dims_per_step"] = self.n_dims_per_step
         words = {short: long for long, short in DIRECTIONS.items()}
         given["directions"] = [words[name] for name in given["directions"]]
         given["hardness_strength"] = given.pop("hardness")
         given["partition_mode"] = given.pop("partition")
         given["hardness_mode"] = given["hardness_mode"] if given["hardness_strength"] else None
         del given["normalize"]
-        return given | {"similarity_fct": self.similarity_fct} | self.own_options()
+        return given | self.described() | {"similarity_fct": self.similarity_fct} | self.own_options()
 
     @property
     def citation(self) -> str:
@@ -334,21 +332,25 @@ class Guide:
         return self.encoder(features)["sentence_embedding"].detach()
 
 
-class SupConLoss(ColumnLoss):
+class SupConLoss(Drawn, ColumnLoss):
     """The supervised contrastive loss: every text of the batch with the row's label is a positive.
 
     All columns of a row have its label; texts of all of them are compared with each other. Options are those of
-    :func:`pycse.fused_supcon`: temperature, inside, backend, validate, reduction ("mean" or "sum").
+    :func:`pycse.fused_supcon`: temperature, inside, backend, validate, reduction ("mean" or "sum"), dims and
+    dim_weights; and n_dims_per_step, as :class:`MatryoshkaInfoNCELoss`.
 
     Source: Khosla et al., NeurIPS 2020 (arXiv 2004.11362).
     """
 
     wants_positives = False
+    more_options: ClassVar[tuple[str, ...]] = (
+        "inside", "backend", "validate", "reduction", "dims", "dim_weights", "n_dims_per_step",
+    )  # fmt: skip
 
     def __init__(
         self,
         model: nn.Module,
-        temperature: float | Tensor = 0.05,
+        temperature: float | Tensor | Sequence[float] = 0.05,
         *,
         similarity_fct: Any = "cos_sim",
         precision: str | None = None,
@@ -358,8 +360,14 @@ class SupConLoss(ColumnLoss):
     ) -> None:
         super().__init__(model, False, precision, gather_across_devices, group)
         self.similarity_fct = similarity_name(similarity_fct)
+        for name in options:
+            if name not in self.more_options:
+                raise TypeError(f"option {name!r} is none of {type(self).__name__}: {', '.join(self.more_options)}")
         self.options = {"normalize": SIMILARITIES[self.similarity_fct], **options}
-        validation.supervised_options(temperature, **self.options)
+        checked = self.check_lengths(self.options | {"temperature": temperature})
+        self.options.pop("n_dims_per_step", None)
+        check_width(model, self.options.get("dims"))
+        validation.supervised_options(**checked)
         if self.options.get("reduction", "mean") == "none":
             raise ValueError("reduction must be 'mean' or 'sum': a trainer needs one number, got 'none'")
         self.temperature = temperature
@@ -375,14 +383,17 @@ class SupConLoss(ColumnLoss):
             )
         z, ids = torch.cat(embeddings), batch.labels.flatten().repeat(len(embeddings))
         return fused_supcon(
-            z, ids.to(z.device), temperature=self.number("temperature"), group=self.group, **self.options
+            z, ids.to(z.device), temperature=self.number("temperature"), group=self.group, **self.drawn(self.options)
         )
 
     def get_config_dict(self) -> dict[str, Any]:
         options = {name: value for name, value in self.options.items() if name != "normalize"}
         own = self.own_options()
         del own["deduplicate"]
-        return {"temperature": float(self.temperature), **options, "similarity_fct": self.similarity_fct, **own}
+        temperature = self.temperature.tolist() if isinstance(self.temperature, Tensor) else self.temperature
+        return {
+            "temperature": temperature, **options, **self.described(), "similarity_fct": self.similarity_fct, **own,
+        }  # fmt: skip
 
     @property
     def citation(self) -> str:

@@ -74,6 +74,32 @@ CASES = [
     Shared((9, 5), "uniformity", options={"normalize": False}),
     Shared((9, 0, 4), "alignment", upstream=True),
 ]
+DIMS = {"dims": [4, 16, 9], "dim_weights": [1.0, 0.5, 2.0], "parts": True}
+SEVERAL = (0.1, 0.2, 0.3)
+LENGTHS = [
+    Shared((5, 9), options=DIMS),
+    Shared((4, 0, 5), options=DIMS, tensors=True, upstream=True),
+    Shared((5, 7), "focal", options=DIMS, tensors=True, temperatures=SEVERAL, batch=("ids", "weight"), upstream=True),
+    Shared((5, 7), options=DIMS | {"reduction": "none"}, temperatures=SEVERAL, batch=("weight",), upstream=True),
+    Shared((5, 0, 7), options=DIMS | {"reduction": "none"}, tensors=True, temperatures=SEVERAL),
+    Shared((5, 7), "focal", options=DIMS | {"symmetric": True}, tensors=True, temperatures=SEVERAL, batch=("ids",)),
+    Shared((5, 0, 7), options=DIMS | {"symmetric": True}, batch=("weight", "exclude")),
+    Shared((4, 6), "focal", options=DIMS, batch=("queue", "positives", "ids")),
+    Shared((3, 0, 4), options=DIMS, batch=("queue",), tensors=True),
+    Shared((4, 6), options=DIMS, hard=1, batch=("lists",)),
+    Shared((4, 6, 3), options=DIMS | EVERY, hard=1),
+    Shared((4, 6), options=DIMS | {"guide_above": -0.1}, batch=("guides",), without=("z1",)),
+    Shared((4, 6), "focal", options=DIMS | {"reduction": "sum"}, hard=2, without=("z2",), tensors=True),
+    Shared((5, 7), "sigmoid", options=DIMS, tensors=True, batch=("ids",), upstream=True),
+    Shared((5, 0, 7), "sigmoid", options=DIMS | {"reduction": "none"}, batch=("weight",)),
+    Shared((5, 7), "adapacse", options=DIMS, batch=("guides", "ids"), tensors=True, temperatures=SEVERAL),
+    Shared((5, 0, 7), "supcon", options=DIMS, tensors=True, temperatures=SEVERAL, batch=("weight",), upstream=True),
+    Shared((5, 7), "supcon pairs", options=DIMS, keys=(8, 9)),
+    Shared((9, 5), "distill", options=DIMS, upstream=True),
+    Shared((9, 0, 5), "distill", options=DIMS | {"shuffle": "expected", "reduction": "none"}, batch=("weight",)),
+    Shared((9, 5), "distillcse", options=DIMS, tensors=True, temperatures=SEVERAL, batch=("ids", "weight"), hard=1),
+    Shared((9, 0, 5), "distillcse", options=DIMS | {"m": 0.2, "symmetric": True}, tensors=True, upstream=True),
+]
 ALL = (torch.float32, F64, BF16)
 WAYS = [("cpu", "gather", ALL), ("torch", "gather", (F64,)), ("reference", "gather", (F64,)), ("cpu", "ring", ALL),
         ("torch", "ring", (F64,))]  # fmt: skip
@@ -81,10 +107,18 @@ WAYS = [("cpu", "gather", ALL), ("torch", "gather", (F64,)), ("reference", "gath
 
 @pytest.mark.parametrize("backend, exchange, dtypes", WAYS, ids=lambda x: x if isinstance(x, str) else "")
 def test_ranks_are_the_joined_batch(ranks, backend, exchange, dtypes):
+    in_ring = ("infonce", "focal", "log-sums")
+    compared(ranks, [c for c in CASES if exchange == "gather" or c.loss in in_ring], backend, exchange, dtypes)
+
+
+@pytest.mark.parametrize("backend, dtypes", [("cpu", ALL), ("torch", (F64,)), ("reference", (F64,))])
+def test_several_lengths(ranks, backend, dtypes):
+    compared(ranks, LENGTHS, backend, "gather", dtypes)
+
+
+def compared(ranks, cases, backend, exchange, dtypes):
     failures = []
-    for given in CASES:
-        if exchange == "ring" and given.loss not in ("infonce", "focal", "log-sums"):
-            continue
+    for given in cases:
         for dtype in dtypes:
             case = replace(given, backend=backend, exchange=exchange, dtype=dtype)
             try:

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from shared_batches import Shared, compare, on_rank
 
 import pycse
+from pycse import losses
 
 FINE = Shared((3, 4))
 
@@ -50,6 +51,25 @@ def calls(rank, group, changes):
             ({}, {"query_ids": torch.arange(4), "key_ids": torch.arange(4)}),
             "query_ids is None on rank 0 and torch.int64",
         ),
+        (({"dims": [4, 8]}, {"dims": [8, 4]}), "dims is [4, 8] on rank 0 and [8, 4] on rank 1"),
+        (({"dims": [4, 8]}, {}), "dims is [4, 8] on rank 0 and not given on rank 1"),
+        (
+            ({"dims": [4], "dim_weights": [1.0]}, {"dims": [4]}, {"dims": [4], "dim_weights": [0.5]}),
+            "dim_weights is [1.0] on ranks 0, 1 and [0.5] on rank 2",
+        ),
+        (
+            ({"dims": [4, 8], "temperature": [0.1, 0.2]}, {"dims": [4, 8], "temperature": [0.1, 0.3]}),
+            "temperature is [0.1, 0.2] on rank 0 and [0.1, 0.3] on rank 1",
+        ),
+        (({"dims": [4, 8], "temperature": [0.1, 0.2]}, {"dims": [4, 8]}), "temperatures is True on rank 0 and False"),
+        (
+            ({"function": "fused_sigmoid", "dims": [4]}, {"function": "fused_sigmoid", "dims": [4, 8]}),
+            "dims is [4] on rank 0 and [4, 8] on rank 1",
+        ),
+        (
+            ({"function": "fused_sigmoid", "dims": [4, 8]}, {"function": "fused_sigmoid"}),
+            "function is fused_sigmoid with dims on rank 0 and fused_sigmoid on rank 1",
+        ),
     ],
     ids=str,
 )
@@ -79,6 +99,12 @@ def test_ranks_that_disagree_all_raise(ranks, changes, text):
             "weight must have shape",
         ),
         ({"negatives": ([0], [])}, TypeError, "negatives[0] must be an integer tensor"),
+        ({"dims": [4, 9]}, ValueError, "dims must lie in [1, 8] (the embeddings' features), got 9"),
+        ({"dims": 4}, TypeError, "dims must be a list of lengths, got 4"),
+        ({"dims": [4], "temperature": [0.1, 0.2]}, ValueError, "temperature must be one number, or one for each"),
+        ({"dim_weights": [1.0]}, ValueError, "dim_weights must be given together with dims"),
+        ({"function": "fused_sigmoid", "dims": [4, 9]}, ValueError, "dims must lie in [1, 8]"),
+        ({"function": "fused_sigmoid", "parts": True}, ValueError, "parts must be given together with dims"),
         ({"exchange": "post"}, ValueError, "exchange must be one of"),
         ({"replicated_keys": 5}, ValueError, "replicated_keys must lie in [0, 4]"),
         ({"positives": torch.tensor([0, 1, 2, 9])}, ValueError, "positives must lie in [0, 3]"),
@@ -91,6 +117,34 @@ def test_an_error_of_one_rank_is_every_ranks(ranks, change, kind, text):
     assert not others[0] and others[1][0] is RuntimeError, others
     assert "rank 0" in others[1][1] and text in others[1][1]
     compare(FINE, ranks.run(2, on_rank, FINE))
+
+
+def test_lengths_do_not_travel(ranks):
+    for fine, result in ranks.outcomes(2, calls, [{"dims": [4, 8], "exchange": "ring"}] * 2):
+        assert not fine and result[0] is ValueError and "exchange='ring' and dims exclude each other" in result[1]
+    compare(FINE, ranks.run(2, on_rank, FINE))
+
+
+def drawn(rank, group, kind):
+    """The lengths that a module takes in each of 12 steps; an evaluation of rank 0 alone draws none."""
+    torch.manual_seed(rank)
+    loss, taken = kind(dims=[2, 4, 8], dim_weights=[1.0, 2.0, 3.0], n_dims_per_step=2, group=group), []
+    z1, z2, chosen = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), loss._chosen
+    loss._chosen = lambda *given: taken.append(chosen(*given)) or taken[-1]
+    for step in range(12):
+        loss(z1, z2).backward()
+        if rank == 0 and step == 3:
+            loss.eval().options["group"] = None
+            loss(z1, z2)
+            loss.train().options["group"] = group
+    return taken
+
+
+@pytest.mark.parametrize("kind", [losses.InfoNCELoss, losses.SigmoidLoss])
+def test_lengths_are_drawn_alike(ranks, kind):
+    one, other = ranks.run(2, drawn, kind)
+    assert one == other
+    assert {tuple(step) for step in one} == {(0, 1), (0, 2), (1, 2)}
 
 
 def counted_hard_negatives(rank, group):

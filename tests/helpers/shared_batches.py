@@ -37,12 +37,13 @@ class Shared:
     D: int = 16
     without: tuple[str, ...] = ()  # gradients that nobody wants
     exchange: str = "gather"
+    temperatures: tuple[float, ...] = ()  # one a length
 
     def __str__(self) -> str:
         parts = [self.loss, "x".join(map(str, self.rows)), str(self.dtype)[6:], self.backend, *self.batch]
         parts += [f"{k}={v}" for k, v in self.options.items()] + [f"hard{self.hard}"] * bool(self.hard)
         parts += [f"keys{self.keys}"] * bool(self.keys) + ["tensors"] * self.tensors + ["upstream"] * self.upstream
-        parts += [self.exchange] * (self.exchange != "gather")
+        parts += [self.exchange] * (self.exchange != "gather") + ["temperatures"] * bool(self.temperatures)
         return "-".join(parts) + "".join(f"-no {name}" for name in self.without)
 
     @property
@@ -128,8 +129,17 @@ class Shared:
 NUMBERS = {"sigmoid": {"scale": 8.0, "bias": -3.0}, "focal": {"temperature": 0.1, "m": 0.3}}
 
 
-def _called(case: Shared, t: dict[str, Tensor], numbers: dict[str, Any], more: dict[str, Any]) -> Tensor:
-    """The public function on these tensors."""
+def _called(
+    case: Shared, t: dict[str, Tensor], numbers: dict[str, Any], more: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The loss by the public function on these tensors, and its parts where they are asked for."""
+    result = _result(case, t, numbers, more)
+    if not case.options.get("parts"):
+        return getattr(result, "loss", result), None
+    return result[0], torch.cat(result[1:])  # distillcse: contrastive, distillation
+
+
+def _result(case: Shared, t: dict[str, Tensor], numbers: dict[str, Any], more: dict[str, Any]) -> Any:
     options = dict(case.options) | more
     for name in ("weight", "exclude_above", "positives"):
         if name in t:
@@ -150,13 +160,15 @@ def _called(case: Shared, t: dict[str, Tensor], numbers: dict[str, Any], more: d
         teachers = [t["teacher 0"], t["teacher 1"]]
         if case.loss == "distill":
             return pycse.fused_distill(t["z1"], teachers, **options)
-        return pycse.fused_distillcse(t["z1"], t["z2"], teachers, **numbers, **options).loss
+        return pycse.fused_distillcse(t["z1"], t["z2"], teachers, **numbers, **options)
     return PAIRS[case.loss](t["z1"], t["z2"], **numbers, **options)
 
 
 def _leaves(case: Shared, t: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What has gradients, and the numbers."""
     given = {} if case.loss in ("distill", "uniformity", "alignment") else NUMBERS.get(case.loss, {"temperature": 0.1})
+    if case.temperatures:
+        given = given | {"temperature": list(case.temperatures)}
     numbers: dict[str, Any] = dict(given)
     leaves = {
         name: t[name].requires_grad_() for name in ("z1", "z2", "weight") if name in t and name not in case.without
@@ -194,13 +206,14 @@ def on_rank(rank: int, group: Any, case: Shared) -> dict[str, Tensor]:
         more["seed"] = 1234 + rank  # rank 0's counts
     t = {name: x.detach() for name, x in t.items()}
     leaves, numbers = _leaves(case, t)
-    loss = _called(case, t, numbers, more)
+    loss, parts = _called(case, t, numbers, more)
     if leaves:
         u = torch.ones_like(loss) * (UPSTREAM[rank] if case.upstream else 1)
         if loss.dim():
             u = u * torch.linspace(0.5, 2, case.B, dtype=u.dtype)[case.begin(rank) : case.begin(rank) + case.rows[rank]]
         loss.backward(u)
-    return {"loss": loss.detach().double(), **{name: leaf.grad.double() for name, leaf in leaves.items()}}
+    result = {"loss": loss.detach().double(), **{name: leaf.grad.double() for name, leaf in leaves.items()}}
+    return result if parts is None else result | {"parts": parts.double()}
 
 
 def in_one(case: Shared) -> list[dict[str, Tensor]]:
@@ -225,8 +238,9 @@ def in_one(case: Shared) -> list[dict[str, Tensor]]:
     weight = t.pop("weight", None)
     W = case.size
     upstream = UPSTREAM if case.upstream else (1.0,) * W
+    parts = None
     if case.loss in ("uniformity", "alignment"):
-        value = _called(case, t, numbers, more)
+        value, _ = _called(case, t, numbers, more)
         if case.loss == "alignment":
             rows = 2 - 2 * torch.nn.functional.cosine_similarity(t["z1"], t["z2"])
             losses = [case.of_rows(rows, r).sum() * W / case.B for r in range(W)]
@@ -235,14 +249,17 @@ def in_one(case: Shared) -> list[dict[str, Tensor]]:
     else:
         if case.loss != "log-sums":
             more["reduction"] = "none"
-        rows = _called(case, t, numbers, more)
-        rows = rows if weight is None else rows * weight
         total = case.B if weight is None else weight.sum()
-        by_rank = [case.of_rows(rows, r) for r in range(W)]
-        if reduction == "none":
-            losses = by_rank
-        else:
-            losses = [x.sum() * (W / total if reduction == "mean" else W) for x in by_rank]
+
+        def by_rank(rows: Tensor) -> list[Tensor]:
+            rows = rows if weight is None else rows * weight
+            own = [case.of_rows(rows.t(), r).t() for r in range(W)]  # (K, B) of parts
+            if reduction == "none":
+                return own
+            return [x.sum(-1) * (W / total if reduction == "mean" else W) for x in own]
+
+        rows, parts = _called(case, t, numbers, more)
+        losses = by_rank(rows)
     if reduction == "none" and losses[0].dim():
         scale = torch.linspace(0.5, 2, case.B, dtype=torch.float64)
         everything = sum((x * case.of_rows(scale, r)).sum() * upstream[r] for r, x in enumerate(losses))
@@ -252,7 +269,7 @@ def in_one(case: Shared) -> list[dict[str, Tensor]]:
         everything.backward()
     result = []
     for r in range(W):
-        one = {"loss": losses[r].detach()}
+        one = {"loss": losses[r].detach()} | ({} if parts is None else {"parts": by_rank(parts)[r].detach()})
         for name, leaf in leaves.items():
             g = leaf.grad
             if name == "z2":
@@ -271,7 +288,7 @@ def compare(case: Shared, ours: list[dict[str, Tensor]]) -> None:
     band = BANDS[case.dtype]
     for name in truth[0]:
         # A number's gradient is a sum over pairs that cancel; in bfloat16 each is off by l' 2^-9.
-        least = 10.0 if case.dtype == torch.bfloat16 and name not in ("loss", "z1", "z2", "weight") else 1e-3
+        least = 10.0 if case.dtype == torch.bfloat16 and name not in ("loss", "parts", "z1", "z2", "weight") else 1e-3
         scale = torch.cat([one[name].flatten() for one in truth]).abs().max().clamp_min(least)
         for rank, (one, right) in enumerate(zip(ours, truth)):
             value = one[name][: len(right[name])] if name == "z2" else one[name]

@@ -48,6 +48,12 @@ def loss_of(kind, model, group):
         return ours.CachedInfoNCELoss(model, torch.nn.Parameter(torch.tensor(0.1)), mini_batch_size=2, **options)
     if kind == "supcon":
         return ours.SupConLoss(model, **options)
+    if kind.startswith("lengths"):
+        options |= {"temperature": torch.nn.Parameter(torch.tensor([0.05, 0.1, 0.2])), "dims": [32, 8, 16]}
+        options["dim_weights"] = [1.0, 0.5, 2.0]
+        if kind == "lengths, cached":
+            return ours.CachedInfoNCELoss(model, mini_batch_size=2, **options)
+        return {"lengths": ours.MatryoshkaInfoNCELoss, "lengths, supcon": ours.SupConLoss}[kind](model, **options)
     if kind == "guided":
         return ours.GuidedInfoNCELoss(model, model_at(options.pop("path"), 1), **options)
     raise ValueError(kind)
@@ -73,7 +79,7 @@ def step(path, kind, group, rows, columns, upstream=1.0, wrapped=False):
                 model, process_group=group, find_unused_parameters=True
             )
         texts = [column[rows] for column in TEXTS[:columns]]
-        labels = torch.tensor([0, 1, 0, 1, 2, 0, 2, 1])[rows] if kind == "supcon" else None
+        labels = torch.tensor([0, 1, 0, 1, 2, 0, 2, 1])[rows] if "supcon" in kind else None
         value = loss([dict(model.preprocess(list(column))) for column in texts], labels)
         (value * upstream).backward()
     own = [p.grad for p in loss.parameters(recurse=False)]
@@ -87,7 +93,19 @@ def on_rank(rank, group, path, kind, columns):
 
 @pytest.mark.parametrize("columns", [2, 3])
 @pytest.mark.parametrize(
-    "kind", ["infonce", "ring", "directions", "focal, trained", "cached", "cached, trained", "supcon"]
+    "kind",
+    [
+        "infonce",
+        "ring",
+        "directions",
+        "focal, trained",
+        "cached",
+        "cached, trained",
+        "supcon",
+        "lengths",
+        "lengths, cached",
+        "lengths, supcon",
+    ],  # fmt: skip
 )
 def test_ranks_are_the_joined_batch(ranks, tiny_model, kind, columns):
     value, gradient, numbers = step(tiny_model, kind, None, slice(None), columns)
