@@ -33,7 +33,7 @@ from pycse.panels.contrastive import Guide, KeyGradient
 from pycse.panels.products import Products
 from pycse.problem import Contrastive, Lengths, Result
 
-PANEL_BYTES = 128 << 20  # of all lengths' panels: products of fewer rows are slower (docs/performance.md)
+PANEL_BYTES = 112 << 20  # of all lengths' panels: products of fewer rows are slower (docs/performance.md)
 MOST_ROWS = 1024
 
 
@@ -114,7 +114,7 @@ def panel_rows(p: Contrastive, K: int) -> int:
     rows, keys = p.mine.stop - p.mine.start, K * p.z2.shape[0]
     if p.z1.is_cuda:
         return products.panel_rows(rows, keys, p.z1.shape[1], p.z1.element_size())
-    fits = max(64, min(MOST_ROWS, PANEL_BYTES // (keys * p.z1.element_size())))
+    fits = max(64, min(MOST_ROWS, PANEL_BYTES // (keys * p.z1.element_size())) // 16 * 16)
     each = -(-rows // -(-rows // fits))
     return min(rows, -(-each // 16) * 16)
 
