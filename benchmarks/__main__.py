@@ -215,6 +215,22 @@ def steps(seconds: float = typer.Option(10.0, min=0.0, help="For the rounds of a
 
 
 @app.command()
+def static(
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3,
+    length: Annotated[int, typer.Option("--steps", min=10, help="Of a run.")] = 100,
+    eval_file: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Score, sentence1, sentence2 a line; repeatable.")
+    ] = None,
+) -> None:
+    """A static table trained by pycse and by sentence-transformers, for as many steps and for as long: scores."""
+    from benchmarks import static_quality
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"{date.today()}  {measure.machine()}  commit {measure.commit()}")
+    console.print(static_quality.table(seeds, length, tuple(eval_file or ()), console.print))
+
+
+@app.command()
 def ranks(
     processes: Annotated[int, typer.Option(min=1, help="That train one model.")] = 2,
     rows: Annotated[int, typer.Option(min=2, help="Of each process' batch.")] = 512,

@@ -35,11 +35,12 @@ def pairs() -> Text:
     return Text("pairs of the default text", list(zip(sentences[::2], sentences[1::2])), Counter())
 
 
-def begun(half: bool = False) -> tuple[Settings, Any]:
+def start_of(half: bool = False, seed: int = Settings.seed) -> tuple[Settings, Any]:
+    """The settings of a run, and what it begins with."""
     from pycse.training.encoder import bundled_model
     from pycse.training.static.table import start
 
-    settings = Settings(static=WIDTH, lr=LR, bf16=half)
+    settings = Settings(static=WIDTH, lr=LR, bf16=half, seed=seed)
     return settings, start(settings, bundled_model(), "bundled", "cpu")
 
 
@@ -55,7 +56,7 @@ def ours(half: bool, folder: str) -> tuple[Any, Any, Any, Any]:
     from pycse.training.static.loss import StaticLoss
     from pycse.training.static.tokens import tokenise
 
-    settings, start = begun(half)
+    settings, start = start_of(half)
     tokens = tokenise(pairs(), start.tokenizer, settings.max_length, folder)
     return start.model, tokens, StaticLoss(settings), optimizer_of(start.model, settings)
 
@@ -68,7 +69,7 @@ def agree(B: int) -> None:
         for half in (False, True):
             model, tokens, loss, optimizer = ours(half, folder)
             values.append(train_step(model, tokens, rows, loss, optimizer))
-    _, start = begun()
+    _, start = start_of()
     columns = [start.model.preprocess([text.rows[i][k] for i in rows]) for k in (0, 1)]
     with torch.no_grad():
         expected = theirs(start.model)(columns, None).item()
@@ -87,7 +88,7 @@ def trainer_steps(B: int) -> list[float]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             ends.append(time.perf_counter())
 
-    _, start = begun()
+    _, start = start_of()
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder, max_steps=STEPS + WARM, per_device_train_batch_size=B, dataloader_drop_last=True,
