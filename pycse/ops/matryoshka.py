@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pycse import backends
@@ -19,18 +18,19 @@ from pycse.problem import Contrastive, Lengths, Needs, Result
 def _forward(
     p: Contrastive, lengths: Lengths, needs: list[bool], backend: str, validate: bool
 ) -> tuple[Tensor | None, ...]:
-    device, losses = p.z1.device.type, []
+    device, losses = p.z1.device.type, p.z1
     contrastive = backends.module(backend, device, "contrastive")
     name = contrastive.__name__.split(".")[2]
     kernels = None if backends.lacks(name, "prefixes") else backends.module(name, device, "prefixes").Kernels
 
     def run(p: Contrastive) -> Result:
-        out, rows = prefixes.matryoshka(p, lengths, contrastive.contrastive, kernels, name in backends.DIFFERENTIABLE)
-        losses.extend(rows)
+        nonlocal losses
+        out, losses = prefixes.matryoshka(p, lengths, contrastive.contrastive, kernels, name in backends.DIFFERENTIABLE)
         return out
 
     out = computed(p, needs, backend, validate, run)
-    parts = torch.stack([p.reduce(one.detach()) for one in losses])
+    parts = losses.detach() * p.row_coefficients()
+    parts = parts if p.reduction == "none" else parts.sum(1)
     dweight = fused.in_type_of(p.weight_gradient(out.rows), p.weight) if p.needs.weight else None
     return p.reduce(out.rows), parts, out.dz1, out.dz2, out.dtemperature, out.dm, dweight
 

@@ -38,12 +38,12 @@ MOST_ROWS = 1024
 
 
 class Whole(NamedTuple):
-    """What becomes of a batch: each length's losses (K, B), gradients, and those of the lengths' logits."""
+    """What becomes of a batch: losses of each length (K, B), gradients, and those of the logits' numbers."""
 
-    losses: list[Tensor]
+    losses: Tensor
     dz1: Tensor | None
     dz2: Tensor | None
-    dlogits: list[Tensor | None]
+    dlogits: Tensor | None  # (K, p.gradients, B)
 
 
 @dataclass
@@ -94,8 +94,8 @@ def matryoshka(
     run: Callable[[Contrastive], Result],
     kernels: type[Kernels] | None,
     differentiable: bool,
-) -> tuple[Result, list[Tensor]]:
-    """The weighted sum's losses and gradients, and the losses of each length.
+) -> tuple[Result, Tensor]:
+    """The weighted sum's losses and gradients, and the losses of each length, (K, B).
 
     Args:
         run: a backend's contrastive loss. kernels: what it brings for all lengths at once, if it does.
@@ -119,7 +119,7 @@ def panel_rows(p: Contrastive, K: int) -> int:
     return min(rows, -(-each // 16) * 16)
 
 
-def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]] | None:
+def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, Tensor] | None:
     """All lengths from one loss' products, unless ``by_panels`` cannot. Below, lengths are ascending."""
     order = sorted(range(len(lengths.dims)), key=lengths.dims.__getitem__)
     dims, weights = [lengths.dims[k] for k in order], [lengths.dim_weights[k] for k in order]
@@ -128,13 +128,26 @@ def together(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[
         whole = kernels.small(p, dims, problems, weights) or by_panels(p, dims, problems, weights, kernels)
     if whole is None:
         return None
-    of = dict(zip(order, whole.losses))
-    losses = [of[k] for k in range(len(dims))]
-    total = torch.stack([loss * w for loss, w in zip(losses, lengths.dim_weights)]).sum(0)
-    parts: list[Result] = [Result(total)] * len(dims)
-    for k, problem, dlogit in zip(order, problems, whole.dlogits):
-        parts[k] = problem.result(total, None, None, dlogit)
-    return Result(total, whole.dz1, whole.dz2, *_numbers(lengths, parts)), losses
+    total = weighted_sum(whole.losses, weights)
+    result = Result(total, whole.dz1, whole.dz2)
+    place = sorted(range(len(order)), key=order.__getitem__)  # of a length as it was given
+    if whole.dlogits is not None:
+        parts = [problems[k].result(total, None, None, whole.dlogits[k]) for k in place]
+        dtemperature, dm = _numbers(lengths, parts)
+        result = result._replace(dtemperature=dtemperature, dm=dm)
+    if place == sorted(place):
+        return result, whole.losses
+    return result, torch.stack([whole.losses[k] for k in place])
+
+
+def weighted_sum(losses: Tensor, weights: list[float]) -> Tensor:
+    """Of (K, B) losses, (B,)."""
+    if all(w == 1 for w in weights):
+        return losses.sum(0)
+    total = losses[0] * weights[0]
+    for one, w in zip(losses[1:], weights[1:]):
+        total = total.add(one, alpha=w)
+    return total
 
 
 def by_panels(
@@ -201,8 +214,7 @@ def by_panels(
                 _project(total.total, z2[:, b], of_norms, r_far, dz2[:, b])
             elif total.total is not total.out:
                 dz2[:, b] = total.total
-    dlogits = [None] * K if dlogit is None else list(dlogit[:, :, own])
-    return Whole(list(states.loss[:, own]), dz1, dz2, dlogits)
+    return Whole(states.loss[:, own], dz1, dz2, None if dlogit is None else dlogit[:, :, own])
 
 
 def _keys(p: Contrastive, dims: list[int], r2: Tensor, k: Kernels) -> tuple[Tensor, Tensor | None, bool]:
@@ -276,7 +288,7 @@ def _positives(
         s_pos[i0 : i0 + n] = sums[:, d - 1] * of_rows * of_keys[j]
 
 
-def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, list[Tensor]] | None:
+def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tuple[Result, Tensor] | None:
     """A symmetric loss as the mean of that of its rows and that of its columns."""
     rows, half = p.copy(), replace(lengths, dim_weights=[w / 2 for w in lengths.dim_weights])
     rows.symmetric = False
@@ -290,12 +302,12 @@ def _both_ways(p: Contrastive, lengths: Lengths, kernels: type[Kernels]) -> tupl
     result = Result(
         a.rows + b.rows, _sum(a.dz1, b.dz2), _sum(a.dz2, b.dz1), _sum(a.dtemperature, b.dtemperature), _sum(a.dm, b.dm)
     )
-    return result, [(x + y) / 2 for x, y in zip(of_rows, of_columns)]
+    return result, (of_rows + of_columns) / 2
 
 
 def one_by_one(
     p: Contrastive, lengths: Lengths, run: Callable[[Contrastive], Result], differentiable: bool
-) -> tuple[Result, list[Tensor]]:
+) -> tuple[Result, Tensor]:
     rows: list[Tensor] = []
     dz1 = dz2 = total = None
     numbers = []
@@ -308,7 +320,7 @@ def one_by_one(
     assert total is not None
     if not differentiable:
         dz1, dz2 = (None if g is None else g.to(p.z1.dtype) for g in (dz1, dz2))
-    return Result(total, dz1, dz2, *_numbers(lengths, numbers)), rows
+    return Result(total, dz1, dz2, *_numbers(lengths, numbers)), torch.stack(rows)
 
 
 def _numbers(lengths: Lengths, parts: list[Result]) -> tuple[Tensor | None, Tensor | None]:

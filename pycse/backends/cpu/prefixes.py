@@ -31,18 +31,18 @@ class Kernels(Products, panel.Kernels):
         losses, work = new(K, B, dtype=wide), new(kernels.small_prefixes_work_size(K, B, N, dims[-1]), dtype=wide)
         dz1 = new(B, D) if p.needs.z1 else None
         dz2 = new(N, D) if p.needs.z2 else None
-        dlogits = new(K, GRADIENTS, B, dtype=wide).unbind() if p.trained else [None] * K
+        dlogits = new(K, GRADIENTS, B, dtype=wide) if p.trained else None
         coef, bounds = p.row_coefficients(), row_bounds(p)
         coefs = [coef * w for w in weights]  # alive for the kernel
         lengths = [
             native_problem(one, coef, bounds, loss=loss, dlogit=dlogit)
-            for one, coef, loss, dlogit in zip(problems, coefs, losses, dlogits)
+            for one, coef, loss, dlogit in zip(problems, coefs, losses, [None] * K if dlogits is None else dlogits)
         ]
         done = kernels.small_prefixes(
             lengths, dims, code, D, p.z1.data_ptr(), p.z1.stride(0), p.z2.data_ptr(), p.z2.stride(0), p.normalize,
             work.data_ptr(), pointer(dz1), pointer(dz2), torch.get_num_threads(),
         )  # fmt: skip
-        return panel.Whole(list(losses), dz1, dz2, list(dlogits)) if done else None
+        return panel.Whole(losses, dz1, dz2, dlogits) if done else None
 
     def __init__(self, problems: list[Contrastive], states: panel.States) -> None:
         first = problems[0]
