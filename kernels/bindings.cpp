@@ -129,9 +129,10 @@ PYBIND11_MODULE(_native, m) {
         matrix("z2", z2, p.of[0]->N, D, ld2, false);
         needed("work", work);
         threads_of(threads);
-        return cpu_kernels().small_prefixes(p, dims.data(),
-                                            Small{type_of("dtype", dtype, false), D, ld1, ld2, at(z1), at(z2), normalize,
-                                                  false, at<float>(work), at(dz1), at(dz2), nullptr, threads});
+        return cpu_kernels().small_prefixes(
+            p, dims.data(),
+            Small{type_of("dtype", dtype, false), D, ld1, ld2, at(z1), at(z2), normalize, false, at<float>(work),
+                  at(dz1), at(dz2), nullptr, threads});
       },
       nogil());
   m.def("small_prefixes_work_size", [](int64_t lengths, int64_t B, int64_t N, int64_t longest) {

@@ -71,8 +71,8 @@ PYCSE_INLINE void over_lengths(const Prefixes& p, const Panel& panel, Length<A>*
     for (int k = 0; k < p.lengths; ++k) {
       Length<A>& of = lengths[k];
       add_block(static_cast<const T*>(panel.S) + k * p.step + row * panel.ld + a, of.r2 + a, of.rho, n, padded, acc, r);
-      body(k, a, padded, bias_of(*of.p, panel.i0 + row, pos, acc, r, of.threshold, a, n, padded, of.logit, of.guide,
-                                 of.bias));
+      body(k, a, padded,
+           bias_of(*of.p, panel.i0 + row, pos, acc, r, of.threshold, a, n, padded, of.logit, of.guide, of.bias));
     }
     after(a, n);
   }
@@ -103,19 +103,21 @@ PYCSE_INLINE void prefix_row(const Prefixes& p, const Panel& panel, int64_t row,
       lengths[k].bias.set(0);
       top[k] = lengths[k].logit.positive(lengths[k].s_pos) * A(kLog2e);
     }
-    over_lengths<T>(p, panel, lengths, row, pos, acc, r,
-                    [&](int k, int64_t, int64_t n, const A* bias) {
-                      top[k] = block_max(acc, r, bias, n, Bits<A>(lengths[k].logit), top[k]);
-                    },
-                    nothing);
+    over_lengths<T>(
+        p, panel, lengths, row, pos, acc, r,
+        [&](int k, int64_t, int64_t n, const A* bias) {
+          top[k] = block_max(acc, r, bias, n, Bits<A>(lengths[k].logit), top[k]);
+        },
+        nothing);
     for (int k = 0; k < p.lengths; ++k) lengths[k].bias.set(-resolved(top[k]));
   }
-  over_lengths<T>(p, panel, lengths, row, pos, acc, r,
-                  [&](int k, int64_t, int64_t n, const A* bias) {
-                    Length<A>& of = lengths[k];
-                    visit<false, true>(acc, r, bias, n, of.logit, Bits<A>(of.logit), of.sums);
-                  },
-                  nothing);
+  over_lengths<T>(
+      p, panel, lengths, row, pos, acc, r,
+      [&](int k, int64_t, int64_t n, const A* bias) {
+        Length<A>& of = lengths[k];
+        visit<false, true>(acc, r, bias, n, of.logit, Bits<A>(of.logit), of.sums);
+      },
+      nothing);
   for (int k = 0; k < p.lengths; ++k) {
     Length<A>& of = lengths[k];
     const Contrastive& one = *of.p;
@@ -131,23 +133,23 @@ PYCSE_INLINE void prefix_row(const Prefixes& p, const Panel& panel, int64_t row,
     }
   }
   if constexpr (Grad)
-    over_lengths<T>(p, panel, lengths, row, pos, acc, r,
-                    [&](int k, int64_t a, int64_t n, const A* bias) {
-                      Length<A>& of = lengths[k];
-                      A *g = G + k * kBlock, *keys = columns + k * N + a;
-                      Sums unused;
-                      std::copy(acc, acc + n, g);
-                      visit<true, false>(g, r, bias, n, of.logit, Bits<A>(of.logit), unused);
-                      const int64_t real = std::min(n, N - a), at = pos - a;
-                      add_columns(g, acc, of.f, real, keys);
-                      if (at >= 0 && at < real) g[at] = of.G_pos, keys[at] += of.G_pos * acc[at];
-                    },
-                    [&](int64_t a, int64_t n) {
-                      std::fill(suffix, suffix + n, A(0));
-                      for (int k = p.lengths - 1; k >= 0; --k)
-                        add_suffix(G + k * kBlock, n, suffix,
-                                   static_cast<T*>(panel.S) + k * p.step + row * panel.ld + a);
-                    });
+    over_lengths<T>(
+        p, panel, lengths, row, pos, acc, r,
+        [&](int k, int64_t a, int64_t n, const A* bias) {
+          Length<A>& of = lengths[k];
+          A *g = G + k * kBlock, *keys = columns + k * N + a;
+          Sums unused;
+          std::copy(acc, acc + n, g);
+          visit<true, false>(g, r, bias, n, of.logit, Bits<A>(of.logit), unused);
+          const int64_t real = std::min(n, N - a), at = pos - a;
+          add_columns(g, acc, of.f, real, keys);
+          if (at >= 0 && at < real) g[at] = of.G_pos, keys[at] += of.G_pos * acc[at];
+        },
+        [&](int64_t a, int64_t n) {
+          std::fill(suffix, suffix + n, A(0));
+          for (int k = p.lengths - 1; k >= 0; --k)
+            add_suffix(G + k * kBlock, n, suffix, static_cast<T*>(panel.S) + k * p.step + row * panel.ld + a);
+        });
 }
 
 template <bool Grad, class T>
@@ -167,8 +169,7 @@ void prefixes_of(const Prefixes& p, const Panel& panel) {
     A* mine = columns.get() + t * size;
     if (Grad) std::fill(mine, mine + size, A(0));
     const int64_t begin = panel.c * t / panel.threads, end = panel.c * (t + 1) / panel.threads;
-    for (int64_t row = begin; row < end; ++row)
-      prefix_row<Grad, T>(p, panel, row, of, mine, buffers.get() + t * each);
+    for (int64_t row = begin; row < end; ++row) prefix_row<Grad, T>(p, panel, row, of, mine, buffers.get() + t * each);
   }
   if (!Grad) return;
   A* total = static_cast<A*>(p.columns);

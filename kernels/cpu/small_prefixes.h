@@ -61,7 +61,8 @@ bool small_prefixes_of(const Prefixes& p, const int64_t* dims, const Small& q) {
   // sums_k becomes sum_{k' >= k} r_k'^2 sums_k', 0 where nothing is normalised.
   auto of_norms = [&](const float* r, float* sums, int64_t step) {
     float total = 0;
-    for (int k = K - 1; k >= 0; --k) sums[k * step] = total += q.normalize ? sums[k * step] * r[k * step] * r[k * step] : 0;
+    for (int k = K - 1; k >= 0; --k)
+      sums[k * step] = total += q.normalize ? sums[k * step] * r[k * step] * r[k * step] : 0;
   };
   auto project = [&](const T* z, const float* g, float t, int64_t width, T* out) {
     for (int64_t d = 0; d < width; ++d) store(out[d], g[d] - t * load(z[d]));

@@ -38,8 +38,7 @@ struct Problem {
   Case c;
   int K;
   Matrix<int64_t> positives, query_ids, key_ids;
-  explicit Problem(const Case& c)
-      : c(c), K(int(c.dims.size())), positives(c.B, 1), query_ids(c.B, 1), key_ids(c.N, 1) {
+  explicit Problem(const Case& c) : c(c), K(int(c.dims.size())), positives(c.B, 1), query_ids(c.B, 1), key_ids(c.N, 1) {
     Random random(11);
     for (int64_t i = 0; i < c.B; ++i) positives(i) = random.below(c.N), query_ids(i) = random.below(4);
     for (int64_t j = 0; j < c.N; ++j) key_ids(j) = random.below(4);
@@ -219,8 +218,8 @@ void small_case(const Kernels& k, const Case& c) {
       }
   Natives<float> given(p, nullptr);
   Matrix<float> work(pycse::small_prefixes_work_size(p.K, c.B, c.N, longest), 1);
-  const pycse::Small call = {kType<T>, D, z1.ld, z2.ld, z1.at, z2.at, true, false, work.at, dz1.at, dz2.at, nullptr,
-                             kThreads};
+  const pycse::Small call = {kType<T>, D,       z1.ld,  z2.ld,  z1.at,   z2.at,   true,
+                             false,    work.at, dz1.at, dz2.at, nullptr, kThreads};
   expect(k.small_prefixes(given.prefixes(), c.dims.data(), call), "small_prefixes took the batch");
   const Truth want = truth(p, s, given.weights);
   given.check(want, 10 * kBand<float>, c.params);
