@@ -152,28 +152,10 @@ def fused_focal_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
-    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
-        lengths = (dims, dim_weights, parts)
-        return at_lengths(
-            "fused_focal_infonce",
-            "focal",
-            z1,
-            z2,
-            temperature,
-            m,
-            batch,
-            options,
-            lengths,
-            group,
-            exchange,
-            replicated_keys,
-        )
-    if group is not None:
-        return across(
-            "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, group, exchange, replicated_keys
-        )
-    p = one_matrix(problem_of("focal", z1, z2, temperature, m, batch, options))
-    return ops.contrastive(p, backend, validate)
+    return loss_of(
+        "fused_focal_infonce", "focal", z1, z2, temperature, m, batch, options, (dims, dim_weights, parts), group,
+        exchange, replicated_keys,
+    )  # fmt: skip
 
 
 @recordable
@@ -234,28 +216,25 @@ def fused_infonce(
         symmetric=symmetric, directions=directions, partition=partition, normalize=normalize, reduction=reduction,
         backend=backend, validate=validate,
     )  # fmt: skip
-    if matryoshka.wanted(z1, dims, dim_weights, parts, group):
-        lengths = (dims, dim_weights, parts)
+    return loss_of(
+        "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, (dims, dim_weights, parts), group,
+        exchange, replicated_keys,
+    )  # fmt: skip
+
+
+def loss_of(
+    name: str, form: str, z1: Any, z2: Any, temperature: Any, m: Any, batch: dict[str, Any], options: dict[str, Any],
+    lengths: tuple[Any, Any, Any], group: Any, exchange: str, replicated_keys: int,
+) -> Any:  # fmt: skip
+    """The loss of a public function; ``lengths``: dims, dim_weights and parts."""
+    if matryoshka.wanted(z1, *lengths, group):
         return at_lengths(
-            "fused_infonce",
-            "infonce",
-            z1,
-            z2,
-            temperature,
-            0.0,
-            batch,
-            options,
-            lengths,
-            group,
-            exchange,
-            replicated_keys,
-        )
+            name, form, z1, z2, temperature, m, batch, options, lengths, group, exchange, replicated_keys
+        )  # fmt: skip
     if group is not None:
-        return across(
-            "fused_infonce", "infonce", z1, z2, temperature, 0.0, batch, options, group, exchange, replicated_keys
-        )
-    p = one_matrix(problem_of("infonce", z1, z2, temperature, 0.0, batch, options))
-    return ops.contrastive(p, backend, validate)
+        return across(name, form, z1, z2, temperature, m, batch, options, group, exchange, replicated_keys)
+    p = one_matrix(problem_of(form, z1, z2, temperature, m, batch, options))
+    return ops.contrastive(p, options["backend"], options["validate"])
 
 
 def at_lengths(
