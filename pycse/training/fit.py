@@ -6,7 +6,8 @@ import gc
 import time
 
 from pycse.training import ranks
-from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, by_set, evaluator, metric
 from pycse.training.run import Run
 from pycse.training.settings import EVALUATIONS
 
@@ -19,14 +20,15 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     from pycse.sentence_transformers import DistillCSELoss, TextCollator
 
     names = [pairs.name for pairs in sets]
-    judges = evaluators(sets, max_length=encoder.max_seq_length)
+    settings = run.settings
+    judge = evaluator(sets, settings.eval_batch_size, encoder.max_seq_length, settings.prompts)
     encoder.max_seq_length = run.settings.max_length
     trainer = SentenceTransformerTrainer(
         model=encoder,
         args=training_arguments(run, scratch),
         train_dataset=run.text.dataset(),
         loss=loss,
-        evaluator=judges,
+        evaluator=judge,
         data_collator=TextCollator(encoder.preprocess) if isinstance(loss, DistillCSELoss) else None,
     )
     if isinstance(loss, DistillCSELoss):
@@ -50,7 +52,7 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     run.scores = [
         (int(entry["step"]), by_set(entry, names, "eval_"))
         for entry in log
-        if f"eval_{names[0]}_spearman_cosine" in entry
+        if metric(names[0], "spearman", "eval_") in entry
     ]
     if run.scores[-1][0] != run.steps:
         run.scores.append((run.steps, scores_now()))
@@ -87,6 +89,7 @@ def training_arguments(run: Run, scratch: str):
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=run.steps,
+        prompts=settings.column_prompts(run.text.columns),
         per_device_train_batch_size=settings.batch_size,
         dataloader_drop_last=True,
         learning_rate=settings.learning_rate,
@@ -138,7 +141,7 @@ def progress_callback(progress, task, shown: str):
                 progress.update(task, loss=f"loss {float(logs['loss']):.4f}")
 
         def on_evaluate(self, args, state, control, metrics=None, **_):
-            value = (metrics or {}).get(f"eval_{shown}_spearman_cosine")
+            value = (metrics or {}).get(metric(shown, "spearman", "eval_"))
             if value is not None:
                 progress.update(task, score=f"{shown} {value:.4f}")
 

@@ -6,15 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.data import Text, default_text, read_train_file
 from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
 from pycse.training.errors import UserError
-from pycse.training.evaluate import evaluation_sets
+from pycse.training.eval_sets import evaluation_sets
+from pycse.training.files import is_stream
 from pycse.training.recipes import RECIPES
 from pycse.training.settings import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS, Settings, check_writable, output_folder
 from pycse.training.teachers import Teacher, load_teachers
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def prepare(settings: Settings, name: str | None = None):
@@ -28,11 +33,11 @@ def prepare(settings: Settings, name: str | None = None):
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
-    sets = evaluation_sets(settings.eval_files)
+    sets = evaluation_sets(settings.eval_files, settings.lee)
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
-    text = read_train_file(settings.train_file) if settings.train_file else default_text()
+    text = read_text(settings)
     if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
     settings.check_columns(len(text.columns))
@@ -43,6 +48,17 @@ def prepare(settings: Settings, name: str | None = None):
             f"give more text or a smaller --batch-size"
         )
     return out, sets, text, model, keep
+
+
+def read_text(settings: Settings) -> Text:
+    """The user's text, or the default one."""
+    if settings.train_file is None:
+        return default_text()
+    if ranks.size() > 1 and is_stream(settings.train_file):
+        raise UserError(
+            f"--train-file {settings.train_file} is a pipe, which one process can read, not {ranks.size()}; give a file"
+        )
+    return read_train_file(settings.train_file, settings.format, settings.columns, settings.header)
 
 
 @contextmanager
@@ -59,6 +75,15 @@ def working_folder(out: Path) -> Iterator[tuple[Path, str]]:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
         yield out, ranks.of_first(scratch)
+
+
+def keep_prompts(encoder: SentenceTransformer, settings: Settings) -> None:
+    """Have the saved encoder know the prompts it was trained with: encode_query and encode_document use them, and
+    encode the one of --prompt."""
+    named = dict(zip(("query", "document"), settings.prompts))
+    encoder.prompts |= {name: prompt for name, prompt in named.items() if prompt is not None}
+    if settings.prompt is not None:
+        encoder.default_prompt_name = "query"
 
 
 def model_name(settings: Settings) -> str:

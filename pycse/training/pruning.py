@@ -18,10 +18,11 @@ from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
-from pycse.training.evaluate import ScoredPairs, Scores, evaluate
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import fit
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, working_folder
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
 from pycse.training.settings import Settings, n_of_m
@@ -63,15 +64,16 @@ def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text)
 
 
 def batches(settings: Settings, text: Text) -> list[Any]:
-    """Batches to score on, drawn from the text: sentences, or pairs of them."""
+    """Batches to score on, drawn from the text: sentences, or pairs of them, with their prompts."""
     rows, size = text.rows, settings.batch_size
+    query, document = (prompt or "" for prompt in settings.prompts)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
     count = min(settings.pruning()["score_batches"], len(rows) // size)
     drawn = [[rows[i] for i in order[k * size : (k + 1) * size]] for k in range(count)]
     if by_dropout(settings, text):
-        return [[row[0] for row in batch] for batch in drawn]
-    return [([row[0] for row in batch], [row[1] for row in batch]) for batch in drawn]
+        return [[query + row[0] for row in batch] for batch in drawn]
+    return [([query + row[0] for row in batch], [document + row[1] for row in batch]) for batch in drawn]
 
 
 def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
@@ -131,7 +133,9 @@ def tune(
         encoder.max_seq_length = own_length
         pruned = Pruned(report, scores, later.before, later.after)
     else:
-        pruned = Pruned(report, scores, evaluate(encoder, sets))
+        settings = later.settings
+        found = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+        pruned = Pruned(report, scores, found)
     if ranks.first():
         pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
     return pruned
@@ -207,12 +211,14 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         processes=ranks.size(),
     )
     console.print(text_table(text))
-    scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
+    scores = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+    dense = copy.deepcopy(encoder)
     report = remove(settings, encoder, text)
     with working_folder(out) as (out, scratch):
         run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
     run.before, run.after = scores, run.pruned.final
     run.teachers = described(teachers)
+    keep_prompts(encoder, settings)
     if ranks.first():
         encoder.save_pretrained(str(out / "model"))
     run.seconds["total"] = time.perf_counter() - started

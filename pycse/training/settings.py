@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import takewhile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pycse.problem import DIVERGENCES, SHUFFLES
 from pycse.training.errors import UserError
+from pycse.training.files import FORMATS
 from pycse.training.recipes import PRUNING, RECIPES, SHARED, recipes_with
 
 BUNDLED = "bundled"  # name of the encoder that comes with the training extras
@@ -30,6 +32,7 @@ MEANS = ("global", "layer")
 # What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
 BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
 MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
+EVAL_BATCH_SIZE, STATIC_EVAL_BATCH_SIZE = 64, 512
 STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
 
 
@@ -43,8 +46,16 @@ class Settings:
     init: str | None = None
     dims: str | None = None
     train_file: str | None = None
+    format: str | None = None
+    columns: str | None = None
+    header: bool | None = None
+    prompt: str | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
     positives: str | None = None
     eval_files: tuple[str, ...] = ()
+    lee: bool = True  # whether the Lee documents are among the evaluation sets
+    eval_batch_size: int = field(default=None)  # type: ignore[assignment]
     out: str | None = None
     recipe: str = field(default=None)  # type: ignore[assignment]
     temperature: float = 0.05
@@ -92,6 +103,8 @@ class Settings:
             self.batch_size = STATIC_BATCH_SIZE if static else BATCH_SIZE
         if self.max_length is None:
             self.max_length = STATIC_MAX_LENGTH if static else MAX_LENGTH
+        if self.eval_batch_size is None:
+            self.eval_batch_size = STATIC_EVAL_BATCH_SIZE if static else EVAL_BATCH_SIZE
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
@@ -106,6 +119,7 @@ class Settings:
         self.check_static()
         self.check_teachers()
         self.check_pruning()
+        self.check_text()
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs exclude each other; give one of them")
         if self.positives not in (None, *POSITIVES):
@@ -122,7 +136,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
-        for name, least in (("batch_size", 2), ("steps", 1), ("max_length", 3), ("eval_steps", 1), ("seed", 0)):
+        least_of = {"batch_size": 2, "steps": 1, "max_length": 3, "eval_steps": 1, "eval_batch_size": 1, "seed": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
@@ -219,11 +234,39 @@ class Settings:
             if value is not None and value < least:
                 raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
 
+    def check_text(self) -> None:
+        """Raise UserError for what is said about the text and does not go together."""
+        if self.format not in (None, *FORMATS):
+            raise UserError(f"--format {self.format}: unknown; use one of {', '.join(FORMATS)}")
+        if self.train_file is None:
+            for name in ("format", "columns", "header"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} says how to read --train-file; give one, or leave it out")
+        both = [name for name in ("query_prompt", "document_prompt") if getattr(self, name) is not None]
+        if self.prompt is not None and both:
+            raise UserError(f"--prompt is for all texts and excludes --{flag(both[0])}; give one of them")
+        if self.static is not None and (both or self.prompt is not None):
+            raise UserError(
+                f"--{flag(both[0]) if both else 'prompt'} does not go with --static: a table reads no context, so a "
+                "prompt would add the same to every text; leave it out"
+            )
+
+    @property
+    def prompts(self) -> tuple[str | None, str | None]:
+        """What stands before anchors and before the other columns; before both texts of a pair in evaluation."""
+        return (self.prompt, self.prompt) if self.prompt is not None else (self.query_prompt, self.document_prompt)
+
+    def column_prompts(self, columns: Sequence[str]) -> dict[str, str] | None:
+        """In the words of sentence-transformers' trainer; None where there are none."""
+        query, document = self.prompts
+        given = {name: document if k else query for k, name in enumerate(columns)}
+        return {name: prompt for name, prompt in given.items() if prompt is not None} or None
+
     def check_columns(self, columns: int) -> None:
-        """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
-        if self.symmetric and columns == 3:
+        """Raise UserError where the loss settings do not go with so many columns of text."""
+        if self.symmetric and columns > 2:
             raise UserError("--symmetric needs sentences or pairs; this text has hard negatives, so leave it out")
-        if self.hard_negative_weight and columns != 3:
+        if self.hard_negative_weight and columns < 3:
             raise UserError("--hard-negative-weight needs a third column of hard negatives in --train-file")
 
     def loss_arguments(self) -> dict:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import progress_bar
 from pycse.training.run import Run
-from pycse.training.settings import EVALUATIONS, Settings
+from pycse.training.settings import EVALUATIONS, STATIC_EVAL_BATCH_SIZE, Settings
 from pycse.training.static.bags import mean_of_rows
 from pycse.training.static.loss import StaticLoss
 from pycse.training.static.table import bag
@@ -25,20 +26,18 @@ from pycse.training.static.tokens import KeptTeacher, Tokens, batches
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-EVALUATION_BATCH = 512  # texts embedded at a time
 
-
-def scores_by_length(model: SentenceTransformer, sets: list[ScoredPairs], lengths: Sequence[int]) -> dict[int, Scores]:
+def scores_by_length(
+    model: SentenceTransformer,
+    sets: list[ScoredPairs],
+    lengths: Sequence[int],
+    batch_size: int = STATIC_EVAL_BATCH_SIZE,
+) -> dict[int, Scores]:
     """Scores of the first features of the embeddings."""
-    judges = evaluators(sets, EVALUATION_BATCH)
-    names = [pairs.name for pairs in sets]
     found: dict[int, Scores] = {}
     for length in lengths:
-        metrics: dict[str, float] = {}
         with model.truncate_embeddings(length):
-            for judge in judges:
-                metrics |= judge(model)
-        found[length] = by_set(metrics, names)
+            found[length] = evaluate(model, sets, batch_size)
     return found
 
 
@@ -88,7 +87,8 @@ def fit(
     assert static is not None
     loss, optimizer = StaticLoss(settings), optimizer_of(model, settings)
     every = settings.eval_steps or max(1, run.steps // EVALUATIONS)
-    static.before = scores_by_length(model, sets, settings.lengths)
+    size = settings.eval_batch_size
+    static.before = scores_by_length(model, sets, settings.lengths, size)
     run.before = static.before[static.width]
     run.scores = [(0, run.before)]
     shown = sets[0].name
@@ -109,11 +109,11 @@ def fit(
                 run.parts.setdefault(name, []).append(part)
             progress.update(task, completed=step + 1, loss=f"loss {value:.4f}")
             if (step + 1) % every == 0 and step + 1 < run.steps:
-                scores = scores_by_length(model, sets, [static.width])[static.width]
+                scores = scores_by_length(model, sets, [static.width], size)[static.width]
                 run.scores.append((step + 1, scores))
                 progress.update(task, score=f"{shown} {scores[shown]['spearman']:.4f}")
         run.seconds["train"] = time.perf_counter() - started
         run.seconds["steps"] = stepping
-    static.after = scores_by_length(model, sets, settings.lengths)
+    static.after = scores_by_length(model, sets, settings.lengths, size)
     run.after = static.after[static.width]
     run.scores.append((run.steps, run.after))
