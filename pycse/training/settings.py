@@ -54,6 +54,8 @@ class Settings:
         None,
         "Hugging Face id or folder of the encoder to start from. Default: the all-MiniLM-L6-v2 that comes with the "
         "training extras.",
+        sparsify="Hugging Face id or folder of the encoder. Default: the all-MiniLM-L6-v2 that comes with the training "
+        "extras.",
         path=True,
     )
     layers: str | None = option(
