@@ -24,7 +24,6 @@ from typing import IO, Any
 
 from pycse.training.errors import UserError
 
-FORMATS = ("txt", "tsv", "csv", "jsonl", "parquet")
 SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -81,6 +80,7 @@ def opened(path: str | Path) -> IO[bytes]:
     """A file to read bytes from, which is not empty and can seek; UserError where there is none. A pipe is read to its
     end."""
     shown, path = path, user_path(path)
+    file: IO[bytes]
     try:
         if path.is_dir():
             raise UserError(f"{shown} is a folder; give a text file")
@@ -89,7 +89,7 @@ def opened(path: str | Path) -> IO[bytes]:
                 if pipe.isatty():
                     raise UserError(f"{shown} is a terminal; give a file, or a pipe as in --train-file <(zcat text.gz)")
                 content = pipe.readall()
-            size, file = len(content), io.BytesIO(content)
+            size, file = len(content or b""), io.BytesIO(content or b"")
         else:
             file = path.open("rb")
             size = path.stat().st_size
@@ -190,35 +190,34 @@ def _read_csv(table: Table, path: str | Path) -> None:
 def _read_jsonl(table: Table, path: str | Path) -> None:
     """Objects, whose keys name the columns; or arrays, or strings, which have no names."""
     names: dict[str, int] = {}
-    kinds = {dict: "objects", list: "arrays", str: "strings"}
-    kind: type | None = None
+    first: str | None = None
     for number, line in read_lines(path):
         if not line.strip():
             table.dropped["blank lines"] += 1
             continue
         try:
-            value = json.loads(line)
+            value: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)})") from None
-        if type(value) not in kinds:
+        kind = {dict: "an object", list: "an array", str: "a string"}.get(type(value))
+        if kind is None:
             raise UserError(f"{path}, line {number}: give an object, an array of strings or a string a line")
-        kind = kind or type(value)
-        if type(value) is not kind:
-            raise UserError(f"{path}, line {number} is one of {kinds[type(value)]}, but the first is of {kinds[kind]}")
-        if kind is dict:
+        first = first or kind
+        if kind != first:
+            raise UserError(f"{path}, line {number} is {kind}, but the first is {first}; give every line the same")
+        if isinstance(value, dict):
             for name in value:
                 names.setdefault(name, len(names))
-            row = [_cell(table, k, value.get(name)) for name, k in names.items()]
-            table.rows.append((number, tuple(row)))
+            # Lines may lack keys, and have new ones; the rows before get those below.
+            table.rows.append((number, tuple(_cell(table, k, value.get(name)) for name, k in names.items())))
         else:
-            _add(table, number, [_cell(table, k, one) for k, one in enumerate([value] if kind is str else value)])
-        if any(not _encodable(cell) for cell in table.rows[-1][1]):
-            raise UserError(
-                f"{path}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-            )
-    if kind is dict:
-        table.names, width = tuple(names), len(names)
-        table.rows = [(number, (*row, *[""] * (width - len(row)))) for number, row in table.rows]
+            cells = [value] if isinstance(value, str) else value
+            _add(table, number, [_cell(table, k, cell) for k, cell in enumerate(cells)])
+        if not all(map(_encodable, table.rows[-1][1])):
+            raise UserError(f"{path}, line {number} holds a lone surrogate (\\ud800 to \\udfff), which is no text")
+    if names:
+        table.names = tuple(names)
+        table.rows = [(number, row + ("",) * (len(names) - len(row))) for number, row in table.rows]
 
 
 def _encodable(text: str) -> bool:

@@ -6,10 +6,10 @@ import gc
 import time
 
 from pycse.training import ranks
+from pycse.training.choices import EVALUATIONS
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import Scores, by_set, evaluator, metric
 from pycse.training.run import Run
-from pycse.training.settings import EVALUATIONS
 
 
 def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console) -> None:

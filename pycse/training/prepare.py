@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.training import ranks
+from pycse.training.checks import check_columns
+from pycse.training.choices import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS
 from pycse.training.data import Text, default_text, read_train_file
 from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import evaluation_sets
 from pycse.training.files import is_stream
+from pycse.training.folder import check_writable, output_folder
 from pycse.training.recipes import RECIPES
-from pycse.training.settings import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS, Settings, check_writable, output_folder
+from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
 
 if TYPE_CHECKING:
@@ -33,14 +36,14 @@ def prepare(settings: Settings, name: str | None = None):
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
-    sets = evaluation_sets(settings.eval_files, settings.lee)
+    sets = evaluation_sets(settings.eval_files, not settings.no_lee)
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
     text = read_text(settings)
     if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
-    settings.check_columns(len(text.columns))
+    check_columns(settings, len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
         each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""
         raise UserError(
@@ -58,7 +61,7 @@ def read_text(settings: Settings) -> Text:
         raise UserError(
             f"--train-file {settings.train_file} is a pipe, which one process can read, not {ranks.size()}; give a file"
         )
-    return read_train_file(settings.train_file, settings.format, settings.columns, settings.header)
+    return read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pycse.training.choices import EVALUATIONS, STATIC_EVAL_BATCH_SIZE
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import progress_bar
 from pycse.training.run import Run
-from pycse.training.settings import EVALUATIONS, STATIC_EVAL_BATCH_SIZE, Settings
+from pycse.training.settings import Settings
 from pycse.training.static.bags import mean_of_rows
 from pycse.training.static.loss import StaticLoss
 from pycse.training.static.table import bag
