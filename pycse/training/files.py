@@ -33,6 +33,8 @@ SUFFIXES = {
     ".pq": "parquet",
 }
 
+KINDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}  # of JSON that are a row
+
 
 @dataclass
 class Table:
@@ -138,7 +140,7 @@ def read_table(path: str | Path, format: str | None = None) -> Table:
     """
     table = Table(str(path), format_of(path, format))
     {"jsonl": _read_jsonl, "parquet": _read_parquet, "csv": _read_csv}.get(table.format, _read_tabs)(table, path)
-    if not table.rows:
+    if not table.rows or not table.rows[0][1]:
         raise UserError(f"{path} has no usable line; give one example a line")
     return table
 
@@ -199,7 +201,7 @@ def _read_jsonl(table: Table, path: str | Path) -> None:
             value: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)})") from None
-        kind = {dict: "an object", list: "an array", str: "a string"}.get(type(value))
+        kind = KINDS.get(type(value))
         if kind is None:
             raise UserError(f"{path}, line {number}: give an object, an array of strings or a string a line")
         first = first or kind
