@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pycse.training import ranks
@@ -27,7 +24,7 @@ def prepare(settings: Settings, name: str | None = None):
         name: what a folder under runs/ begins with; default: the recipe.
     """
     settings.check()
-    out = output_folder(settings.out, name or settings.recipe)
+    out = output_folder(settings.out, name or settings.recipe) if settings.resume is None else Path(settings.resume)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
@@ -46,22 +43,6 @@ def prepare(settings: Settings, name: str | None = None):
             f"give more text or a smaller --batch-size"
         )
     return out, sets, text, model, keep
-
-
-@contextmanager
-def working_folder(out: Path) -> Iterator[tuple[Path, str]]:
-    """(output folder, folder for the trainer's working files): rank 0 makes both, where all have checked that it may.
-
-    The trainer keeps no checkpoints; its files end with the block. All ranks have rank 0's names: of the default one
-    the date is a part.
-    """
-    out = Path(ranks.of_first(str(out)))
-    if not ranks.first():
-        yield out, ranks.of_first(None)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
-        yield out, ranks.of_first(scratch)
 
 
 def model_name(settings: Settings) -> str:

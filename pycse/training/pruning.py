@@ -21,9 +21,11 @@ from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, evaluate
 from pycse.training.fit import fit
+from pycse.training.folder import Folder, save_or_rescue
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
-from pycse.training.report import text_table
+from pycse.training.prepare import load_all_teachers, model_name, prepare
+from pycse.training.report import recorded, text_table, write
+from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Pruned, Run
 from pycse.training.settings import Settings
 from pycse.training.teachers import described
@@ -117,7 +119,7 @@ def tune(
     scores: Scores,
     loss: Any,
     sets: list[ScoredPairs],
-    scratch: str,
+    folder: Folder,
     console: Any,
 ) -> Pruned:
     """Train what is left for the steps of the run ``later`` and measure. The encoder keeps its length limit.
@@ -128,22 +130,24 @@ def tune(
     own_length = encoder.max_seq_length
     console.print(report.table())
     if later.steps:
-        fit(later, encoder, loss, sets, scratch, console)
+        fit(later, encoder, loss, sets, folder.path, console, "finetune")
         encoder.max_seq_length = own_length
         pruned = Pruned(report, scores, later.before, later.after)
     else:
         pruned = Pruned(report, scores, evaluate(encoder, sets))
     if ranks.first():
-        pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
+        pruned.size = sizes(
+            {"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], folder.work
+        )
     return pruned
 
 
-def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: str) -> dict[str, dict[str, float]]:
+def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: Path) -> dict[str, dict[str, float]]:
     """Parameters, weights on disk and speed; the encoders take turns at the sentences, and the fastest round counts."""
     result: dict[str, dict[str, float]] = {}
     for name, encoder in encoders.items():
         parameters, nonzero = count_parameters(encoder)
-        folder = Path(scratch) / f"size-{name}"
+        folder = scratch / f"size-{name}"
         encoder.save_pretrained(str(folder))
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result[name] = {"parameters": parameters, "nonzero": nonzero, "megabytes": weights / 1e6}
@@ -183,6 +187,8 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, _ = prepare(settings, "sparsify")
+        if settings.resume is not None:
+            check_unchanged(settings, text, sets, console)
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device))
         steps = settings.pruning()["finetune_steps"] or 0
@@ -208,13 +214,18 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         processes=ranks.size(),
     )
     console.print(text_table(text))
-    scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
-    report = remove(settings, encoder, text)
-    with working_folder(out) as (out, scratch):
-        run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
-    run.before, run.after = scores, run.pruned.final
-    run.teachers = described(teachers)
-    if ranks.first():
-        encoder.save_pretrained(str(out / "model"))
-    run.seconds["total"] = time.perf_counter() - started
-    return run, out
+    with run_folder(settings, out, text, sets) as folder:
+        with recorded(run, folder.path):
+            scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
+            report = remove(settings, encoder, text)
+            run.pruned = tune(run, encoder, dense, report, scores, loss, sets, folder, console)
+        run.before, run.after = scores, run.pruned.final
+        run.teachers = described(teachers)
+        with ranks.together():
+            if ranks.first():
+                save_or_rescue(lambda stage: encoder.save_pretrained(str(stage)), folder.path / "model")
+        run.seconds["total"] = time.perf_counter() - started
+        with ranks.together():
+            if ranks.first():
+                write(run, folder.path)
+    return run, folder.path
