@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pycse.choices import DIVERGENCES, SHUFFLES
 from pycse.training.choices import (
     DEVICES,
+    FORMATS,
     GRANULARITIES,
     KEEP,
     MEANS,
@@ -28,6 +29,8 @@ from pycse.training.recipes import PRUNING, RECIPES, recipes_with
 if TYPE_CHECKING:
     from pycse.training.settings import Settings
 
+LEAST = {"batch_size": 2, "steps": 1, "max_length": 3, "eval_steps": 1, "eval_batch_size": 1, "seed": 0}
+
 
 def check(settings: Settings) -> None:
     """Raise UserError for the first setting that is out of its range or does not go with another."""
@@ -42,6 +45,7 @@ def check(settings: Settings) -> None:
     check_static(settings)
     check_teachers(settings)
     check_pruning(settings)
+    check_text(settings)
     if settings.steps is not None and settings.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
     if settings.positives not in (None, *POSITIVES):
@@ -58,7 +62,7 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not math.isfinite(value):
             raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
-    for name, least in (("batch_size", 2), ("steps", 1), ("max_length", 3), ("eval_steps", 1), ("seed", 0)):
+    for name, least in LEAST.items():
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
@@ -199,9 +203,29 @@ def check_pruning(settings: Settings) -> None:
             raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
 
 
+def check_text(settings: Settings) -> None:
+    """Raise UserError for what is said about the text and does not go together."""
+    if settings.format not in (None, *FORMATS):
+        raise UserError(f"--format {settings.format}: unknown; use one of {', '.join(FORMATS)}")
+    if settings.header and settings.no_header:
+        raise UserError("--header and --no-header exclude each other; give one of them")
+    if settings.train_file is None:
+        for name in ("format", "columns", "header", "no_header"):
+            if getattr(settings, name):
+                raise UserError(f"--{flag(name)} says how to read --train-file; give one, or leave it out")
+    apart = [name for name in ("query_prompt", "document_prompt") if getattr(settings, name) is not None]
+    if settings.prompt is not None and apart:
+        raise UserError(f"--prompt is for all texts and excludes --{flag(apart[0])}; give one of them")
+    if settings.static is not None and (apart or settings.prompt is not None):
+        raise UserError(
+            f"--{flag(apart[0]) if apart else 'prompt'} does not go with --static: a table reads no context, so a "
+            "prompt would add the same to every text; leave it out"
+        )
+
+
 def check_columns(settings: Settings, columns: int) -> None:
-    """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
-    if settings.symmetric and columns == 3:
+    """Raise UserError where the loss settings do not go with so many columns of text."""
+    if settings.symmetric and columns > 2:
         raise UserError("--symmetric needs sentences or pairs; this text has hard negatives, so leave it out")
-    if settings.hard_negative_weight and columns != 3:
+    if settings.hard_negative_weight and columns < 3:
         raise UserError("--hard-negative-weight needs a third column of hard negatives in --train-file")

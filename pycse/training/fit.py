@@ -12,7 +12,8 @@ from pycse.training import ranks, signals
 from pycse.training.checkpoints import Checkpoints
 from pycse.training.choices import EVALUATIONS
 from pycse.training.errors import Failed
-from pycse.training.evaluate import ScoredPairs, by_set, evaluators
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import by_set, evaluator, metric
 from pycse.training.folder import staged
 from pycse.training.progress import shown
 from pycse.training.run import Run
@@ -42,7 +43,7 @@ def fit(
 
     settings, names = run.settings, [pairs.name for pairs in sets]
     judge = judge_of(settings, names)
-    judges = evaluators(sets, max_length=encoder.max_seq_length)
+    evaluation = evaluator(sets, settings.eval_batch_size, encoder.max_seq_length, settings.prompts)
     encoder.max_seq_length = settings.max_length
     checkpoints = Checkpoints(out / "checkpoints", phase, settings.save_steps, best_of)
     latest = checkpoints.latest()
@@ -55,7 +56,7 @@ def fit(
             args=training_arguments(run, out, eval_on_start=latest is None),
             train_dataset=run.text.dataset(),
             loss=loss,
-            evaluator=judges,
+            evaluator=evaluation,
             data_collator=TextCollator(encoder.preprocess) if isinstance(loss, DistillCSELoss) else None,
             callbacks=[LossState(loss), course],
             course=course,
@@ -122,7 +123,7 @@ def collect(run: Run, trainer: Any, course: Any, names: list[str]) -> None:
     run.scores = [
         (int(entry["step"]), by_set(entry, names, "eval_"))
         for entry in log
-        if f"eval_{names[0]}_spearman_cosine" in entry
+        if metric(names[0], "spearman", "eval_") in entry
     ]
 
 
@@ -169,6 +170,7 @@ def training_arguments(run: Run, out: Path, eval_on_start: bool) -> Any:
     return SentenceTransformerTrainingArguments(
         output_dir=str(out),
         max_steps=run.steps,
+        prompts=settings.column_prompts(run.text.columns),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,

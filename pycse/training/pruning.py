@@ -19,11 +19,12 @@ from pycse.training.choices import n_of_m
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
-from pycse.training.evaluate import ScoredPairs, Scores, evaluate
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import fit
 from pycse.training.folder import Folder, save_or_rescue
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare
 from pycse.training.report import recorded, text_table, write
 from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Pruned, Run
@@ -66,15 +67,16 @@ def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text)
 
 
 def batches(settings: Settings, text: Text) -> list[Any]:
-    """Batches to score on, drawn from the text: sentences, or pairs of them."""
+    """Batches to score on, drawn from the text: sentences, or pairs of them, with their prompts."""
     rows, size = text.rows, settings.batch_size
+    query, document = (prompt or "" for prompt in settings.prompts)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
     count = min(settings.pruning()["score_batches"], len(rows) // size)
     drawn = [[rows[i] for i in order[k * size : (k + 1) * size]] for k in range(count)]
     if by_dropout(settings, text):
-        return [[row[0] for row in batch] for batch in drawn]
-    return [([row[0] for row in batch], [row[1] for row in batch]) for batch in drawn]
+        return [[query + row[0] for row in batch] for batch in drawn]
+    return [([query + row[0] for row in batch], [document + row[1] for row in batch]) for batch in drawn]
 
 
 def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
@@ -134,7 +136,9 @@ def tune(
         encoder.max_seq_length = own_length
         pruned = Pruned(report, scores, later.before, later.after)
     else:
-        pruned = Pruned(report, scores, evaluate(encoder, sets))
+        settings = later.settings
+        found = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+        pruned = Pruned(report, scores, found)
     if ranks.first():
         pruned.size = sizes(
             {"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], folder.work
@@ -216,11 +220,13 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     console.print(text_table(text))
     with run_folder(settings, out, text, sets) as folder:
         with recorded(run, folder.path):
-            scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
+            scores = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+            dense = copy.deepcopy(encoder)
             report = remove(settings, encoder, text)
             run.pruned = tune(run, encoder, dense, report, scores, loss, sets, folder, console)
         run.before, run.after = scores, run.pruned.final
         run.teachers = described(teachers)
+        keep_prompts(encoder, settings)
         with ranks.together():
             if ranks.first():
                 save_or_rescue(lambda stage: encoder.save_pretrained(str(stage)), folder.path / "model")

@@ -13,7 +13,7 @@ from pycse.sparse.report import new_figure
 from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.errors import Failed
-from pycse.training.evaluate import MEASURES, Scores
+from pycse.training.evaluate import MEASURES, Scores, no_ranking
 from pycse.training.folder import of_disk, write_text
 from pycse.training.resume import PACKAGES, installed
 from pycse.training.run import Pruned, Run
@@ -98,12 +98,17 @@ def text_table(text: Text) -> Table:
     """What was kept of the text, and what was dropped and why."""
     from rich.table import Table
 
-    unit = ("sentences", "pairs", "pairs with a hard negative")[len(text.columns) - 1]
     title = f"Text: {text.source}"
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     table.add_column("count", justify="right")
-    table.add_row(f"kept: {unit}", f"{len(text.rows):,}", style="bold")
+    table.add_row(f"kept: {text.unit}", f"{len(text.rows):,}", style="bold")
+    for place, name in zip(text.columns, text.taken):
+        table.add_row(f"{place.replace('_', ' ')}: {name}", "")
+    if text.left_out:
+        table.add_row(f"columns left out: {', '.join(text.left_out)}", "")
+    if repeated := text.repeated:
+        table.add_row("texts in several rows, never negatives of each other", f"{repeated:,}")
     for reason, count in text.dropped.most_common():
         table.add_row(f"dropped: {reason}", f"{count:,}")
     return table
@@ -192,9 +197,10 @@ def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table
             values = [scores[name][measure] for scores in columns.values() if measure in scores[name]]
             if not values:
                 continue
-            cells = [f"{value:.4f}" for value in values]
+            cells = [number(value) for value in values]
             if len(values) == 2:
-                cells.append(f"{values[1] - values[0]:+.4f}")
+                change = values[1] - values[0]
+                cells.append("none" if math.isnan(change) else f"{change:+.4f}")
             table.add_row(name, f"{measure} ({BETTER[measure]})", *cells)
         table.add_section()
     return table
@@ -206,13 +212,19 @@ def verdict(before: Scores, after: Scores) -> tuple[bool, str]:
     worse: list[str] = []
     for name, scores in before.items():
         old, new = scores["spearman"], after[name]["spearman"]
-        phrase = f"{name} ({old:.4f} -> {new:.4f})"
-        # Not `new < old`: a score that is not a number is no success either.
-        (better if new > old else worse).append(phrase)
+        phrase = f"{name} ({number(old)} -> {number(new)})"
+        # Not `new < old`: a score that is not a number is no success either, but it is less than one that is.
+        (better if new > old or (math.isnan(old) and not math.isnan(new)) else worse).append(phrase)
     if not worse:
         return True, f"The run made the model better on {', '.join(better)}."
     sentence = f"The run made the model worse, or no better, on {', '.join(worse)}"
-    return False, sentence + (f", and better on {', '.join(better)}." if better else ".")
+    sentence += f", and better on {', '.join(better)}." if better else "."
+    why = no_ranking(after)
+    return False, sentence + (f" Now {why}." if why else "")
+
+
+def number(score: float) -> str:
+    return "none" if math.isnan(score) else f"{score:.4f}"
 
 
 def loss_curve(run: Run, width: int) -> str:
@@ -284,6 +296,9 @@ def write_metrics(run: Run, path: Path) -> None:
         "text": {
             "source": run.text.source,
             "columns": list(run.text.columns),
+            "taken": list(run.text.taken),
+            "left_out": list(run.text.left_out),
+            "repeated": run.text.repeated,
             "kept": len(run.text.rows),
             "dropped": dict(run.text.dropped.most_common()),
         },

@@ -15,7 +15,8 @@ from typing import Any
 from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.errors import UserError
-from pycse.training.evaluate import ScoredPairs
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.files import is_stream
 from pycse.training.folder import CONFIG, TEXT, Folder, claim, claim_again, forget, state_of, write_text
 from pycse.training.options import flag
 from pycse.training.settings import FIELDS, Settings
@@ -42,7 +43,7 @@ def run_folder(settings: Settings, out: Path, text: Text, sets: list[ScoredPairs
                         claim(out, settings.out is not None, description(settings, text, sets))
                     )
                     write_text(folder.path / CONFIG, settings.as_toml())
-                    if settings.train_file is not None and Path(settings.train_file).is_fifo():
+                    if settings.train_file is not None and is_stream(settings.train_file):
                         text.save(folder.path / TEXT)
         found = Path(ranks.of_first(str(folder.path) if folder else None))
         try:

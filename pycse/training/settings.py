@@ -6,6 +6,7 @@ is imported here: `pycse --help` reads this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +20,9 @@ from pycse.training.choices import (
     DEFAULT_LAYERS,
     DEFAULT_STEPS,
     DEVICES,
+    EVAL_BATCH_SIZE,
     EVALUATIONS,
+    FORMATS,
     GRANULARITIES,
     KEEP,
     MAX_LENGTH,
@@ -30,6 +33,7 @@ from pycse.training.choices import (
     SCOPES,
     SHORTEST,
     STATIC_BATCH_SIZE,
+    STATIC_EVAL_BATCH_SIZE,
     STATIC_INIT_LR,
     STATIC_LR,
     STATIC_MAX_LENGTH,
@@ -42,7 +46,10 @@ from pycse.training.recipes import PRUNING, RECIPES, SHARED
 DISTILL = RECIPES["distillcse"].own
 PRUNES = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
 DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
-EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
+EVAL_HELP = (
+    "Score, sentence1, sentence2 a line, tab-separated; or STS-B's own files; or columns of these names in CSV, JSONL "
+    "or Parquet. Repeatable."
+)
 DEFAULT_RECIPE = "distillcse"
 
 
@@ -87,12 +94,40 @@ class Settings:
     )
     train_file: str | None = option(
         None,
-        "Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a hard "
-        "negative). Default: English Wikipedia sentences that come with the training extras.",
+        "Text, one example a line: a sentence, a pair, or a pair and its hard negatives, tab-separated; or CSV, JSONL, "
+        "Parquet; or a pipe. Default: English Wikipedia sentences that come with the training extras.",
         sparsify="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the "
         "scores; otherwise dropout makes them. Default: English Wikipedia sentences that come with the training "
         "extras.",
         path=True,
+    )
+    format: str | None = option(
+        None,
+        f"How --train-file is written, one of {', '.join(FORMATS)}. In txt and tsv cells are between tabs and quotes "
+        "are text. Default: by its name, else txt.",
+        sparsify=True,
+    )
+    columns: str | None = option(
+        None,
+        "Columns of --train-file by name or number from 1: anchor, positive, hard negatives. Default: by known names, "
+        "as anchor,positive or sentence1,sentence2, else in their order.",
+        metavar="A,B,C",
+        sparsify=True,
+    )
+    header: bool = option(
+        False,
+        "The first line of --train-file names its columns. Default: where it has known names.",
+        sparsify=True,
+    )
+    no_header: bool = option(False, "The first line of --train-file is text, whatever it says.", sparsify=True)
+    prompt: str | None = option(
+        None, "Put before every text, in training and evaluation, and saved with the model.", sparsify=True
+    )
+    query_prompt: str | None = option(
+        None, "Put before anchors, and before the first text of a pair in evaluation.", sparsify=True
+    )
+    document_prompt: str | None = option(
+        None, "Put before positives and negatives, and before the second text of a pair in evaluation.", sparsify=True
     )
     positives: str | None = option(
         None,
@@ -100,6 +135,14 @@ class Settings:
         "sentence after it). Default: dropout for --train-file, next for the default text and --static.",
     )
     eval_files: tuple[str, ...] = option((), EVAL_HELP, flag="eval-file", metavar="FILE", sparsify=True, path=True)
+    no_lee: bool = option(
+        False, "Leave the Lee documents out of the evaluation; --eval-file is then needed.", sparsify=True
+    )
+    eval_batch_size: int = option(  # type: ignore[assignment]
+        None,
+        f"Texts embedded at a time in evaluation. Default: {EVAL_BATCH_SIZE}; {STATIC_EVAL_BATCH_SIZE} for --static.",
+        sparsify=f"Texts embedded at a time in evaluation. Default: {EVAL_BATCH_SIZE}.",
+    )
     out: str | None = option(
         None,
         "New or empty folder to write to. Default: runs/RECIPE-DATE-TIME, runs/static-DATE-TIME.",
@@ -229,8 +272,8 @@ class Settings:
     )
     cached: int | None = option(
         None,
-        "Embed this many rows of a batch at a time, and again after the loss (GradCache): the negatives of a large --batch-size "
-        "in the memory of a small one.",
+        "Embed this many rows of a batch at a time, and again after the loss (GradCache): the negatives of a large "
+        "--batch-size in the memory of a small one.",
         metavar="ROWS",
     )
     gradient_checkpointing: bool = option(False, "Keep fewer activations and compute them twice: less memory.")
@@ -282,10 +325,28 @@ class Settings:
             self.batch_size = STATIC_BATCH_SIZE if static else BATCH_SIZE
         if self.max_length is None:
             self.max_length = STATIC_MAX_LENGTH if static else MAX_LENGTH
+        if self.eval_batch_size is None:
+            self.eval_batch_size = STATIC_EVAL_BATCH_SIZE if static else EVAL_BATCH_SIZE
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
         checks.check(self)
+
+    @property
+    def prompts(self) -> tuple[str | None, str | None]:
+        """What stands before anchors and before the other columns; before both texts of a pair in evaluation."""
+        return (self.prompt, self.prompt) if self.prompt is not None else (self.query_prompt, self.document_prompt)
+
+    def column_prompts(self, columns: Sequence[str]) -> dict[str, str] | None:
+        """In the words of sentence-transformers' trainer; None where there are none."""
+        query, document = self.prompts
+        given = {name: document if k else query for k, name in enumerate(columns)}
+        return {name: prompt for name, prompt in given.items() if prompt is not None} or None
+
+    @property
+    def heading(self) -> bool | None:
+        """Whether the first line of the text names its columns; None: where it has known names."""
+        return True if self.header else False if self.no_header else None
 
     def loss_arguments(self) -> dict:
         """Keyword arguments for the loss of the recipe."""

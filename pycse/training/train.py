@@ -11,7 +11,7 @@ from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.fit import fit
 from pycse.training.folder import save_or_rescue
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import recorded, text_table, write
@@ -86,6 +86,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
                 run.after = run.pruned.final
         run.teachers = described(teachers)
         encoder.max_seq_length = own_length
+        keep_prompts(encoder, settings)
         with ranks.together():
             if ranks.first():
                 save_or_rescue(lambda stage: encoder.save_pretrained(str(stage)), folder.path / "model")

@@ -18,6 +18,7 @@ from pycse.training import ranks, signals
 from pycse.training.checkpoints import Checkpoints, guarded
 from pycse.training.encoder import load_encoder
 from pycse.training.errors import Failed
+from pycse.training.evaluate import metric
 from pycse.training.folder import staged
 from pycse.training.run import Run
 
@@ -93,13 +94,13 @@ class Course(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
         metrics = metrics or {}
-        value = metrics.get(f"eval_{self.shown}_spearman_cosine")
+        value = metrics.get(metric(self.shown, "spearman", "eval_"))
         if value is not None:
             self.progress.update(state.global_step, score=f"{self.shown} {value:.4f}")
         settings = self.run.settings
         if settings.keep != "best" or state.global_step == 0:
             return
-        score = ranks.of_first(float(metrics[f"eval_{self.judge}_spearman_cosine"]))
+        score = ranks.of_first(float(metrics[metric(self.judge, "spearman", "eval_")]))
         if math.isfinite(score) and (self.best is None or score > self.best[1]):
             self.best, self.since = [state.global_step, score], 0
             if ranks.first():

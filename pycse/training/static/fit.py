@@ -18,10 +18,11 @@ import torch
 
 from pycse.training import signals
 from pycse.training.checkpoints import Checkpoints, guarded
-from pycse.training.choices import EVALUATIONS
+from pycse.training.choices import EVALUATIONS, STATIC_EVAL_BATCH_SIZE
 from pycse.training.encoder import load_encoder
 from pycse.training.errors import Failed
-from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import in_words, judge_of
 from pycse.training.folder import staged
 from pycse.training.progress import shown
@@ -36,7 +37,6 @@ from pycse.training.static.tokens import KeptTeacher, Tokens, batches
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-EVALUATION_BATCH = 512  # texts embedded at a time
 KNOWN = "run.json"  # of a checkpoint: what the run has found out
 
 
@@ -44,17 +44,17 @@ class NotFinite(ArithmeticError):
     """Of a loss, before the step that it would spoil."""
 
 
-def scores_by_length(model: SentenceTransformer, sets: list[ScoredPairs], lengths: Sequence[int]) -> dict[int, Scores]:
+def scores_by_length(
+    model: SentenceTransformer,
+    sets: list[ScoredPairs],
+    lengths: Sequence[int],
+    batch_size: int = STATIC_EVAL_BATCH_SIZE,
+) -> dict[int, Scores]:
     """Scores of the first features of the embeddings."""
-    judges = evaluators(sets, EVALUATION_BATCH)
-    names = [pairs.name for pairs in sets]
     found: dict[int, Scores] = {}
     for length in lengths:
-        metrics: dict[str, float] = {}
         with model.truncate_embeddings(length):
-            for judge in judges:
-                metrics |= judge(model)
-        found[length] = by_set(metrics, names)
+            found[length] = evaluate(model, sets, batch_size)
     return found
 
 
@@ -191,13 +191,14 @@ def fit(
     assert static is not None
     loss, optimizer = StaticLoss(settings), optimizer_of(model, settings)
     every = settings.eval_steps or max(1, run.steps // EVALUATIONS)
+    size = settings.eval_batch_size
     checkpoints = Checkpoints(out / "checkpoints", "train", settings.save_steps, best_of)
     training = Training(run, model, loss, optimizer)
     if (latest := checkpoints.latest()) is not None:
         training.take_up(latest)
         console.print(f"going on after step {training.step}")
     else:
-        static.before = scores_by_length(model, sets, settings.lengths)
+        static.before = scores_by_length(model, sets, settings.lengths, size)
         run.scores = [(0, static.before[static.width])]
     run.before = static.before[static.width]
     shown_set, judge = sets[0].name, judge_of(settings, [pairs.name for pairs in sets])
@@ -230,7 +231,7 @@ def fit(
             progress.update(training.step, loss=f"loss {value:.4f}")
             stop = False
             if training.step % every == 0 and training.step < run.steps:
-                scores = scores_by_length(model, sets, [static.width])[static.width]
+                scores = scores_by_length(model, sets, [static.width], size)[static.width]
                 run.scores.append((training.step, scores))
                 progress.update(training.step, score=f"{shown_set} {scores[shown_set]['spearman']:.4f}")
                 stop = training.judged(scores, judge, checkpoints, lambda save: guarded(save, console))
@@ -248,7 +249,7 @@ def fit(
         raise Interrupted(number, in_words(saved, training.step, out, settings))
     run.seconds["train"], run.seconds["steps"] = training.seconds, training.stepping
     if not run.scores or run.scores[-1][0] != run.steps:
-        scores = scores_by_length(model, sets, [static.width])[static.width]
+        scores = scores_by_length(model, sets, [static.width], size)[static.width]
         run.scores.append((run.steps, scores))
         training.judged(scores, judge, checkpoints, lambda save: guarded(save, console))
     if training.best is not None:
@@ -257,5 +258,5 @@ def fit(
             saved_best = load_encoder(str(checkpoints.best(run.kept)), "cpu")
             with torch.no_grad():
                 bag(model).weight.copy_(bag(saved_best).weight)
-    static.after = scores_by_length(model, sets, settings.lengths)
+    static.after = scores_by_length(model, sets, settings.lengths, size)
     run.after = static.after[static.width]
