@@ -21,7 +21,12 @@ def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console)
     names = [pairs.name for pairs in sets]
     judges = evaluators(sets, max_length=encoder.max_seq_length)
     encoder.max_seq_length = run.settings.max_length
-    trainer = SentenceTransformerTrainer(
+
+    class Trainer(SentenceTransformerTrainer):
+        def add_model_card_callback(self, default_args_dict):
+            """The card is ours (model_card.py): theirs measures and quotes the training text."""
+
+    trainer = Trainer(
         model=encoder,
         args=training_arguments(run, scratch),
         train_dataset=run.text.dataset(),

@@ -16,7 +16,7 @@ from pycse.sparse import Report, score, sparsify
 from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
 from pycse.training.data import Text
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.errors import UserError
 from pycse.training.evaluate import ScoredPairs, Scores, evaluate
 from pycse.training.fit import fit
@@ -24,6 +24,7 @@ from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
+from pycse.training.saving import save_model, write
 from pycse.training.settings import Settings, n_of_m
 from pycse.training.teachers import described
 
@@ -143,7 +144,7 @@ def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratc
     for name, encoder in encoders.items():
         parameters, nonzero = count_parameters(encoder)
         folder = Path(scratch) / f"size-{name}"
-        encoder.save_pretrained(str(folder))
+        write(encoder, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result[name] = {"parameters": parameters, "nonzero": nonzero, "megabytes": weights / 1e6}
     for name, rate in speeds(
@@ -183,7 +184,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     with ranks.together():
         out, sets, text, model, _ = prepare(settings, "sparsify")
         set_seed(settings.seed)
-        encoder = load_encoder(model, ranks.device(settings.device))
+        encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0
         check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
         check_prunable(settings, encoder, text)
@@ -214,6 +215,6 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     run.before, run.after = scores, run.pruned.final
     run.teachers = described(teachers)
     if ranks.first():
-        encoder.save_pretrained(str(out / "model"))
+        save_model(encoder, out / "model", settings, run)
     run.seconds["total"] = time.perf_counter() - started
     return run, out

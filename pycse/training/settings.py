@@ -24,6 +24,10 @@ SHORTEST = 32  # of the lengths that a static table has by default
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
 DEVICES = ("auto", "cpu", "cuda", "mps")
+POOLINGS = ("cls", "mean", "first-last")
+HEADS = ("mlp",)
+AS_LOADED = "as-loaded"
+DTYPES = ("float32", "bfloat16", "float16")
 GRANULARITIES = ("weight", "block", "head", "neuron")  # and n:m with numbers, as in 2:4
 SCOPES = ("global", "layer")
 MEANS = ("global", "layer")
@@ -82,6 +86,14 @@ class Settings:
     seed: int = 42
     device: str = "auto"
     bf16: bool = False
+    pooling: str | None = None
+    head: str | None = None
+    dtype: str | None = None
+    save_dtype: str = AS_LOADED
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    card_text: bool = False
     prunes: bool = False  # whatever the recipe: `pycse sparsify`
 
     def __post_init__(self) -> None:
@@ -106,6 +118,7 @@ class Settings:
         self.check_static()
         self.check_teachers()
         self.check_pruning()
+        self.check_model()
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs exclude each other; give one of them")
         if self.positives not in (None, *POSITIVES):
@@ -218,6 +231,27 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
+
+    def check_model(self) -> None:
+        """Raise UserError for settings of the model's form and files that are unknown, or do not go with a table."""
+        for name, allowed in (
+            ("pooling", POOLINGS),
+            ("head", HEADS),
+            ("dtype", DTYPES),
+            ("save_dtype", (AS_LOADED, *DTYPES)),
+        ):
+            value = getattr(self, name)
+            if value not in (None, *allowed):
+                raise UserError(f"--{flag(name)} {value}: unknown; use one of {', '.join(allowed)}")
+            if self.static is not None and name in ("pooling", "head", "dtype") and value is not None:
+                raise UserError(f"--{name} does not go with --static, which is the mean of its tokens; leave it out")
+        if self.dtype == "float16":
+            raise UserError("--dtype float16: gradients of that range are lost in training; use bfloat16, or --bf16")
+        if self.attn_implementation is not None and not re.fullmatch(r"[a-z0-9_]+", self.attn_implementation):
+            raise UserError(
+                f"--attn-implementation {self.attn_implementation}: unknown; use a name of transformers, as in eager, "
+                "sdpa or flash_attention_2"
+            )
 
     def check_columns(self, columns: int) -> None:
         """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.fit import fit
+from pycse.training.heads import add_head, remove_head
 from pycse.training.loss import build_loss, check_loss
+from pycse.training.pooling import set_pooling
 from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count, working_folder
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import text_table
 from pycse.training.run import Run
+from pycse.training.saving import check_saves, save_model
 from pycse.training.settings import Settings
 from pycse.training.static.run import train_static
 from pycse.training.teachers import described
@@ -45,14 +48,17 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         from transformers import set_seed
 
         set_seed(settings.seed)
-        encoder = load_encoder(model, ranks.device(settings.device))
+        encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         layers_before = keep_layers(encoder, keep)
+        set_pooling(encoder, settings.pooling)
         check_for_training(encoder, len(text.columns), settings.max_length)
+        check_saves(encoder, settings, keep)
         if prunes:
             check_prunable(settings, encoder, text)
         shown = model_name(settings)
         check_loss(settings, encoder.device)
         teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
+        add_head(encoder, settings.head)
         loss = build_loss(settings, encoder, teachers)
     ranks.join(encoder.device)
 
@@ -71,6 +77,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     own_length = encoder.max_seq_length
     with working_folder(out) as (out, scratch):
         fit(run, encoder, loss, sets, scratch, console)
+        remove_head(encoder)
         if prunes:
             encoder.max_seq_length = own_length
             later = replace(run, steps=tuning_steps(settings, run.steps), loss=[], scores=[], parts={}, seconds={})
@@ -82,6 +89,6 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     run.teachers = described(teachers)
     encoder.max_seq_length = own_length
     if ranks.first():
-        encoder.save_pretrained(str(out / "model"))
+        save_model(encoder, out / "model", settings, run)
     run.seconds["total"] = time.perf_counter() - started
     return run, out

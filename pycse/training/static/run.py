@@ -14,6 +14,7 @@ from pycse.training.prepare import load_all_teachers, model_name, prepare, step_
 from pycse.training.pruning import encoding, speeds
 from pycse.training.report import text_table
 from pycse.training.run import Run, Static
+from pycse.training.saving import save_model, write
 from pycse.training.settings import BUNDLED, Settings
 from pycse.training.static.fit import fit
 from pycse.training.static.loss import check_loss
@@ -74,7 +75,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         kept = [KeptTeacher(one, sentences, Path(scratch) / f"teacher-{k}") for k, one in enumerate(teachers)]
         fit(run, model, tokens, kept, sets, console)
         run.teachers = described(teachers)
-        model.eval().save_pretrained(str(out / "model"))
+        save_model(model.eval(), out / "model", settings, run)
         name, encoder = beside(begun.encoder, shown, settings.device)
         stand(run, model, name, encoder, sets, Path(scratch))
     run.seconds["total"] = time.perf_counter() - started
@@ -99,6 +100,6 @@ def stand(run: Run, model: SentenceTransformer, name: str, encoder: SentenceTran
         ("encoder", encoder, encoding(encoder, few), len(few)),
     ):
         folder = scratch / f"size-{key}"
-        one.save_pretrained(str(folder))
+        write(one, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         run.static.size[key] = {"megabytes": weights / 1e6, "sentences_a_second": speeds({key: call}, count)[key]}
