@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from pycse.training.errors import UserError
-from pycse.training.names import bundled_model, did_you_mean, fetched, resolve_model, resolve_teachers
+from pycse.training.names import did_you_mean, fetched
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
     from pycse.training.settings import Settings
-
-__all__ = ["bundled_model", "resolve_model", "resolve_teachers"]  # of names.py
 
 _stored: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # encoder -> dtype of the weights in its folder
 
@@ -53,14 +51,14 @@ def load_encoder(
 
     Raises:
         UserError: the model cannot be read, asks for more than that (model_folder.py), or is not what was saved
-            (checks.py).
+            (loaded.py).
     """
     import torch
     from sentence_transformers import SentenceTransformer
 
     from pycse.model_folder import UntrustedModel, check_folder
     from pycse.sparse.storage import masks_expected, register, restore_saved
-    from pycse.training.checks import check_loaded, loading_reports
+    from pycse.training.loaded import check_loaded, loading_reports
     from pycse.training.pooling import freeze_layer_weights
 
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
@@ -165,7 +163,7 @@ def check_for_training(encoder: SentenceTransformer, columns: int, max_length: i
     """Raise UserError where two views of a sentence would be equal, or texts longer than the encoder's positions."""
     from torch import nn
 
-    from pycse.training.checks import position_limit
+    from pycse.training.loaded import position_limit
 
     if columns == 1 and not any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules()):
         raise UserError("this model has no dropout, so both views of a sentence are equal; give pairs in --train-file")

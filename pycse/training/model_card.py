@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pycse import __version__
 from pycse.sparse.linear import SparseLinear
+from pycse.training.choices import BUNDLED
+from pycse.training.options import option_of
 from pycse.training.recipes import RECIPES
 from pycse.training.run import Run
-from pycse.training.settings import BUNDLED
+from pycse.training.settings import Settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -24,6 +27,7 @@ QUOTED = 3  # rows of text
 PLACE = "path/to/this/folder"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"  # of the encoder of the training extras
 UNTOLD = ("out", "cache_teachers", "prunes", "card_text", "device")  # settings that say nothing about the model
+PATHS = {one.name for one in fields(Settings) if (known := option_of(one)) is not None and known.path}
 
 
 def card(run: Run, encoder: SentenceTransformer, dtype: str) -> str:
@@ -138,17 +142,21 @@ def training_lines(run: Run) -> Iterator[str]:
     yield "\n| setting | value |\n|---|---|"
     for name, value in run.settings.as_dict().items():
         if name not in UNTOLD and value not in (None, [], (), "", False):
-            yield f"| {name} | {escaped(shown(value))} |"
+            yield f"| {name} | {escaped(shown(value) if name in PATHS else plain(value))} |"
 
 
-def shown(value: Any) -> str:
-    """A setting as it is told to others: of a local path the last name."""
+def shown(name: Any) -> str:
+    """A model or a file as it is told to others: of a local path the last name."""
+    if isinstance(name, (list, tuple)):
+        return ", ".join(map(shown, name))
+    path = str(name).split(" (")[0]
+    return str(name) if is_id(path) else str(name).replace(path, Path(path).name, 1)
+
+
+def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(shown(one) for one in value)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, str) and "/" in text and not is_id(text.split(" (")[0]):
-        return Path(text).name
-    return text
+        return ", ".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def escaped(text: str) -> str:

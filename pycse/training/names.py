@@ -15,8 +15,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+from pycse.training.choices import BUNDLED
 from pycse.training.errors import UserError
-from pycse.training.settings import BUNDLED
 
 PATIENCE = 2.0  # seconds for Hugging Face to answer
 LOOKED_AT = 1000  # entries of a folder, when names like a wrong one are looked for

@@ -15,6 +15,7 @@ from torch import nn
 from pycse.sparse import Report, score, sparsify
 from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
+from pycse.training.choices import n_of_m
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.errors import UserError
@@ -25,7 +26,7 @@ from pycse.training.prepare import load_all_teachers, model_name, prepare, worki
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
 from pycse.training.saving import save_model, write
-from pycse.training.settings import Settings, n_of_m
+from pycse.training.settings import Settings
 from pycse.training.teachers import described
 
 if TYPE_CHECKING:

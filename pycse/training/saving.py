@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pycse.training import ranks
-from pycse.training.checks import CHARACTERS, embed, listed
 from pycse.training.encoder import load_encoder, loading_options, stored_dtype, transformer
 from pycse.training.errors import UserError
 from pycse.training.heads import without_head
+from pycse.training.loaded import CHARACTERS, embed, listed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

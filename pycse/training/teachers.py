@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pycse.training import ranks
-from pycse.training.encoder import load_encoder, resolve_teachers
+from pycse.training.encoder import load_encoder
 from pycse.training.errors import UserError
+from pycse.training.names import resolve_teachers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
