@@ -95,6 +95,6 @@ def already_ended(settings: Settings, console: Any) -> bool:
 
 def is_local(model: str | None, teachers: tuple[str, ...] = ()) -> bool:
     """Whether the model and the teachers lie on this disk; UserError for a path that holds none."""
-    from pycse.training.encoder import resolve_model, resolve_teachers
+    from pycse.training.names import resolve_model, resolve_teachers
 
     return (model is None or resolve_model(model)[1]) and all(local for _, local in resolve_teachers(teachers))

@@ -6,16 +6,21 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
+import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pycse.choices import DIVERGENCES, SHUFFLES
 from pycse.training.choices import (
+    AS_LOADED,
     DEVICES,
+    DTYPES,
     FORMATS,
     GRANULARITIES,
+    HEADS,
     KEEP,
     MEANS,
+    POOLINGS,
     POSITIVES,
     REPORTERS,
     SCHEDULES,
@@ -46,6 +51,7 @@ def check(settings: Settings) -> None:
     check_teachers(settings)
     check_pruning(settings)
     check_text(settings)
+    check_model(settings)
     if settings.steps is not None and settings.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
     if settings.positives not in (None, *POSITIVES):
@@ -201,6 +207,24 @@ def check_pruning(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
+
+
+def check_model(settings: Settings) -> None:
+    """Raise UserError for a form of the model that is unknown, or that a static table has not."""
+    saved = (AS_LOADED, *DTYPES)
+    for name, allowed in (("pooling", POOLINGS), ("head", HEADS), ("dtype", DTYPES[:2]), ("save_dtype", saved)):
+        value = getattr(settings, name)
+        if value not in (None, *allowed):
+            raise UserError(f"--{flag(name)} {value}: unknown; use one of {', '.join(allowed)}")
+        if settings.static is not None and value is not None and name != "save_dtype":
+            raise UserError(f"--{name} does not go with --static, which is the mean of its tokens; leave it out")
+    attention = settings.attn_implementation
+    # A name with a slash would be code that transformers fetches.
+    if attention is not None and not re.fullmatch(r"[a-z0-9_]+", attention):
+        raise UserError(
+            f"--attn-implementation {attention}: unknown; use a name of transformers, as in eager, sdpa or "
+            "flash_attention_2"
+        )
 
 
 def check_text(settings: Settings) -> None:

@@ -15,8 +15,10 @@ from pycse.training.errors import Failed
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import by_set, evaluator, metric
 from pycse.training.folder import staged
+from pycse.training.heads import without_head
 from pycse.training.progress import shown
 from pycse.training.run import Run
+from pycse.training.saving import write
 from pycse.training.settings import Settings
 from pycse.training.signals import Interrupted
 
@@ -77,8 +79,9 @@ def fit(
                     if course.complete and run.more_to_come:
                         trainer._save_checkpoint(trainer.model, None)
         except Failed as error:
-            with staged(out / "last-good-model") as stage:  # of before the step
-                encoder.save_pretrained(str(stage), create_model_card=False)
+            if ranks.first():
+                with staged(out / "last-good-model") as stage, without_head(encoder):  # of before the step
+                    write(encoder, stage)
             collect(run, trainer, course, names)
             raise Failed(f"{error}. The weights before it are in {out / 'last-good-model'}") from None
         if course.signal:

@@ -9,11 +9,12 @@ from pycse.training import ranks
 from pycse.training.checks import check_columns
 from pycse.training.choices import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS
 from pycse.training.data import Text, default_text, read_train_file
-from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
+from pycse.training.encoder import load_encoder, loading_options, parse_layers
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import evaluation_sets
 from pycse.training.files import is_stream
 from pycse.training.folder import TEXT, check_writable, output_folder
+from pycse.training.names import bundled_model, resolve_model, resolve_teachers
 from pycse.training.recipes import RECIPES
 from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
@@ -91,8 +92,8 @@ def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list
 
     if not RECIPES[settings.recipe].teaches:
         return []
-    device, cache = str(encoder.device), settings.cache_teachers
-    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device), cache)]
-    teachers = uncut + load_teachers(settings.teachers, device, cache)
+    device, cache, options = str(encoder.device), settings.cache_teachers, loading_options(settings) | {"dtype": None}
+    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device, **options), cache)]
+    teachers = uncut + load_teachers(settings.teachers, device, cache, **options)
     set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
     return teachers

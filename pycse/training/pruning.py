@@ -17,7 +17,7 @@ from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
 from pycse.training.choices import n_of_m
 from pycse.training.data import Text
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import Scores, evaluate
@@ -28,6 +28,8 @@ from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, 
 from pycse.training.report import recorded, text_table, write
 from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Pruned, Run
+from pycse.training.saving import save_model
+from pycse.training.saving import write as write_model
 from pycse.training.settings import Settings
 from pycse.training.teachers import described
 
@@ -152,7 +154,7 @@ def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratc
     for name, encoder in encoders.items():
         parameters, nonzero = count_parameters(encoder)
         folder = scratch / f"size-{name}"
-        encoder.save_pretrained(str(folder))
+        write_model(encoder, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result[name] = {"parameters": parameters, "nonzero": nonzero, "megabytes": weights / 1e6}
     for name, rate in speeds(
@@ -194,7 +196,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         if settings.resume is not None:
             check_unchanged(settings, text, sets, console)
         set_seed(settings.seed)
-        encoder = load_encoder(model, ranks.device(settings.device))
+        encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0
         check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
         check_prunable(settings, encoder, text)
@@ -229,7 +231,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         keep_prompts(encoder, settings)
         with ranks.together():
             if ranks.first():
-                save_or_rescue(lambda stage: encoder.save_pretrained(str(stage)), folder.path / "model")
+                save_or_rescue(lambda stage: save_model(encoder, stage, settings, run), folder.path / "model")
         run.seconds["total"] = time.perf_counter() - started
         with ranks.together():
             if ranks.first():

@@ -15,11 +15,13 @@ from typing import Any
 from pycse.choices import DIVERGENCES, SHUFFLES
 from pycse.training import checks
 from pycse.training.choices import (
+    AS_LOADED,
     BATCH_SIZE,
     BUNDLED,
     DEFAULT_LAYERS,
     DEFAULT_STEPS,
     DEVICES,
+    DTYPES,
     EVAL_BATCH_SIZE,
     EVALUATIONS,
     FORMATS,
@@ -27,6 +29,7 @@ from pycse.training.choices import (
     KEEP,
     MAX_LENGTH,
     MEANS,
+    POOLINGS,
     REPORTERS,
     SAVE_MINUTES,
     SCHEDULES,
@@ -50,6 +53,8 @@ EVAL_HELP = (
     "Score, sentence1, sentence2 a line, tab-separated; or STS-B's own files; or columns of these names in CSV, JSONL "
     "or Parquet. Repeatable."
 )
+TRUST_HELP = "Run Python code that lies in a model's folder. Only for authors that you trust."
+PICKLE_HELP = "Read weights that are no safetensors (pytorch_model.bin), by torch's restricted unpickler."
 DEFAULT_RECIPE = "distillcse"
 
 
@@ -311,6 +316,30 @@ class Settings:
     seed: int = option(42, "Seed of dropout and of the order of the text.", sparsify=True)
     device: str = option("auto", DEVICE_HELP, sparsify=True)
     bf16: bool = option(False, "Mixed precision in bfloat16.")
+    pooling: str | None = option(
+        None,
+        f"How tokens become an embedding, one of {', '.join(POOLINGS)}: the first token, the mean, or the mean of the "
+        "first and the last layer. Default: the model's own.",
+    )
+    head: str | None = option(
+        None,
+        "mlp: a linear layer and tanh behind the pooling while training, gone in what is evaluated and saved, as in "
+        "SimCSE. Default: none.",
+    )
+    save_dtype: str = option(
+        AS_LOADED, f"Of the saved weights, one of {', '.join((AS_LOADED, *DTYPES))}.", sparsify=True
+    )
+    dtype: str | None = option(
+        None,
+        "Of the weights in training, float32 or bfloat16, which saves memory and loses small steps. Default: float32; "
+        "teachers stay as they are stored.",
+    )
+    attn_implementation: str | None = option(
+        None, "Of transformers, as in eager, sdpa or flash_attention_2. Default: the model's own.", sparsify=True
+    )
+    trust_remote_code: bool = option(False, TRUST_HELP, sparsify=True)
+    allow_pickle: bool = option(False, PICKLE_HELP, sparsify=True)
+    card_text: bool = option(False, "Quote some rows of the training text in the model's README.md.", sparsify=True)
     prunes: bool = field(default=False)  # whatever the recipe: `pycse sparsify`
 
     def __post_init__(self) -> None:

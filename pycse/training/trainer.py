@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -20,9 +21,12 @@ from pycse.training.encoder import load_encoder
 from pycse.training.errors import Failed
 from pycse.training.evaluate import metric
 from pycse.training.folder import staged
+from pycse.training.heads import without_head
 from pycse.training.run import Run
+from pycse.training.saving import write
 
 PARTS = ("contrastive", "distillation")
+HEAD = "head.safetensors"  # of a checkpoint
 
 
 class Course(TrainerCallback, ExportableState):
@@ -112,8 +116,8 @@ class Course(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def save_best(self, encoder: Any, step: int) -> None:
-        with staged(self.checkpoints.best(step)) as stage:
-            unwrapped(encoder).save_pretrained(str(stage), create_model_card=False)
+        with staged(self.checkpoints.best(step)) as stage, without_head(unwrapped(encoder)):
+            write(unwrapped(encoder), stage)
 
 
 class RunTrainer(SentenceTransformerTrainer):
@@ -122,6 +126,9 @@ class RunTrainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, course: Course, **options: Any):
         self.course, self.stage = course, ""
         super().__init__(*args, **options)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """The card is ours (model_card.py): theirs measures and quotes the training text."""
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*args, **options)
@@ -147,7 +154,11 @@ class RunTrainer(SentenceTransformerTrainer):
             checkpoints.drop()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.model.save_pretrained(str(output_dir), create_model_card=False)
+        """A model that loads, and beside it the head that it has in training alone."""
+        with without_head(self.model) as head:
+            write(self.model, Path(str(output_dir)))
+        if head is not None:
+            save_file(head.state_dict(), Path(str(output_dir)) / HEAD)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         put_weights(self.model, Path(checkpoint_path))
@@ -155,7 +166,10 @@ class RunTrainer(SentenceTransformerTrainer):
 
 def put_weights(encoder: Any, folder: Path) -> None:
     """Give an encoder the weights, and the masks, that were saved of it."""
-    encoder.load_state_dict(load_encoder(str(folder), "cpu").state_dict())
+    with without_head(encoder) as head:
+        encoder.load_state_dict(load_encoder(str(folder), "cpu").state_dict())
+    if head is not None and (folder / HEAD).exists():
+        head.load_state_dict(load_file(folder / HEAD))
 
 
 def unwrapped(encoder: Any) -> Any:

@@ -27,6 +27,7 @@ from pycse.training.fit import in_words, judge_of
 from pycse.training.folder import staged
 from pycse.training.progress import shown
 from pycse.training.run import Run
+from pycse.training.saving import write
 from pycse.training.settings import Settings
 from pycse.training.signals import Interrupted
 from pycse.training.static.bags import mean_of_rows
@@ -166,10 +167,6 @@ def best_of(checkpoint: Path) -> int | None:
     """Step of the best evaluation that a checkpoint knows of."""
     best = json.loads((checkpoint / KNOWN).read_text(encoding="utf-8"))["best"]
     return None if best is None else int(best[0])
-
-
-def write(model: SentenceTransformer, folder: Path) -> None:
-    model.save_pretrained(str(folder), create_model_card=False)
 
 
 def fit(

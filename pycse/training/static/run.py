@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED
-from pycse.training.encoder import bundled_model, load_encoder
+from pycse.training.encoder import load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
 from pycse.training.folder import save_or_rescue
+from pycse.training.names import bundled_model
 from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import encoding, speeds
 from pycse.training.report import recorded, text_table, write
 from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Run, Static
+from pycse.training.saving import save_model
+from pycse.training.saving import write as write_model
 from pycse.training.settings import Settings
 from pycse.training.static.fit import fit
 from pycse.training.static.loss import check_loss
@@ -81,7 +84,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
             fit(run, model, tokens, kept, sets, folder.path, console)
         run.teachers = described(teachers)
         model.eval()
-        save_or_rescue(lambda stage: model.save_pretrained(str(stage)), folder.path / "model")
+        save_or_rescue(lambda stage: save_model(model, stage, settings, run), folder.path / "model")
         name, encoder = beside(begun.encoder, shown, settings.device)
         stand(run, model, name, encoder, sets, folder.work)
         run.seconds["total"] = time.perf_counter() - started
@@ -107,6 +110,6 @@ def stand(run: Run, model: SentenceTransformer, name: str, encoder: SentenceTran
         ("encoder", encoder, encoding(encoder, few), len(few)),
     ):
         folder = scratch / f"size-{key}"
-        one.save_pretrained(str(folder))
+        write_model(one, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         run.static.size[key] = {"megabytes": weights / 1e6, "sentences_a_second": speeds({key: call}, count)[key]}
