@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from pycse.cli.app import app
+from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check_dtype, load
 from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import EVAL_BATCH_SIZE
 from pycse.training.errors import UserError, require_extras
-from pycse.training.settings import DEVICE_HELP, EVAL_HELP, Settings
+from pycse.training.settings import EVAL_HELP, Settings
 
 
 @app.command("eval")
@@ -30,12 +31,16 @@ def evaluate(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="--senteval: also the scores of each subset.")] = False,
     no_lee: Annotated[bool, typer.Option("--no-lee", help="Leave the Lee documents out.")] = False,
-    prompt: Annotated[str | None, typer.Option(help="Put before every text.")] = None,
+    prompt: Prompt = None,
     query_prompt: Annotated[str | None, typer.Option(help="Put before the first text of each pair.")] = None,
     document_prompt: Annotated[str | None, typer.Option(help="Put before the second text of each pair.")] = None,
     layers: Annotated[str, typer.Option(help="Layers to keep, from 0, as in 0,2,4.")] = "all",
     batch_size: Annotated[int, typer.Option(help="Texts embedded at a time.")] = EVAL_BATCH_SIZE,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
     json: Annotated[str | None, typer.Option(help="New file to write the scores to as well.")] = None,
 ) -> None:
     """Print Spearman, alignment and uniformity on the Lee documents, every --eval-file and SentEval's STS tasks."""
@@ -48,8 +53,12 @@ def evaluate(
             prompt=prompt,
             query_prompt=query_prompt,
             document_prompt=document_prompt,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
         settings.check()
+        check_dtype(dtype)
         if full and senteval is None:
             raise UserError("--full belongs to --senteval; leave it out or give --senteval FOLDER")
         for model in models:
@@ -66,7 +75,7 @@ def evaluate(
         from rich.console import Console
 
         from pycse.training import report
-        from pycse.training.encoder import keep_layers, load_encoder, parse_layers, resolve_model
+        from pycse.training.encoder import keep_layers, parse_layers
         from pycse.training.eval_report import evaluated, parts_table, senteval_table
         from pycse.training.eval_sets import evaluation_sets
         from pycse.training.senteval import differences, senteval_sets
@@ -76,7 +85,7 @@ def evaluate(
         sets = [] if no_lee and tasks and not eval_file else evaluation_sets(tuple(eval_file or ()), not no_lee)
         found = []
         for model in models:
-            encoder = load_encoder(resolve_model(model)[0], device)
+            encoder = load(model, settings, dtype)
             if keep is not None:
                 keep_layers(encoder, keep)
             found.append(evaluated(model, encoder, sets, tasks, batch_size=batch_size, prompts=settings.prompts))

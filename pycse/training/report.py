@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.sparse.report import new_figure
+from pycse.training import ranks
 from pycse.training.data import Text
+from pycse.training.errors import Failed
 from pycse.training.evaluate import MEASURES, Scores, no_ranking
+from pycse.training.folder import of_disk, write_text
+from pycse.training.resume import PACKAGES, installed
 from pycse.training.run import Pruned, Run
 from pycse.training.static import report as of_static
 
@@ -18,20 +23,25 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PACKAGES = ("pycse-kernels", "torch", "sentence-transformers", "transformers")
 BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}
 
 
-def show_and_write(run: Run, out: Path, console: Console) -> None:
-    """Print the tables and the loss curve of a finished run; write the pictures and metrics.json to its folder."""
+def write(run: Run, out: Path) -> None:
+    """Write metrics.json, then the pictures, of a finished run to its folder."""
+    with of_disk(f"in {out}"):
+        write_metrics(run, out / "metrics.json")
+        if run.loss:
+            plot(run, out / "curves.png")
+        if run.pruned:
+            run.pruned.report.plot(out / "layers.png")
+        if run.static:
+            of_static.plot_lengths(run.static, out / "lengths.png")
+
+
+def show(run: Run, out: Path, console: Console) -> None:
+    """Print the tables and the loss curve of a finished run."""
     if run.loss:
-        plot(run, out / "curves.png")
         console.print(loss_curve(run, console.width))
-    if run.pruned:
-        run.pruned.report.plot(out / "layers.png")
-    if run.static:
-        of_static.plot_lengths(run.static, out / "lengths.png")
-    write_metrics(run, out / "metrics.json")
     console.print(scores_table(score_columns(run)))
     if run.static:
         console.print(of_static.lengths_table(run.static))
@@ -41,6 +51,19 @@ def show_and_write(run: Run, out: Path, console: Console) -> None:
     fine, sentence = verdict(run.before, run.after)
     console.print(sentence, style="green" if fine else "bold red")
     console.print(run_table(run, out))
+
+
+@contextmanager
+def recorded(run: Run, out: Path) -> Iterator[None]:
+    """A run that fails leaves what it has found out, in metrics.json."""
+    try:
+        yield
+    except Failed as error:
+        run.failed = str(error)
+        if ranks.first():
+            with suppress(OSError):
+                write_metrics(run, out / "metrics.json")
+        raise
 
 
 def score_columns(run: Run) -> dict[str, Scores]:
@@ -111,9 +134,13 @@ def run_table(run: Run, out: Path) -> Table:
         if run.processes > 1:
             batch += f" a process, {settings.batch_size * run.processes} in all"
         tokens = f"at most {settings.max_length} tokens"
-        rows += [
-            ("steps", f"{run.steps} of {batch}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}"),
-        ]
+        if settings.grad_accumulation > 1:
+            batch += f", {settings.grad_accumulation} batches a step"
+        rows.append(("steps", f"{run.steps} of {batch}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}"))
+        if run.stopped:
+            rows.append(("stopped", run.stopped))
+        if run.kept is not None:
+            rows.append(("weights", f"of step {run.kept}, the best evaluation"))
     if run.pruned:
         rows += [("removed", run.pruned.report.summary())]
     training = f"{run.seconds['train']:.0f} s training with its evaluations, " if "train" in run.seconds else ""
@@ -135,7 +162,7 @@ def run_table(run: Run, out: Path) -> Table:
 def written(run: Run) -> list[str]:
     """What a run leaves in its folder."""
     pictures = {"curves.png": run.loss, "layers.png": run.pruned, "lengths.png": run.static}
-    return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown)]
+    return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown), "run.toml"]
 
 
 def teacher_line(teacher: dict) -> str:
@@ -206,7 +233,7 @@ def loss_curve(run: Run, width: int) -> str:
     """The loss over the steps, drawn with characters."""
     import plotext
 
-    steps, losses = zip(*run.loss, strict=True)
+    steps, losses = zip(*[one for one in run.loss if math.isfinite(one[1])], strict=True)
     figure = plotext.figure
     figure.clear()
     figure.plot_size(max(40, min(width, 100)), 15)
@@ -219,7 +246,7 @@ def loss_curve(run: Run, width: int) -> str:
 
 def wide(losses) -> bool:
     """Whether a logarithmic axis shows more."""
-    return min(losses) > 0 and max(losses) > 100 * min(losses)
+    return 0 < min(losses) < max(losses) / 100
 
 
 def plot(run: Run, path: Path) -> None:
@@ -251,7 +278,7 @@ def plot(run: Run, path: Path) -> None:
 
 def write_metrics(run: Run, path: Path) -> None:
     """Write metrics.json: settings, versions, counts, scores before and after, and the whole history."""
-    fine, sentence = verdict(run.before, run.after)
+    fine, sentence = verdict(run.before, run.after) if not run.failed else (False, run.failed)
     metrics = {
         "settings": run.settings.as_dict(),
         "versions": {name: installed(name) for name in PACKAGES},
@@ -265,6 +292,9 @@ def write_metrics(run: Run, path: Path) -> None:
         "device": run.device,
         **({"processes": run.processes} if run.processes > 1 else {}),
         "steps": run.steps,
+        **({"stopped": run.stopped} if run.stopped else {}),
+        **({"kept_step": run.kept} if run.kept is not None else {}),
+        **({"failed": run.failed} if run.failed else {}),
         "text": {
             "source": run.text.source,
             "columns": list(run.text.columns),
@@ -280,7 +310,9 @@ def write_metrics(run: Run, path: Path) -> None:
         "verdict": sentence,
         "history": {
             "loss": [
-                {"step": step, "loss": loss} | {name: values[i] for name, values in run.parts.items()}
+                {"step": step, "loss": loss}
+                | (dict(zip(("learning_rate", "gradient"), run.rates[i])) if run.rates else {})
+                | {name: values[i] for name, values in run.parts.items()}
                 for i, (step, loss) in enumerate(run.loss)
             ],
             "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
@@ -302,7 +334,7 @@ def write_metrics(run: Run, path: Path) -> None:
 
 def write_json(value, path: Path) -> None:
     """Write JSON that every reader takes: what is not finite becomes null."""
-    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value):
@@ -314,11 +346,3 @@ def finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed distribution."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -8,10 +8,11 @@ from tiny_models import needs_extras, tiny_model  # noqa: F401 (a fixture)
 
 from pycse.training.checks import check_columns
 from pycse.training.data import read_train_file
-from pycse.training.encoder import parse_layers, resolve_model
+from pycse.training.encoder import parse_layers
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import read_eval_file
 from pycse.training.folder import output_folder
+from pycse.training.names import resolve_model
 from pycse.training.recipes import RECIPES
 from pycse.training.settings import Settings
 from pycse.training.wikipedia import article_sentences, split_sentences, tidy
