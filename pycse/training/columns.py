@@ -88,8 +88,6 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
     width = len(table.rows[0][1])
     labels = tuple(f"column {k + 1}" if names is None or not names[k] else names[k] for k in range(width))
     rows = table.rows[1:] if heading else table.rows
-    if not rows:
-        raise UserError(f"{table.source} has a header and nothing below it; give one example a line")
     if parts is not None:
         columns = [_number(table, part, names, width, heading) for part in parts]
         for part, column in zip(parts, columns):
@@ -97,6 +95,8 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
                 raise UserError(f"--columns {wanted}: {part} is there more than once; give each column once")
     else:
         columns = _by_name(table, names, labels, rows) if names is not None else list(range(width))
+    if not rows:
+        raise UserError(f"{table.source} has a header and nothing below it; give one example a line")
     nested = [labels[k] for k in columns if k in table.nested]
     if nested:
         raise UserError(f"{table.source}: {', '.join(nested)} holds lists or objects; give --columns of texts alone")
