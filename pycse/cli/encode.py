@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pycse.cli.app import app
-from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check_dtype, load
+from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check, load
 from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import EVAL_BATCH_SIZE
@@ -35,14 +35,13 @@ def encode(
         if not ranks.first():  # it is the work of one
             return
         settings = Settings(
-            eval_batch_size=batch_size,
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
         settings.check()
-        check_dtype(dtype)
+        check(dtype, batch_size)
         if truncate_dim is not None and truncate_dim < 1:
             raise UserError(f"--truncate-dim is {truncate_dim}; it must be at least 1")
 

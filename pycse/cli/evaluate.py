@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pycse.cli.app import app
-from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check_dtype, load
+from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check, load
 from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import EVAL_BATCH_SIZE
@@ -49,7 +49,6 @@ def evaluate(
             return
         settings = Settings(
             device=device,
-            eval_batch_size=batch_size,
             prompt=prompt,
             query_prompt=query_prompt,
             document_prompt=document_prompt,
@@ -58,7 +57,7 @@ def evaluate(
             allow_pickle=allow_pickle,
         )
         settings.check()
-        check_dtype(dtype)
+        check(dtype, batch_size)
         if full and senteval is None:
             raise UserError("--full belongs to --senteval; leave it out or give --senteval FOLDER")
         for model in models:
@@ -76,7 +75,7 @@ def evaluate(
 
         from pycse.training import report
         from pycse.training.encoder import keep_layers, parse_layers
-        from pycse.training.eval_report import evaluated, parts_table, senteval_table
+        from pycse.training.eval_report import evaluated, parts_table, plane_table, senteval_table
         from pycse.training.eval_sets import evaluation_sets
         from pycse.training.senteval import differences, senteval_sets
 
@@ -99,6 +98,8 @@ def evaluate(
                 console.print(f"{one.name}: {one.skipped:,} pairs without a score are left out")
         if tasks:
             console.print(senteval_table(found))
+            if "STS-B" in found[0].senteval:
+                console.print(plane_table(found))
             if full:
                 console.print(parts_table(found))
             for difference in differences(tasks):

@@ -23,9 +23,12 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help=PICKLE_HELP)]
 Prompt = Annotated[str | None, typer.Option(help="Put before every text.")]
 
 
-def check_dtype(dtype: str | None) -> None:
+def check(dtype: str | None, batch_size: int) -> None:
+    """Raise UserError for options that Settings has not, or by another name."""
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {dtype}: unknown; use one of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
 
 
 def load(model: str, settings: Settings, dtype: str | None) -> SentenceTransformer:

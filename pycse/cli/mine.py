@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pycse.cli.app import app
-from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check_dtype, load
+from pycse.cli.loading import Attention, Device, Dtype, Pickle, Prompt, Trust, check, load
 from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED, EVAL_BATCH_SIZE, FORMATS
@@ -72,14 +72,13 @@ def mine(
             query_prompt=query_prompt,
             document_prompt=document_prompt,
             seed=seed,
-            eval_batch_size=batch_size,
             device=device,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
         settings.check()
-        check_dtype(dtype)
+        check(dtype, batch_size)
 
         from pycse.training.mine import SUFFIXES, Mining, check_texts, write_rows
         from pycse.training.mine import mine as found_by

@@ -349,14 +349,37 @@ def test_a_run_on_columns_with_prompts(place, tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        ["train", "--recipe", "sparsecse", "--steps", 2, "--finetune-steps", 1, "--model", "MODEL"],
-        ["train", "--static", 8, "--steps", 2, "--model", "MODEL"],
-        ["sparsify", "MODEL", "--finetune-steps", 1, "--recipe", "simcse"],
+        [
+            "train",
+            "--recipe",
+            "sparsecse",
+            "--steps",
+            2,
+            "--finetune-steps",
+            1,
+            "--model",
+            "MODEL",
+            "--train-file",
+            "pairs.tsv",
+        ],
+        ["train", "--static", 8, "--steps", 2, "--model", "MODEL", "--train-file", "four.csv"],
+        [
+            "sparsify",
+            "MODEL",
+            "--finetune-steps",
+            1,
+            "--recipe",
+            "distillcse",
+            "--train-file",
+            "four.csv",
+            "--prompt",
+            "a ",
+        ],
     ],
 )
 def test_awkward_names_in_every_kind_of_run(place, tiny_model, command):
     words = [tiny_model if word == "MODEL" else word for word in command]
-    code, _, stderr = pycse(*words, "--train-file", "pairs.tsv", "--out", "out", *COMMON)
+    code, _, stderr = pycse(*words, "--out", "out", *COMMON)
     assert code == 0, stderr
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert metrics["after"].keys() == {"eval", "eval_x"} and metrics["after"]["eval"] == metrics["after"]["eval_x"]
