@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Text:
         negatives = len(self.columns) - 2
         return f"pairs with {negatives} hard negatives" if negatives > 1 else UNITS[len(self.columns) - 1]
 
-    @property
+    @cached_property
     def repeated(self) -> int:
         """Texts that stand in several rows."""
         counts = Counter(text for row in self.rows for text in set(row))
