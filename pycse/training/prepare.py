@@ -41,6 +41,10 @@ def prepare(settings: Settings, name: str | None = None):
     text = read_text(settings)
     if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
+    if settings.positives == "switch-case":
+        text = text.with_switched_case(settings.seed)
+    if settings.static is not None and text.by_dropout:
+        raise UserError(f"{text.source}: every positive is its anchor, and a table has no dropout; give other pairs")
     check_columns(settings, len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
         each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""

@@ -404,3 +404,52 @@ def test_equal_texts_are_no_negatives_by_default(tiny_model):
         assert (value.item() == 0) is alone
         value = static(list(z), [torch.tensor(hashes), torch.tensor([7, 8])])
         assert (value.item() == 0) is alone
+
+
+# ---- positives of sentences
+
+
+def test_case_is_switched_once_by_seed():
+    text = Text("t", [(sentence,) for sentence in SENTENCES], Counter())
+    pairs = text.with_switched_case(1)
+    assert [anchor for anchor, _ in pairs.rows] == SENTENCES and [b.lower() for _, b in pairs.rows] == SENTENCES
+    changed = [len([w for w in b.split() if w[0].isupper()]) for _, b in pairs.rows]
+    assert 0 < sum(changed) < len(SENTENCES) * 7 * 0.25 and all(
+        b[1:] == b[1:].lower() or " " in b for _, b in pairs.rows
+    )
+    assert pairs.rows == text.with_switched_case(1).rows != text.with_switched_case(2).rows
+    assert not pairs.by_dropout and text.by_dropout and Text("", [("a", "a"), ("b", "b")], Counter()).by_dropout
+    with pytest.raises(UserError, match="--positives switch-case needs single sentences"):
+        pairs.with_switched_case(1)
+
+
+@needs_extras
+def test_views_that_a_model_cannot_tell_apart(place, tiny_model):
+    (place / "text.txt").write_text("\n".join(SENTENCES) + "\n")
+    (place / "same.tsv").write_text("".join(f"{s}\t{s}\n" for s in SENTENCES))
+    for arguments, words in (
+        (["--positives", "switch-case", "--train-file", "text.txt"], "this model's tokenizer knows no case"),
+        (
+            ["--static", 8, "--positives", "switch-case", "--train-file", "text.txt"],
+            "this model's tokenizer knows no case",
+        ),
+        (["--static", 8, "--train-file", "same.tsv"], "every positive is its anchor"),
+    ):
+        code, _, stderr = pycse(
+            "train", "--model", tiny_model, "--recipe", "focal", "--out", "out", *arguments, *COMMON
+        )
+        assert code == 2 and words in stderr and stderr.count("\n") == 1 and not (place / "out").exists()
+
+
+@needs_extras
+def test_a_cased_tokenizer_sees_the_switch(tiny_model, monkeypatch):
+    from pycse.training.encoder import check_case, load_encoder
+
+    encoder = load_encoder(tiny_model, "cpu")
+    pairs = Text("t", [(sentence,) for sentence in SENTENCES], Counter()).with_switched_case(1).rows
+    with pytest.raises(UserError, match="knows no case"):
+        check_case(encoder, pairs)
+    from tokenizers import normalizers
+
+    encoder.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    check_case(encoder, pairs)
