@@ -78,7 +78,7 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
     parts = None if wanted is None else [part.strip() for part in wanted.split(",")]
     if names is None:
         first = table.rows[0][1]
-        by_name = parts is not None and not all(part.isdigit() for part in parts)
+        by_name = parts is not None and not all(part.isdecimal() for part in parts)
         heading = (by_name or is_header(first)) if header is None else header
         names = first if heading else None
     elif header is not None:
@@ -115,7 +115,7 @@ def _number(table: Table, part: str, names: Sequence[str] | None, width: int, he
             return found[0]
         if len(found) > 1:
             raise UserError(f"--columns: {table.source} has {len(found)} columns {part!r}; give numbers from 1")
-    if part.isdigit() and 1 <= int(part) <= width:
+    if part.isdecimal() and 1 <= int(part) <= width:
         return int(part) - 1
     there = ", ".join(_short(name) for name in names) if names is not None else f"1 to {width}"
     in_row = f" (its line {table.rows[0][0]})" if heading else ""
@@ -125,13 +125,10 @@ def _number(table: Table, part: str, names: Sequence[str] | None, width: int, he
 def _by_name(table: Table, names: Sequence[str], labels: Sequence[str], rows) -> list[int]:
     plains = [plain(name) for name in names]
     pair = next((pair for pair in PAIRS if all(plains.count(name) == 1 for name in pair)), None)
-    single = next((name for name in SINGLES if plains.count(name) == 1), None)
     texts = [k for k, name in enumerate(plains) if name not in INDICES | LABELS and k not in table.nested]
     if pair is not None:
         columns = [plains.index(name) for name in pair]
         columns += [k for k, name in enumerate(plains) if NEGATIVE.fullmatch(name) and k not in columns]
-    elif single is not None:
-        columns = [plains.index(single)]
     elif len(texts) == 1:
         columns = texts
     else:

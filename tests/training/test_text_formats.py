@@ -86,6 +86,7 @@ def test_what_pandas_writes(tmp_path, suffix):
         ("t.csv", "premise,hypothesis,gold_label\na,b,neutral\n", ["gold_label (neutral)", "--columns premise,hypothesis"]),
         ("t.tsv", "3.5\n4\n", ["column 1 (3.5, 4) holds numbers"]),
         ("t.jsonl", '{"q": "a", "a": "b"}\n', ["columns q (a), a (b)", "--columns q,a"]),
+        ("t.jsonl", '{"text": "a", "summary": "b"}\n', ["columns text (a), summary (b)", "--columns text,summary"]),
         ("t.jsonl", '{"query": "a", "pos": ["b"]}\n', ["pos holds lists or objects"]),
         ("t.jsonl", '{"query": "a"\n', ["line 1 is not JSON"]),
         ("t.jsonl", '["a"]\n{"text": "b"}\n', ["line 2 is an object, but the first is an array"]),
@@ -115,6 +116,7 @@ def test_what_is_no_text_to_train_on(tmp_path, name, content, words):
         ("q,a", "no column 'q' in"),
         ("", "no column ''"),
         ("0", "no column '0'"),
+        ("²", "no column '²'"),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, columns, words):
