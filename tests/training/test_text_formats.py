@@ -287,6 +287,19 @@ def test_a_pipe_and_several_processes(monkeypatch):
         os.close(read), os.close(write)
 
 
+@pytest.mark.parametrize("positives", ["next", "switch-case", None])
+def test_what_was_kept_of_a_pipe_has_its_positives(tmp_path, positives):
+    from pycse.training.folder import TEXT
+    from pycse.training.prepare import read_text
+
+    (tmp_path / "text.txt").write_text("one two\nthree four\nfive six\n")
+    begun = Settings(train_file=str(tmp_path / "text.txt"), positives=positives)
+    text = read_text(begun)
+    text.save(tmp_path / TEXT)
+    assert read_text(Settings(train_file="/dev/fd/99", positives=positives, resume=str(tmp_path))) == text
+    assert len(text.columns) == (2 if positives else 1)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with pairs that share anchors and have two hard negatives, and evaluation files of awkward names."""
