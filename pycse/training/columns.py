@@ -97,7 +97,7 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
         columns = _by_name(table, names, labels, rows) if names is not None else list(range(width))
     if not rows:
         raise UserError(f"{table.source} has a header and nothing below it; give one example a line")
-    nested = [labels[k] for k in columns if k in table.nested]
+    nested = [_short(labels[k]) for k in columns if k in table.nested]
     if nested:
         raise UserError(f"{table.source}: {', '.join(nested)} holds lists or objects; give --columns of texts alone")
     if parts is None:
@@ -192,6 +192,9 @@ def _described(columns, labels, rows) -> str:
 
 def _suggestion(columns: Sequence[int], labels: Sequence[str], names: Sequence[str] | None) -> str:
     """What to give as --columns: names where they are unmistakable, else numbers."""
-    safe = names is not None and all(names[k] and "," not in names[k] and names.count(names[k]) == 1 for k in columns)
+    safe = names is not None and all(
+        names[k] and "," not in names[k] and names[k] == _short(names[k]) and names.count(names[k]) == 1
+        for k in columns
+    )
     parts = [labels[k] if safe else str(k + 1) for k in columns] or ["1"]
     return f"'{','.join(parts)}'" if any(" " in part for part in parts) else ",".join(parts)

@@ -34,6 +34,7 @@ SUFFIXES = {
 }
 
 KINDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}  # of JSON that are a row
+UNREADABLE = (OSError, EOFError, zlib.error)  # of a file, and of a gzipped one
 
 
 @dataclass
@@ -122,7 +123,7 @@ def decoded(path: str | Path, newline: str = "\n") -> Iterator[str]:
             yield from io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -251,6 +252,6 @@ def _read_parquet(table: Table, path: str | Path) -> None:
                 for values in zip(*columns, strict=True):
                     number += 1
                     table.rows.append((number, tuple(_cell(table, k, value) for k, value in enumerate(values))))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, *UNREADABLE, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no Parquet file that can be read ({reason})") from None

@@ -18,6 +18,8 @@ from pycse.training.eval_sets import evaluation_sets, read_eval_file
 from pycse.training.evaluate import by_set, metric
 from pycse.training.settings import Settings
 
+pytest.importorskip("pyarrow")
+
 WORDS = ["red", "old", "big", "wet", "new", "odd", "far", "low", "dry", "hot", "sad", "icy"]
 
 
