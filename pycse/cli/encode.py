@@ -12,6 +12,7 @@ from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import EVAL_BATCH_SIZE
 from pycse.training.errors import UserError, require_extras
+from pycse.training.new_file import check_new
 from pycse.training.settings import Settings
 
 
@@ -44,8 +45,6 @@ def encode(
         check(dtype, batch_size)
         if truncate_dim is not None and truncate_dim < 1:
             raise UserError(f"--truncate-dim is {truncate_dim}; it must be at least 1")
-
-        from pycse.training.new_file import check_new
 
         path = check_new("out", out, (".npy",))
         require_extras()

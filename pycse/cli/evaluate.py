@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import EVAL_BATCH_SIZE
 from pycse.training.errors import UserError, require_extras
+from pycse.training.new_file import check_new, new_file
 from pycse.training.settings import EVAL_HELP, Settings
 
 
@@ -63,10 +63,7 @@ def evaluate(
         for model in models:
             if models.count(model) > 1:
                 raise UserError(f"{model} is given {models.count(model)} times; give each encoder once")
-        if json is not None and Path(json).exists():
-            raise UserError(f"--json {json} exists and is not overwritten; give a new file")
-        if json is not None and not Path(json).absolute().parent.is_dir():
-            raise UserError(f"--json {json}: there is no folder {Path(json).parent}; make it first")
+        path = None if json is None else check_new("json", json)
         require_extras()
         local = [is_local(model) for model in models]
         quiet(all(local))
@@ -104,6 +101,7 @@ def evaluate(
                 console.print(parts_table(found))
             for difference in differences(tasks):
                 console.print(f"{difference}: no comparison with published scores", style="bold red")
-        if json is not None:
+        if path is not None:
             each = [one.as_dict() for one in found]
-            report.write_json(each if len(each) > 1 else each[0], Path(json))
+            with new_file("json", path) as file:
+                file.write(report.json_text(each if len(each) > 1 else each[0]).encode())

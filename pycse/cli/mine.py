@@ -12,6 +12,7 @@ from pycse.cli.shared import is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED, EVAL_BATCH_SIZE, FORMATS
 from pycse.training.errors import UserError, require_extras
+from pycse.training.new_file import check_new
 from pycse.training.settings import Settings
 
 
@@ -82,7 +83,6 @@ def mine(
 
         from pycse.training.mine import SUFFIXES, Mining, check_texts, write_rows
         from pycse.training.mine import mine as found_by
-        from pycse.training.new_file import check_new
 
         mining = Mining(negatives, skip, depth, margin, relative_margin, least, most, sampling)
         mining.check()

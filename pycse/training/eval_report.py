@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pycse.training.eval_sets import ScoredPairs
 
 MEAN = "avg."
+AS_PUBLISHED = "Papers: BERT-base, trained without labels, as published"
 PLANE = ("alignment", "uniformity")  # of STS-B
 
 
@@ -79,7 +80,7 @@ def senteval_table(found: list[Evaluated]) -> Table:
     """A row an encoder, then the papers': Spearman x 100 of the tasks."""
     from rich.table import Table
 
-    table = Table(title="SentEval: Spearman x 100, all pairs of a task", title_justify="left")
+    table = Table(title="SentEval: Spearman x 100, all pairs of a task", title_justify="left", caption=AS_PUBLISHED)
     table.add_column("encoder", overflow="fold")
     for heading in (*TASKS, MEAN):
         table.add_column(heading, justify="right")

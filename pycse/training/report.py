@@ -332,9 +332,13 @@ def write_metrics(run: Run, path: Path) -> None:
     write_json(metrics, path)
 
 
+def json_text(value) -> str:
+    """JSON that every reader takes: what is not finite becomes null."""
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
 def write_json(value, path: Path) -> None:
-    """Write JSON that every reader takes: what is not finite becomes null."""
-    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def finite(value):
