@@ -94,8 +94,8 @@ def size_table(pruned: Pruned) -> Table:
     return table
 
 
-def text_table(text: Text) -> Table:
-    """What was kept of the text, and what was dropped and why."""
+def text_table(text: Text, sets: Sequence[ScoredPairs] = ()) -> Table:
+    """What was kept of the text, and what was dropped and why; and of evaluation sets."""
     from rich.table import Table
 
     title = f"Text: {text.source}"
@@ -111,6 +111,9 @@ def text_table(text: Text) -> Table:
         table.add_row("texts in several rows, never negatives of each other", f"{repeated:,}")
     for reason, count in text.dropped.most_common():
         table.add_row(f"dropped: {reason}", f"{count:,}")
+    for pairs in sets:
+        if pairs.skipped:
+            table.add_row(f"evaluation set {pairs.name}: pairs without a score", f"{pairs.skipped:,}")
     return table
 
 

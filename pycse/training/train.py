@@ -79,7 +79,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         processes=ranks.size(),
         more_to_come=prunes,
     )
-    console.print(text_table(text))
+    console.print(text_table(text, sets))
     own_length = encoder.max_seq_length
     with run_folder(settings, out, text, sets) as folder:
         with recorded(run, folder.path):
