@@ -199,7 +199,8 @@ def _read_jsonl(table: Table, path: str | Path) -> None:
             value: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)})") from None
-        kind = {dict: "an object", list: "an array", str: "a string"}.get(type(value))
+        kinds: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+        kind = kinds.get(type(value))
         if kind is None:
             raise UserError(f"{path}, line {number}: give an object, an array of strings or a string a line")
         first = first or kind

@@ -44,6 +44,7 @@ class Folder:
 
     def done(self) -> None:
         """The run has ended: nobody need hold the folder."""
+        shutil.rmtree(self.work, ignore_errors=True)
         self.say(ended=True)
         (self.path / LOCK).unlink(missing_ok=True)
 

@@ -65,7 +65,7 @@ def test_a_run_and_all_that_it_writes(place, tiny_model):
     for expected in ("kept: sentences", "loss over 3 steps", "spearman", "alignment", "uniformity", "The run made"):
         assert expected in stdout
     out = place / "out"
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png", "run.toml", "run.json"}
     assert {path: content for path, content in files(place).items() if path.parts[0] != "out"} == before
 
     metrics = json.loads((out / "metrics.json").read_text())
