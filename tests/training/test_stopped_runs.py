@@ -248,7 +248,7 @@ def test_a_folder_that_vanishes(place, tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     "out, words",
     [
-        ("x" * 300, "bytes"),
+        ("x" * 300, "File name too long"),
         ("/".join(["y" * 200] * 30), "File name too long"),
         ("dangling", "is a link to nothing"),
         ("text.txt/out", "cannot write in"),
