@@ -44,8 +44,8 @@ def prepare(settings: Settings, name: str | None = None):
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
     text = read_text(settings)
-    if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
-        text = text.with_next()
+    if settings.static is not None and text.by_dropout:
+        raise UserError(f"{text.source}: every positive is its anchor, and a table has no dropout; give other pairs")
     check_columns(settings, len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
         each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""
@@ -57,16 +57,21 @@ def prepare(settings: Settings, name: str | None = None):
 
 
 def read_text(settings: Settings) -> Text:
-    """The user's text, or the default one; of a run that goes on, what it kept of a pipe."""
+    """What is trained on: the user's text or the default one, sentences with their positives. Of a run that goes on,
+    what it kept of a pipe."""
     if settings.train_file is None:
-        return default_text()
-    if settings.resume is not None and (kept := Path(settings.resume) / TEXT).exists():
-        return Text.load(kept)
-    if ranks.size() > 1 and is_stream(settings.train_file):
+        text = default_text()
+    elif settings.resume is not None and (kept := Path(settings.resume) / TEXT).exists():
+        return Text.load(kept)  # with its positives
+    elif ranks.size() > 1 and is_stream(settings.train_file):
         raise UserError(
             f"--train-file {settings.train_file} is a pipe, which one process can read, not {ranks.size()}; give a file"
         )
-    return read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
+    else:
+        text = read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
+    if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
+        return text.with_next()
+    return text.with_switched_case(settings.seed) if settings.positives == "switch-case" else text
 
 
 def keep_prompts(encoder: SentenceTransformer, settings: Settings) -> None:

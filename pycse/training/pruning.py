@@ -54,7 +54,7 @@ def by_dropout(settings: Settings, text: Text) -> bool:
 
     A neighbouring sentence is a positive to learn from, not one that an encoder should already be near to.
     """
-    return len(text.columns) == 1 or settings.positives_of_sentences == "next"
+    return text.by_dropout or settings.positives_of_sentences == "next"
 
 
 def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text) -> None:
@@ -197,7 +197,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0
-        check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
+        check_for_training(encoder, bool(steps) and text.by_dropout, settings.max_length)
         check_prunable(settings, encoder, text)
         shown = model_name(settings)
         loss, teachers = None, []

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
+from pycse.training.encoder import check_case, check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.fit import fit
 from pycse.training.folder import save_or_rescue
 from pycse.training.heads import add_head, remove_head
@@ -53,7 +53,9 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         layers_before = keep_layers(encoder, keep)
         set_pooling(encoder, settings.pooling)
-        check_for_training(encoder, len(text.columns), settings.max_length)
+        check_for_training(encoder, text.by_dropout, settings.max_length)
+        if settings.positives == "switch-case":
+            check_case(encoder, text.rows)
         check_saves(encoder, settings, keep)
         if prunes:
             check_prunable(settings, encoder, text)

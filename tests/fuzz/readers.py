@@ -4,6 +4,8 @@ understand."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import random
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
@@ -83,6 +87,38 @@ def train_file(r: random.Random, folder: Path) -> None:
     wanted = list(dict.fromkeys(row for row in rows if all(row)))
     if text.rows != wanted or sum(text.dropped.values()) + len(wanted) not in (len(lines), len(lines) - 1):
         raise Fault(f"read_train_file made {text.rows} and dropped {dict(text.dropped)} of {content!r}")
+
+
+def formats_bytes(r: random.Random, suffix: str) -> bytes:
+    rows = [[r.choice(("one", "two words", 'ü"', "a,b", "c\nd", "")) for _ in range(2)] for _ in range(r.randint(1, 5))]
+    if suffix == "csv":
+        cells = [["anchor", "positive"], *rows]
+        return "\n".join(",".join('"' + c.replace('"', '""') + '"' for c in row) for row in cells).encode()
+    if suffix == "jsonl":
+        kinds = ({"query": "a", "pos": None}, ["a", "b"], "a", 4, {"text": ["a"]}, {})
+        values = [dict(zip(("anchor", "positive"), row)) for row in rows] + [r.choice(kinds)] * r.randrange(2)
+        return "\n".join(json.dumps(value, ensure_ascii=r.random() < 0.5) for value in values).encode()
+    written = io.BytesIO()
+    columns = {name: list(column) for name, column in zip(("anchor", "positive"), zip(*rows))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), written)
+    return written.getvalue()
+
+
+def formats_file(r: random.Random, folder: Path) -> None:
+    """CSV, JSONL and Parquet, gzipped or not: rows of texts, or one error."""
+    suffix = r.choice(("csv", "jsonl", "parquet"))
+    content = damaged(r, formats_bytes(r, suffix))
+    packed = r.random() < 0.2
+    path = folder / f"train.{suffix}{'.gz' if packed else ''}"
+    path.write_bytes(damaged(r, gzip.compress(content)) if packed else content)
+    try:
+        text = read_train_file(path)
+    except UserError as error:
+        return _named(error, path)
+    cells = [cell for row in text.rows for cell in row]
+    if not cells or any(not cell or cell != cell.strip() for cell in cells) or len({len(row) for row in text.rows}) > 1:
+        raise Fault(f"read_train_file made {text.rows} of {content!r}")
+    "".join(cells).encode()
 
 
 def eval_file(r: random.Random, folder: Path) -> None:
@@ -179,7 +215,7 @@ def _named(error: UserError, path: Path) -> None:
 
 
 READERS: dict[str, Callable[[random.Random, Path], None]] = {
-    "train_file": train_file, "eval_file": eval_file, "cache_file": cache_file, "mask_file": mask_file,
+    "train_file": train_file, "formats_file": formats_file, "eval_file": eval_file, "cache_file": cache_file, "mask_file": mask_file,
     "modules_file": modules_file,
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED
-from pycse.training.encoder import load_encoder
+from pycse.training.encoder import check_case, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
 from pycse.training.folder import save_or_rescue
@@ -56,6 +56,8 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
     shown = model_name(settings)
     begun = start(settings, source, shown, settings.device)
     model = begun.model
+    if settings.positives == "switch-case":
+        check_case(model, text.rows)
     check_loss(settings, model.device)
     teachers = load_all_teachers(settings, model, source, shown)
     keep_freed_memory()
