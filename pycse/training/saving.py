@@ -95,7 +95,8 @@ def compare(folder: Path, saved: SentenceTransformer, settings: Settings, what: 
     """Raise UserError unless the folder holds this encoder: the same weights, and embeddings of TEXTS."""
     options = loading_options(settings) | {"dtype": None, "allow_pickle": False}
     try:
-        loaded = load_encoder(str(folder), str(saved.device), **options)
+        with torch.random.fork_rng():  # a model that is made draws numbers
+            loaded = load_encoder(str(folder), str(saved.device), **options)
     except UserError as error:
         reason = str(error).removeprefix(f"cannot load the model {folder}").removeprefix(":").strip()
         raise UserError(f"{what} cannot be loaded again ({reason}){advice}") from error
