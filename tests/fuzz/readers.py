@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from fuzz.calls import Fault
 from pycse.embedding_cache import HEADER, CacheError, EmbeddingCache
+from pycse.model_folder import transformer_folder
 from pycse.pattern import pack_mask
-from pycse.sparse.storage import restore, saved_masks, transformer_folder
+from pycse.sparse.storage import restore, saved_masks
 from pycse.training.data import read_train_file
 from pycse.training.errors import UserError
 from pycse.training.evaluate import read_eval_file
@@ -163,7 +164,7 @@ def modules_file(r: random.Random, folder: Path) -> None:
     try:
         found = transformer_folder(folder)
     except ValueError as error:
-        if type(error) is not ValueError or "modules.json" not in str(error):
+        if "modules.json" not in str(error):
             raise Fault(f"transformer_folder raised {type(error).__name__} without naming the file: {error}") from error
         return
     except Exception as error:
