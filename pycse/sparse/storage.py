@@ -71,7 +71,8 @@ def encoder_class(folder: Path) -> Any:
     """AutoModel, but for the encoders of encoder-decoders (T5EncoderModel and its like), to which it adds a decoder."""
     import transformers
 
-    (saved,) = (transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""])[:1]
+    named = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True).architectures
+    saved = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     return getattr(transformers, saved if saved.endswith("EncoderModel") else "AutoModel", transformers.AutoModel)
 
 
@@ -95,8 +96,8 @@ def restore_saved(encoder: nn.Module, folder: Path) -> int:
 def saved_pattern(model: nn.Module, folder: Path) -> str:
     """The pattern in a model's configuration; ValueError for anything that is none."""
     settings = getattr(model.config, KEY, None) or {}
-    pattern = settings.get("pattern", "auto") if isinstance(settings, dict) else settings
-    if pattern not in PATTERNS:
+    pattern = settings.get("pattern", "auto") if isinstance(settings, dict) else None
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
         raise ValueError(
             f"{folder / 'config.json'}: {KEY} must have a pattern of {', '.join(PATTERNS)}, got {settings!r:.60}"
         )

@@ -252,9 +252,11 @@ def embed(encoder: SentenceTransformer, texts: list[str]) -> torch.Tensor:
     """(B, D) embeddings in evaluation mode."""
     from sentence_transformers.util import batch_to_device
 
-    training = encoder.training
+    # Each module's own mode: sentence-transformers loads encoders whose transformer alone is in evaluation mode.
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
         return encoder(batch_to_device(encoder.preprocess(texts), encoder.device))["sentence_embedding"]
     finally:
-        encoder.train(training)
+        for module, training in modes:
+            module.training = training
