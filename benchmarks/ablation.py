@@ -91,7 +91,8 @@ def train(settings: dict[str, Any], seed: int, arguments: argparse.Namespace) ->
 def alone(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Scores of an encoder as it comes."""
     from pycse.training.encoder import load_encoder
-    from pycse.training.evaluate import evaluate, evaluation_sets
+    from pycse.training.eval_sets import evaluation_sets
+    from pycse.training.evaluate import evaluate
     from pycse.training.names import resolve_model
 
     return evaluate(load_encoder(resolve_model(name)[0]), evaluation_sets(tuple(arguments.eval_file)))

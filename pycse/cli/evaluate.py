@@ -55,8 +55,9 @@ def evaluate(
 
         from pycse.training import report
         from pycse.training.encoder import keep_layers, load_encoder, loading_options, parse_layers
+        from pycse.training.eval_sets import evaluation_sets
+        from pycse.training.evaluate import check_ranking
         from pycse.training.evaluate import evaluate as scores_of
-        from pycse.training.evaluate import evaluation_sets
         from pycse.training.names import resolve_model
 
         keep = parse_layers(layers)
@@ -65,6 +66,7 @@ def evaluate(
         if keep is not None:
             keep_layers(encoder, keep)
         scores = scores_of(encoder, sets, batch_size)
+        check_ranking(model, scores)
         Console(markup=False, highlight=False).print(
             report.scores_table({"score": scores}, title=f"Evaluation of {model}")
         )

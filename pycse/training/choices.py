@@ -10,6 +10,7 @@ DEFAULT_STEPS = 100
 SHORTEST = 32  # of the lengths that a static table has by default
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 SAVE_MINUTES = 10  # between checkpoints, when --save-steps is not given
+FORMATS = ("txt", "tsv", "csv", "jsonl", "parquet")  # of --train-file
 POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
 DEVICES = ("auto", "cpu", "cuda", "mps")
 POOLINGS = ("cls", "mean", "first-last")
@@ -25,6 +26,7 @@ REPORTERS = ("tensorboard", "wandb", "mlflow")
 # What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
 BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
 MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
+EVAL_BATCH_SIZE, STATIC_EVAL_BATCH_SIZE = 64, 512
 STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
 
 

@@ -78,12 +78,11 @@ def remove_head(encoder: SentenceTransformer) -> Any:
 
 
 @contextmanager
-def without_head(encoder: SentenceTransformer) -> Iterator[None]:
-    """The encoder as it is saved, and afterwards again as it is trained."""
+def without_head(encoder: SentenceTransformer) -> Iterator[Any]:
+    """The encoder as it is saved, and afterwards again as it is trained; the head, or None where it has none."""
     modules = list(encoder.named_children())
-    remove_head(encoder)
     try:
-        yield
+        yield remove_head(encoder)
     finally:
         put(encoder, modules)
 
