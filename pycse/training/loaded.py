@@ -168,10 +168,10 @@ def check_tokenizer(encoder: SentenceTransformer, tokenizer: Any) -> None:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         unknown = vocabulary.get(getattr(tokenizer.model, "unk_token", None) or "")
     elif hasattr(tokenizer, "convert_ids_to_tokens"):
-        ids = tokenizer(" ".join(CHARACTERS), add_special_tokens=False, truncation=False)["input_ids"]
+        each = tokenizer(CHARACTERS, add_special_tokens=False)["input_ids"]
         vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
         special = set(tokenizer.all_special_ids)
-        ids = [one for one in ids if one not in special]
+        ids = [one for of_text in each for one in of_text if one not in special]
     else:  # bags of words and the like
         return
     if all(one == unknown for one in ids):

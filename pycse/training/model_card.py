@@ -128,7 +128,7 @@ def training_lines(run: Run) -> Iterator[str]:
     """What it was trained on, and every setting that has a value."""
     text = run.text
     yield f"- start: {escaped(shown(run.model))}, {run.shape}"
-    yield f"- text: {len(text.rows):,} rows of {' and '.join(text.columns)}"
+    yield f"- text: {len(text.rows):,} {text.unit}"
     for teacher in run.teachers:
         yield f"- teacher: {escaped(shown(str(teacher['name'])))}, width {teacher['width']}"
     if run.pruned:

@@ -53,6 +53,8 @@ def save_model(encoder: SentenceTransformer, folder: Path, settings: Settings, r
         saved = encoder
         if any(p.is_floating_point() and p.dtype != dtype for p in encoder.parameters()):
             saved = copy.deepcopy(encoder).to(dtype)
+            if dtype == torch.float32 and attention_of(saved).startswith("flash"):  # which knows 16 bits alone
+                transformer(saved).set_attn_implementation("sdpa")
         write(saved, folder)
         if not embeddings(saved).isfinite().all() and embeddings(encoder).isfinite().all():
             raise UserError(
@@ -94,6 +96,7 @@ def check_saves(encoder: SentenceTransformer, settings: Settings, keep: list[int
 def compare(folder: Path, saved: SentenceTransformer, settings: Settings, what: str, advice: str = "") -> None:
     """Raise UserError unless the folder holds this encoder: the same weights, and embeddings of TEXTS."""
     options = loading_options(settings) | {"dtype": None, "allow_pickle": False}
+    options["attn_implementation"] = attention_of(saved) or None
     try:
         with torch.random.fork_rng():  # a model that is made draws numbers
             loaded = load_encoder(str(folder), str(saved.device), **options)
@@ -113,6 +116,12 @@ def compare(folder: Path, saved: SentenceTransformer, settings: Settings, what: 
             f"{what} is another one when it is loaded again: embeddings differ by {apart.max():.0%} of their "
             f"length{advice}"
         )
+
+
+def attention_of(encoder: SentenceTransformer) -> str:
+    """What computes the attention, in transformers' words; empty for encoders without one."""
+    config = getattr(getattr(encoder[0], "auto_model", None), "config", None)
+    return getattr(config, "_attn_implementation", None) or ""
 
 
 @torch.no_grad()

@@ -457,3 +457,88 @@ def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch):
             assert not names.hub_answers()
         finally:
             names.hub_answers.cache_clear()
+
+
+@pytest.fixture
+def hub(made, tmp_path, monkeypatch):
+    """A server of one repository, as Hugging Face's interface is; the names of the files that were asked for."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from huggingface_hub import constants
+
+    folder = Path(shutil.copytree(made("bert"), tmp_path / "repository"))
+    for extra in ("onnx/model.onnx", "evil.py", "training_args.bin"):
+        (folder / extra).parent.mkdir(exist_ok=True)
+        (folder / extra).write_text("not to be fetched")
+    sha, asked = "1" * 40, []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def do_GET(self, body=True):
+            path = self.path.split("?")[0]
+            files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+            if path.startswith("/api/models/them/encoder/tree"):
+                return self.answer(
+                    json.dumps([{"type": "file", "path": f, "size": 1, "oid": "0"} for f in files]).encode(), body
+                )
+            if path.startswith("/api/models/them/encoder"):
+                known = {
+                    "id": "them/encoder",
+                    "modelId": "them/encoder",
+                    "sha": sha,
+                    "siblings": [{"rfilename": f} for f in files],
+                }
+                return self.answer(json.dumps(known).encode(), body)
+            name = path.removeprefix(f"/them/encoder/resolve/{sha}/")
+            if name not in files:
+                return self.answer(b"", body, 404)
+            asked.append(name)
+            self.answer((folder / name).read_bytes(), body)
+
+        def answer(self, content, body, code=200):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{abs(hash(content))}"')
+            self.send_header("X-Repo-Commit", sha)
+            if code == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "cache"))
+    answers = names.hub_answers
+    answers.cache_clear()
+    yield folder, asked
+    answers.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_an_id_only_what_may_be_read_is_fetched(hub, made, monkeypatch):
+    folder, asked = hub
+    assert names.resolve_model("them/encoder") == ("them/encoder", False)
+    assert (load("them/encoder").encode("a") == load(made("bert")).encode("a")).all()
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(asked)
+    assert not {"onnx/model.onnx", "evil.py", "training_args.bin"} & set(asked)
+    with pytest.raises(UserError, match=r"cannot load the model them/other \("):
+        load("them/other")
+    # And without a network from the cache.
+    monkeypatch.setattr(names, "hub_answers", lambda: False)
+    found, local = names.resolve_model("them/encoder")
+    assert local and (load(found).encode("a") == load(made("bert")).encode("a")).all()

@@ -351,7 +351,7 @@ def test_runs_and_their_cards(made, kind, place):
         assert word in card, card
     # Nothing of the text, and no folder of this machine.
     assert "ship" not in card and str(place) not in card and str(made("bert").parent) not in card
-    assert "base_model" not in card and "\n- text: 12 rows of sentence" in card
+    assert "base_model" not in card and "\n- text: 12 sentences" in card
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert f"{metrics['after']['lee']['spearman']:.4f}" in card
     model = loaded_as_told(card, folder)
