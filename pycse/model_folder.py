@@ -23,6 +23,7 @@ MODULES = {
     "Transformer", "StaticEmbedding", "BoW", "CNN", "Dense", "Dropout", "LayerNorm", "LSTM", "Normalize", "Pooling",
     "WeightedLayerPooling", "WordEmbeddings", "WordWeights", "CLIPModel", "Router", "Asym",
 }  # fmt: skip
+NESTED = ("Router", "Asym")  # have modules of their own, in folders below theirs
 # Model types of pycse.sparse.shrunk_encoders: their auto_map is for loaders without pycse, which has the classes.
 OWN_TYPES = "pycse_shrunk_"
 OWN_CODE = "shrunk_encoders."
@@ -58,15 +59,18 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, trust_remote_code:
                 f"{folder / 'modules.json'} names foreign code ({kind}), which is not run; trust_remote_code "
                 "(--trust-remote-code) runs it, if you trust its author"
             )
-    if (folder / "adapter_config.json").exists():
-        raise UntrustedModel(
-            f"{folder} is an adapter, and names the model that it belongs to, which lies elsewhere; merge the two "
-            "(peft: merge_and_unload) and give the folder of the result"
-        )
     for place in module_folders(folder):
+        if (place / "adapter_config.json").exists():
+            raise UntrustedModel(
+                f"{place} is an adapter, and names the model that it belongs to, which lies elsewhere; merge the two "
+                "(peft: merge_and_unload) and give the folder of the result"
+            )
         check_links(folder, place)
         for file in sorted(place.glob("*.json")):
-            check_json(folder, place, file, trust_remote_code)
+            try:
+                check_json(folder, place, file, trust_remote_code)
+            except RecursionError:
+                raise UntrustedModel(f"{file} is nested too deeply to be settings") from None
         check_pickles(place, allow_pickle)
 
 
@@ -93,7 +97,13 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
 
 def module_folders(folder: Path) -> list[Path]:
     """Where a model's modules lie, the transformer's first: the folder itself for a model of transformers."""
-    places = [inside(folder, folder / module["path"], "modules.json") for module in read_modules(folder)]
+    places = []
+    for module in read_modules(folder):
+        place = inside(folder, folder / module["path"], "modules.json")
+        places.append(place)
+        if module["type"].split(".")[-1] in NESTED and place.is_dir():
+            below = sorted(path for path in place.rglob("*") if path.is_dir())
+            places += [inside(folder, path, str(path.relative_to(folder))) for path in below]
     return [place for place in dict.fromkeys(places or [folder]) if place.is_dir()]
 
 
@@ -138,8 +148,8 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
     values = read_json(file)
     if not isinstance(values, dict):
         return
-    code = values.get("auto_map")
-    if code and not trust_remote_code and not is_own(values, code):
+    code = list(named(values, "auto_map"))
+    if any(code) and not trust_remote_code and not is_own(values, code):
         raise UntrustedModel(
             f"{file} names foreign code ({', '.join(sorted(map(str, strings(code))))}), which is not run; "
             "trust_remote_code (--trust-remote-code) runs it, if you trust its author"
@@ -147,11 +157,10 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
     weights = values.get("transformers_weights")
     if weights is not None and not (isinstance(weights, str) and weights.endswith((".safetensors", ".index.json"))):
         raise UntrustedModel(f"{file}: transformers_weights must name a safetensors file, got {str(weights)[:60]}")
-    attention = values.get("attn_implementation")
-    if "/" in str(attention or ""):
-        raise UntrustedModel(
-            f"{file} asks for code of another place (attn_implementation {attention}), which is not run"
-        )
+    # Attention, and whatever else may have several kernels.
+    elsewhere = [text for text in strings(list(named(values, "_implementation"))) if "/" in text]
+    if elsewhere and not trust_remote_code:
+        raise UntrustedModel(f"{file} asks for code of another place ({elsewhere[0]}), which is not run")
     if file.name.startswith("sentence_"):
         check_arguments(file, values)
 
@@ -175,6 +184,18 @@ def is_own(values: dict[str, Any], code: Any) -> bool:
     kind = values.get("model_type")
     own = isinstance(kind, str) and kind.startswith(OWN_TYPES)
     return own and all(name.startswith(OWN_CODE) for name in strings(code))
+
+
+def named(value: Any, ending: str) -> Iterator[Any]:
+    """What keys with this ending have, at any depth."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key.endswith(ending):
+                yield one
+            yield from named(one, ending)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from named(one, ending)
 
 
 def strings(value: Any) -> Iterator[str]:

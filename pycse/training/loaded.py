@@ -29,7 +29,6 @@ CHARACTERS = list(
 )
 LONG = 512  # words of the long text; more where the encoder reads further, up to the limit below
 LONGEST = 1024
-ENDLESS = 100_000  # tokens: tokenizers without a limit have one of 1e30, which no 32-bit number holds
 NAMED = 3  # weights or tokens that a message names
 
 

@@ -299,6 +299,16 @@ def link(name, target):
     return change
 
 
+def inner(name, file="config.json", pickle=False, **values):
+    def change(folder):
+        (folder / name).mkdir(parents=True)
+        architectures.edit(folder / name, file, **values)
+        if pickle:
+            torch.save({}, folder / name / "pytorch_model.bin")
+
+    return change
+
+
 def both(*changes):
     return lambda folder: [change(folder) for change in changes] and None
 
@@ -320,6 +330,7 @@ HOSTILE = {
     "an object of modules": (lambda folder: (folder / "modules.json").write_text("{}"), ["must be a list"]),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read as JSON"]),
     "deep JSON": (lambda folder: (folder / "config.json").write_text("[" * 100_000), ["config.json cannot be read as JSON"]),
+    "JSON that is less deep": (lambda folder: (folder / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900), ["config.json"]),
     "linked weights": (link("model.safetensors", "../secret"), ["model.safetensors leads out of the folder"]),
     "linked settings": (link("tokenizer.json", "/etc/passwd"), ["tokenizer.json leads out"]),
     "linked module": (both(link("inner", ".."), modules(entry("inner"))), ["leads out"]),
@@ -331,6 +342,11 @@ HOSTILE = {
     "tokenizer elsewhere": (both(modules(entry()), settings("sentence_bert_config.json", tokenizer_name_or_path="/else")), ["tokenizer /else"]),
     "arguments": (both(modules(entry()), settings("sentence_bert_config.json", model_args={"weights_only": False})), ["model_args", "weights_only"]),
     "arguments that are a path": (both(modules(entry()), settings("sentence_bert_config.json", model_kwargs={"dtype": "../x"})), ["model_kwargs"]),
+    "attention below": (settings("config.json", text_config={"_attn_implementation": "them/kernel"}), ["code of another place (them/kernel)"]),
+    "code below": (settings("config.json", text_config={"auto_map": {"AutoModel": "evil.Model"}}), ["foreign code (evil.Model)"]),
+    "a route's pickle": (both(modules(entry("", "sentence_transformers.models.Router")), inner("query", pickle=True)), ["pytorch_model.bin"]),
+    "a route's code": (both(modules(entry("", "sentence_transformers.models.Router")), inner("query/0_Transformer", auto_map={"AutoModel": "evil.Model"})), ["foreign code"]),
+    "a module's adapter": (both(modules(entry("0_Transformer")), inner("0_Transformer", file="adapter_config.json")), ["adapter", "merge"]),
     "an adapter": (settings("adapter_config.json", base_model_name_or_path="/else"), ["adapter", "merge"]),
 }  # fmt: skip
 
