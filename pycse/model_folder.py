@@ -33,6 +33,7 @@ ARGUMENTS = {
     "do_lower_case", "output_hidden_states", "max_length", "add_eos_token", "add_bos_token", "add_pooling_layer",
     "use_cache", "is_causal", "reference_compile", "clean_up_tokenization_spaces", "fix_mistral_regex", "backend",
 }  # fmt: skip
+DEEPEST = 50  # levels of a settings file; the libraries that read it walk it with functions that call themselves
 WEIGHTS, PICKLES = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -67,10 +68,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, trust_remote_code:
             )
         check_links(folder, place)
         for file in sorted(place.glob("*.json")):
-            try:
-                check_json(folder, place, file, trust_remote_code)
-            except RecursionError:
-                raise UntrustedModel(f"{file} is nested too deeply to be settings") from None
+            check_json(folder, place, file, trust_remote_code)
         check_pickles(place, allow_pickle)
 
 
@@ -146,6 +144,8 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
     if not (file.name.endswith("config.json") or file.name.startswith("sentence_")):
         return
     values = read_json(file)
+    if depth(values) > DEEPEST:
+        raise UntrustedModel(f"{file} is nested {DEEPEST} levels deep and more, which no settings are")
     if not isinstance(values, dict):
         return
     code = list(named(values, "auto_map"))
@@ -184,6 +184,15 @@ def is_own(values: dict[str, Any], code: Any) -> bool:
     kind = values.get("model_type")
     own = isinstance(kind, str) and kind.startswith(OWN_TYPES)
     return own and all(name.startswith(OWN_CODE) for name in strings(code))
+
+
+def depth(value: Any) -> int:
+    """Levels of lists and dictionaries."""
+    level, levels = [value], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        level = [below for one in level for below in (one.values() if isinstance(one, dict) else one)]
+        levels += 1
+    return levels
 
 
 def named(value: Any, ending: str) -> Iterator[Any]:

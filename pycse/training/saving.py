@@ -13,6 +13,7 @@ from torch import Tensor
 from pycse.training import ranks
 from pycse.training.encoder import load_encoder, loading_options, stored_dtype, transformer
 from pycse.training.errors import UserError
+from pycse.training.folder import umask
 from pycse.training.heads import without_head
 from pycse.training.loaded import CHARACTERS, embed, listed
 
@@ -69,6 +70,9 @@ def save_model(encoder: SentenceTransformer, folder: Path, settings: Settings, r
 def write(encoder: SentenceTransformer, folder: Path) -> None:
     """save_pretrained without the model card of sentence-transformers, which quotes the training text."""
     encoder.save_pretrained(str(folder), create_model_card=False)
+    # safetensors lets nobody but the user read its files, whatever the umask.
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask())
 
 
 def check_saves(encoder: SentenceTransformer, settings: Settings, keep: list[int] | None) -> None:

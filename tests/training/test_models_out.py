@@ -1,6 +1,7 @@
 """Models that are saved: what is loaded again is what was trained, and its README.md says how."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_whole_models_of_any_architecture(made, name, tmp_path):
     expected = moved(encoder).encode(TEXTS)
     save_model(encoder, tmp_path / "model", Settings())
     assert (theirs(tmp_path / "model").encode(TEXTS) == expected).all()
+
+
+def test_others_may_read_what_is_saved(made, tmp_path):
+    """As far as the umask says; safetensors itself makes files of one user."""
+    from pycse.training.saving import save_model
+
+    before = os.umask(0o027)
+    try:
+        save_model(load(made("bert")), tmp_path / "model", Settings())
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "model").iterdir() if file.is_file()} == {"0o640"}
 
 
 def test_layers_that_are_shared_cannot_be_cut(made):
