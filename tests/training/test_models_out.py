@@ -389,6 +389,40 @@ def test_cards_of_sparsify_and_of_tables(made, place):
     assert dtypes(place / "table" / "model") == {"float16"}
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_runs_of_encoders_without_a_length_limit_or_padding(name, place):
+    """Their tokenizer has a limit of 1e30, and an ending token to pad with; Llama has no dropout to make positives by."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    folder = architectures.make(place / name, name, limit=None)
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.no_padding()
+    for file in folder.glob("token*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="[SEP]").save_pretrained(folder)
+    (place / "pairs.tsv").write_text("".join(f"{s}\t{s} now\n" for s in SENTENCES))
+    pycse(
+        "train", "--model", folder, "--train-file", "pairs.tsv", "--out", "out", "--device", "cpu", "--recipe", "simcse",
+        "--batch-size", 4, "--steps", 1, "--lr", 0.001,
+    )  # fmt: skip
+    assert theirs(place / "out" / "model").encode(["a " * 700, "b"]).shape == (2, 32)
+
+
+def test_a_model_with_code_of_its_own(made, place):
+    """Runs where that is allowed, in what is saved too; its card says so."""
+    folder = Path(shutil.copytree(made("bert"), place / "own"))
+    (folder / "own.py").write_text("from transformers import BertModel\nclass Own(BertModel):\n    told = 'own code'\n")
+    architectures.edit(folder, "config.json", auto_map={"AutoModel": "own.Own"})
+    pycse(
+        "train", "--model", folder, "--train-file", "private.txt", "--out", "out", "--device", "cpu", "--recipe", "simcse",
+        "--batch-size", 4, "--steps", 1, "--trust-remote-code",
+    )  # fmt: skip
+    card = (place / "out" / "model" / "README.md").read_text()
+    assert "trust_remote_code=True)  # if you trust" in card
+    assert loaded_as_told(card, place / "out" / "model")[0].auto_model.told == "own code"
+
+
 def test_the_base_of_a_card():
     from pycse.training.data import Text
     from pycse.training.model_card import base_model, shown
