@@ -93,7 +93,9 @@ def load_encoder(
         return encoder
     except (UserError, UntrustedModel) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
-    except Exception as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+    except BaseException as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         near = "" if Path(name).is_dir() else did_you_mean(name)
         raise UserError(

@@ -182,6 +182,21 @@ def test_a_tokenizer_without_padding_takes_another_special_token(made, tmp_path)
     refused(folder, "no padding token", "set pad_token")
 
 
+def cut_to_nothing(vocabulary):
+    vocabulary["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 9}
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_to_nothing, lambda known: known.pop("model"), lambda known: known["model"].update(vocab=5)]
+)
+def test_damaged_tokenizers(bert, damage):
+    """Also what makes tokenizers panic, which is no Exception."""
+    known = json.loads((bert / "tokenizer.json").read_text())
+    damage(known)
+    (bert / "tokenizer.json").write_text(json.dumps(known))
+    refused(bert)
+
+
 # ---- lengths
 
 
