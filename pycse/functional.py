@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pycse import matryoshka, ops, validation
+from pycse.choices import DIRECTIONS
 from pycse.matryoshka import MatryoshkaOutput
-from pycse.problem import DIRECTIONS, Contrastive, Lengths
+from pycse.problem import Contrastive, Lengths
 from pycse.transforms import recordable
 
 

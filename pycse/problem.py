@@ -15,15 +15,6 @@ from torch import Tensor
 from pycse import logits
 from pycse.logits import Logit
 
-REDUCTIONS = ("mean", "sum", "none")
-SHUFFLES = ("sample", "expected", "none")
-DIVERGENCES = ("ce", "kl", "js")
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")  # pycse/backends has each
-BACKEND_CHOICES = ("auto", *BACKENDS)
-EXCLUDE_BY = ("absolute", "relative", "constant")
-DIRECTIONS = ("qd", "qq", "dq", "dd")  # of rows and keys: queries and documents
-PARTITIONS = ("joint", "per_direction")
-OUTPUTS = ("loss", "logsum", "negatives")
 FIXED_RANGE = 80.0  # of logits, see Contrastive.shift
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pycse import backends
-from pycse.problem import BACKENDS
+from pycse.choices import BACKENDS
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,20 @@ def test_without_triton(tmp_path):
     assert out.startswith("[]")
 
 
+def test_importing_waits_for_torch(tmp_path):
+    code = "import sys, pycse; print('torch' in sys.modules); pycse.fused_infonce; print(pycse.info.__module__, dir(pycse))"
+    first, rest = python(code, tmp_path).splitlines()
+    assert first == "False" and rest.startswith("pycse.report") and "logsumexp_similarities" in rest
+
+
+def test_what_is_named_comes_from_somewhere():
+    import pycse
+
+    assert sorted(name for names in pycse.MODULES.values() for name in names) == pycse.__all__
+    with pytest.raises(AttributeError, match="no attribute 'fused_everything'"):
+        pycse.fused_everything  # noqa: B018
+
+
 def test_importing_loads_nothing_heavy(tmp_path):
     code = "import torch; before = set(__import__('sys').modules); import pycse; print(*set(__import__('sys').modules) - before)"
     loaded = python(code, tmp_path).split()
@@ -183,7 +197,7 @@ def test_no_backend_imports_another():
 # From low to high: what is imported stands in an earlier line than the importer, or in its own. Modules that are not
 # named are plain: they know no kernels. pycse/__init__.py imports what is public, and nothing imports it.
 LAYERS = (
-    "problem transforms grouping validation pattern",
+    "choices problem transforms grouping validation pattern",
     "kernels",
     "backends panels",
     "ops",

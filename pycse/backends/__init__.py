@@ -18,7 +18,7 @@ import torch as pytorch  # the name torch becomes this package's backend once th
 
 from pycse.backends import forks
 from pycse.backends.interpreter import interpreted
-from pycse.problem import BACKENDS
+from pycse.choices import BACKENDS
 
 DIFFERENTIABLE = ("reference",)  # plain PyTorch: its own autograd, to any order
 IN_PARTS = ("torch", "cpu", "triton")  # whose contrastive kernels run over negatives in parts: panels/parts.py

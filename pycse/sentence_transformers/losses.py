@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.choices import EXCLUDE_BY
 from pycse.functional import fused_focal_infonce, fused_infonce
 from pycse.matryoshka import Drawn
-from pycse.problem import EXCLUDE_BY
 from pycse.sentence_transformers import citations
 from pycse.sentence_transformers.columns import Batch, ColumnLoss
 from pycse.supervised import fused_supcon

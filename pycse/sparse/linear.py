@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pycse import transforms, validation
+from pycse.choices import BACKEND_CHOICES
 from pycse.ops import sparse as ops
 from pycse.pattern import Pattern, pack_mask, unpack_mask
-from pycse.problem import BACKEND_CHOICES
 from pycse.sparse import weight as weights
 from pycse.sparse.choice import PATTERNS, resolve
 from pycse.sparse.derived import BITS, Derived, agreed, derive, written

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pycse import transforms, validation
+from pycse.choices import BACKEND_CHOICES
 from pycse.ops import sparse as ops
 from pycse.pattern import pack_mask, unpack_mask
-from pycse.problem import BACKEND_CHOICES
 
 _is_exporting = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
 

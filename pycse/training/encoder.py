@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pycse.training.choices import BUNDLED
 from pycse.training.errors import UserError
-from pycse.training.settings import BUNDLED
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

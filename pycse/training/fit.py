@@ -6,9 +6,9 @@ import gc
 import time
 
 from pycse.training import ranks
+from pycse.training.choices import EVALUATIONS
 from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
 from pycse.training.run import Run
-from pycse.training.settings import EVALUATIONS
 
 
 def fit(run: Run, encoder, loss, sets: list[ScoredPairs], scratch: str, console) -> None:

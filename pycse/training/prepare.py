@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pycse.training import ranks
+from pycse.training.checks import check_columns
+from pycse.training.choices import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS
 from pycse.training.data import Text, default_text, read_train_file
 from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluation_sets
+from pycse.training.folder import check_writable, output_folder
 from pycse.training.recipes import RECIPES
-from pycse.training.settings import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS, Settings, check_writable, output_folder
+from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
 
 
@@ -35,7 +38,7 @@ def prepare(settings: Settings, name: str | None = None):
     text = read_train_file(settings.train_file) if settings.train_file else default_text()
     if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
-    settings.check_columns(len(text.columns))
+    check_columns(settings, len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
         each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""
         raise UserError(

@@ -15,6 +15,7 @@ from torch import nn
 from pycse.sparse import Report, score, sparsify
 from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
+from pycse.training.choices import n_of_m
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder
 from pycse.training.errors import UserError
@@ -24,7 +25,7 @@ from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
 from pycse.training.report import text_table
 from pycse.training.run import Pruned, Run
-from pycse.training.settings import Settings, n_of_m
+from pycse.training.settings import Settings
 from pycse.training.teachers import described
 
 if TYPE_CHECKING:

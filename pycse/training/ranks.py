@@ -22,12 +22,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pycse.training.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # What launchers say: size, rank, rank on this machine. Those of MPI as accelerate reads them.
 NAMES = (
@@ -202,6 +203,8 @@ def device(name: str) -> str:
     processes, _, local = place()
     if processes == 1:
         return name
+    import torch
+
     if name == "mps":
         raise UserError(f"--device mps runs one process, not {processes}; use --device cpu")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")  # accelerate launch --cpu
@@ -219,7 +222,11 @@ def device(name: str) -> str:
 
 def join(encoder_device: torch.device) -> None:
     """Make the group, before the trainer does, so that it waits as long as rank 0 evaluates."""
-    if size() == 1 or torch.distributed.is_initialized():
+    if size() == 1:
+        return
+    import torch
+
+    if torch.distributed.is_initialized():
         return
     if encoder_device.type == "cuda":
         torch.cuda.set_device(encoder_device)
@@ -231,13 +238,19 @@ def join(encoder_device: torch.device) -> None:
 def leave() -> None:
     """The end of a run: wait for all, and end the group."""
     exchange(None)
-    if size() > 1 and torch.distributed.is_initialized():
+    if size() == 1:
+        return
+    import torch
+
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def take_from_first(tensors: dict[str, Tensor]) -> None:
     """Overwrite the tensors with rank 0's."""
     if size() > 1:
+        import torch
+
         for name in sorted(tensors):
             torch.distributed.broadcast(tensors[name], 0)
 

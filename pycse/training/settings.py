@@ -1,93 +1,227 @@
-"""Every choice of a training run, with its default, checked before any work is done.
+"""Every choice of a training run: its default, its help on the command line, and what follows from it.
 
-`pycse --help` reads the defaults from this file: nothing heavy is imported here.
+The options of `pycse train` and `pycse sparsify`, and the keys of --config, are the fields of Settings. Nothing heavy
+is imported here: `pycse --help` reads this file.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import re
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from itertools import takewhile
-from pathlib import Path
+from typing import Any
 
-from pycse.problem import DIVERGENCES, SHUFFLES
+from pycse.choices import DIVERGENCES, SHUFFLES
+from pycse.training import checks
+from pycse.training.choices import (
+    BATCH_SIZE,
+    BUNDLED,
+    DEFAULT_LAYERS,
+    DEFAULT_STEPS,
+    DEVICES,
+    EVALUATIONS,
+    GRANULARITIES,
+    MAX_LENGTH,
+    MEANS,
+    SCOPES,
+    SHORTEST,
+    STATIC_BATCH_SIZE,
+    STATIC_INIT_LR,
+    STATIC_LR,
+    STATIC_MAX_LENGTH,
+    n_of_m,
+)
 from pycse.training.errors import UserError
-from pycse.training.recipes import PRUNING, RECIPES, SHARED, recipes_with
+from pycse.training.options import option
+from pycse.training.recipes import PRUNING, RECIPES, SHARED
 
-BUNDLED = "bundled"  # name of the encoder that comes with the training extras
-DEFAULT_LAYERS = "0,2,4"  # of the bundled MiniLM: every other layer, so that there is something to learn
-DEFAULT_STEPS = 100
-SHORTEST = 32  # of the lengths that a static table has by default
-EVALUATIONS = 10  # during a run, when --eval-steps is not given
-POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
-DEVICES = ("auto", "cpu", "cuda", "mps")
-GRANULARITIES = ("weight", "block", "head", "neuron")  # and n:m with numbers, as in 2:4
-SCOPES = ("global", "layer")
-MEANS = ("global", "layer")
-# What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
-BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
-MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
-STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
+DISTILL = RECIPES["distillcse"].own
+PRUNES = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
+DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
+EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
+DEFAULT_RECIPE = "distillcse"
+
+
+def of_pruning(default: Any, help: str) -> Any:
+    """An option of recipes that prune, and of sparsify."""
+    return option(default, f"{PRUNES}: {help}", sparsify=help)
 
 
 @dataclass
 class Settings:
     """What to train, on what, how, and where to. None means: the default described in `pycse train --help`."""
 
-    model: str | None = None
-    layers: str | None = None
-    static: int | None = None  # features of a table of tokens, which is trained instead of an encoder
-    init: str | None = None
-    dims: str | None = None
-    train_file: str | None = None
-    positives: str | None = None
-    eval_files: tuple[str, ...] = ()
-    out: str | None = None
-    recipe: str = field(default=None)  # type: ignore[assignment]
-    temperature: float = 0.05
-    m: float | None = None
-    teachers: tuple[str, ...] = ()
-    cache_teachers: str | None = None
-    distill_weight: float | None = None
-    student_temperature: float | None = None
-    teacher_temperature: float | None = None
-    group_temperature: float | None = None
-    group_p: float | None = None
-    group_size: int | None = None
-    span: tuple[int, int] | None = None
-    shuffle: str | None = None
-    divergence: str | None = None
-    sparsity: float | None = None
-    granularity: str | None = None
-    scope: str | None = None
-    block: int | None = None
-    balance: float | None = None
-    means: str | None = None
-    score_batches: int | None = None
-    finetune_steps: int | None = None
-    hard_negative_weight: float = 0.0
-    symmetric: bool = False
-    backend: str = "auto"
-    batch_size: int = field(default=None)  # type: ignore[assignment]
-    steps: int | None = None
-    epochs: float | None = None
-    lr: float | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    max_length: int = field(default=None)  # type: ignore[assignment]
-    eval_steps: int | None = None
-    seed: int = 42
-    device: str = "auto"
-    bf16: bool = False
-    prunes: bool = False  # whatever the recipe: `pycse sparsify`
+    model: str | None = option(
+        None,
+        "Hugging Face id or folder of the encoder to start from. Default: the all-MiniLM-L6-v2 that comes with the "
+        "training extras.",
+        sparsify="Hugging Face id or folder of the encoder. Default: the all-MiniLM-L6-v2 that comes with the training "
+        "extras.",
+        path=True,
+    )
+    layers: str | None = option(
+        None,
+        f"Layers to keep, from 0, as in 0,2,4, or all. Default: {DEFAULT_LAYERS} of the default model, all of another.",
+    )
+    static: int | None = option(
+        None,
+        "Train a static table of this many features a token instead of an encoder: a text is the mean of its tokens. "
+        "--model then gives the tokenizer alone.",
+        metavar="WIDTH",
+    )
+    init: str | None = option(
+        None,
+        "--static: start from this encoder's embeddings of its tokens, or from another static table. Hugging Face id, "
+        f"folder, or {BUNDLED} for the encoder of the training extras. Default: random.",
+        metavar="MODEL",
+        path=True,
+    )
+    dims: str | None = option(
+        None,
+        "--static: lengths that embeddings shall be good at, as in 1024,512,256. Default: the width, halved down to "
+        f"{SHORTEST}.",
+    )
+    train_file: str | None = option(
+        None,
+        "Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a hard "
+        "negative). Default: English Wikipedia sentences that come with the training extras.",
+        sparsify="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the "
+        "scores; otherwise dropout makes them. Default: English Wikipedia sentences that come with the training "
+        "extras.",
+        path=True,
+    )
+    positives: str | None = option(
+        None,
+        "What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE) or next (the "
+        "sentence after it). Default: dropout for --train-file, next for the default text and --static.",
+    )
+    eval_files: tuple[str, ...] = option((), EVAL_HELP, flag="eval-file", metavar="FILE", sparsify=True, path=True)
+    out: str | None = option(
+        None,
+        "New or empty folder to write to. Default: runs/RECIPE-DATE-TIME, runs/static-DATE-TIME.",
+        sparsify="New or empty folder to write to. Default: runs/sparsify-DATE-TIME.",
+        path=True,
+    )
+    recipe: str = option(  # type: ignore[assignment]
+        None,
+        f"One of {', '.join(RECIPES)}. distillcse learns a teacher's similarities beside InfoNCE; focal is "
+        "Focal-InfoNCE; simcse is InfoNCE; sparsecse is InfoNCE, then removes parameters and trains the rest. "
+        f"Default: {DEFAULT_RECIPE}; simcse for --static without --teacher.",
+        sparsify=f"Of --finetune-steps, one of {', '.join(name for name, one in RECIPES.items() if not one.prunes)}. "
+        f"distillcse: the encoder before the removal teaches what is left of it. Default: {DEFAULT_RECIPE}.",
+    )
+    temperature: float = option(0.05, "Temperature of the contrastive loss.")
+    m: float | None = option(
+        None,
+        f"Hardness of Focal-InfoNCE. Default: {RECIPES['focal'].own['m']} for focal; none for distillcse, whose "
+        "contrastive part is then InfoNCE.",
+    )
+    teachers: tuple[str, ...] = option(
+        (),
+        "Hugging Face id or folder of an encoder to learn from, recipe distillcse; repeatable, of any width. Default: "
+        "the encoder that --model and --layers cut.",
+        flag="teacher",
+        metavar="ENCODER",
+        path=True,
+    )
+    cache_teachers: str | None = option(
+        None,
+        "Folder that keeps the teachers' embeddings, for later epochs and runs; it may be shared.",
+        metavar="FOLDER",
+        path=True,
+    )
+    distill_weight: float | None = option(
+        None, f"distillcse: factor of the distillation. Default: {DISTILL['distill_weight']:g}."
+    )
+    student_temperature: float | None = option(
+        None, f"distillcse: of the student's similarities. Default: {DISTILL['student_temperature']}."
+    )
+    teacher_temperature: float | None = option(
+        None, f"distillcse: of the teachers' similarities. Default: {DISTILL['teacher_temperature']}."
+    )
+    group_temperature: float | None = option(
+        None, f"distillcse: of the mass that --group-p counts. Default: {DISTILL['group_temperature']:g}."
+    )
+    group_p: float | None = option(
+        None, "distillcse: probability mass of a group of ranks that is shuffled. Default: 0.1."
+    )
+    group_size: int | None = option(None, "distillcse: instead of --group-p, ranks in a group.")
+    span: tuple[int, int] | None = option(
+        None, "distillcse: instead of --group-p, the ranks (start, end) of the only group.", metavar="A B"
+    )
+    shuffle: str | None = option(
+        None,
+        f"distillcse: one of {', '.join(SHUFFLES)}. sample shuffles the teachers' probabilities inside each group; "
+        f"expected gives each member the group's mean. Default: {DISTILL['shuffle']}.",
+    )
+    divergence: str | None = option(
+        None, f"distillcse: one of {', '.join(DIVERGENCES)}. Default: {DISTILL['divergence']}."
+    )
+    sparsity: float | None = of_pruning(
+        None,
+        f"Share of the weights, blocks, heads or neurons to remove, of 0 to below 1. Default: {PRUNING['sparsity']}.",
+    )
+    granularity: str | None = of_pruning(
+        None,
+        f"What is removed: one of {', '.join(GRANULARITIES)}, or n:m as in 2:4, which keeps 2 of every 4 weights. "
+        f"Default: {PRUNING['granularity']}.",
+    )
+    scope: str | None = of_pruning(
+        None,
+        f"One of {', '.join(SCOPES)}: the share of all, or of each layer. Default: layer for neuron and n:m, else "
+        "global.",
+    )
+    block: int | None = of_pruning(None, f"Side of a block, --granularity block. Default: {PRUNING['block']}.")
+    balance: float | None = of_pruning(
+        None, f"Share of alignment in the scores; the rest is uniformity's. Default: {PRUNING['balance']}."
+    )
+    means: str | None = of_pruning(
+        None,
+        f"What scores are divided by, one of {', '.join(MEANS)}: the mean of all parameters, or of each. "
+        f"Default: {PRUNING['means']}.",
+    )
+    score_batches: int | None = of_pruning(
+        None, f"Batches of text to score parameters on. Default: {PRUNING['score_batches']}."
+    )
+    finetune_steps: int | None = option(
+        None,
+        f"{PRUNES}: steps after the removal. Default: half of --steps.",
+        sparsify="Steps of training after the removal, under the masks. Default: 0.",
+    )
+    hard_negative_weight: float = option(0.0, "Added to the logits of a row's own hard negatives.")
+    symmetric: bool = option(False, "Mean of the loss in both directions.")
+    backend: str = option("auto", "Backend of the loss; pycse info lists them.")
+    batch_size: int = option(  # type: ignore[assignment]
+        None,
+        f"Rows a step; of each process where there are several. Default: {BATCH_SIZE}; {STATIC_BATCH_SIZE} for "
+        "--static.",
+        sparsify=f"Rows a batch. Default: {BATCH_SIZE}.",
+    )
+    steps: int | None = option(None, f"Training steps. Default: {DEFAULT_STEPS}.")
+    epochs: float | None = option(None, "Times through the text, instead of --steps.")
+    lr: float | None = option(
+        None,
+        f"Peak learning rate, linear warm-up and decay. Default: {RECIPES['distillcse'].lr:g} for distillcse, "
+        f"{RECIPES['focal'].lr:g} for the others; {STATIC_LR:g} for --static, {STATIC_INIT_LR:g} with --init.",
+        sparsify="Peak learning rate of --finetune-steps. Default: the recipe's.",
+    )
+    warmup: float = option(0.1, "Share of the steps that warm up.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    max_length: int = option(  # type: ignore[assignment]
+        None,
+        "Tokens that training text is cut at; evaluation reads as far as the encoder can. Default: "
+        f"{MAX_LENGTH}; {STATIC_MAX_LENGTH} for --static.",
+        sparsify=f"Tokens that text is cut at, but for evaluation. Default: {MAX_LENGTH}.",
+    )
+    eval_steps: int | None = option(None, f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")
+    seed: int = option(42, "Seed of dropout and of the order of the text.", sparsify=True)
+    device: str = option("auto", DEVICE_HELP, sparsify=True)
+    bf16: bool = option(False, "Mixed precision in bfloat16.")
+    prunes: bool = field(default=False)  # whatever the recipe: `pycse sparsify`
 
     def __post_init__(self) -> None:
         static = self.static is not None
         if self.recipe is None:
-            self.recipe = "simcse" if static and not self.teachers else "distillcse"
+            self.recipe = "simcse" if static and not self.teachers else DEFAULT_RECIPE
         if self.batch_size is None:
             self.batch_size = STATIC_BATCH_SIZE if static else BATCH_SIZE
         if self.max_length is None:
@@ -95,136 +229,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
-        if self.recipe not in RECIPES:
-            raise UserError(f"--recipe {self.recipe}: unknown; use one of {', '.join(RECIPES)}")
-        for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.own):
-            if getattr(self, name) is not None and name not in RECIPES[self.recipe].own:
-                others = " or ".join(recipes_with(name))
-                raise UserError(
-                    f"--{flag(name)} does not belong to --recipe {self.recipe}; leave it out or use --recipe {others}"
-                )
-        self.check_static()
-        self.check_teachers()
-        self.check_pruning()
-        if self.steps is not None and self.epochs is not None:
-            raise UserError("--steps and --epochs exclude each other; give one of them")
-        if self.positives not in (None, *POSITIVES):
-            raise UserError(f"--positives {self.positives}: unknown; use one of {', '.join(POSITIVES)}")
-        for name, allowed in (("device", DEVICES), ("shuffle", SHUFFLES), ("divergence", DIVERGENCES)):
-            value = getattr(self, name)
-            if value not in (None, *allowed):
-                raise UserError(f"--{name} {value}: unknown; use one of {', '.join(allowed)}")
-        for name in ("temperature", "epochs", "lr", "student_temperature", "teacher_temperature", "group_temperature"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number above 0")
-        for name in ("m", "hard_negative_weight", "distill_weight"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
-        for name, least in (("batch_size", 2), ("steps", 1), ("max_length", 3), ("eval_steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed is {self.seed}; it must be below 2**32")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"--warmup is {self.warmup:g}; it must be a share of the steps: at least 0, below 1")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise UserError(f"--weight-decay is {self.weight_decay:g}; it must be a finite number, at least 0")
-
-    def check_static(self) -> None:
-        """Raise UserError for settings that do not go with a static table, or need one."""
-        if self.static is None:
-            for name in ("init", "dims"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"--{name} belongs to --static; leave it out or give --static WIDTH")
-            return
-        if self.static < 1:
-            raise UserError(f"--static is {self.static}; it must be at least 1")
-        self.lengths  # noqa: B018 (raises)
-        recipe = RECIPES[self.recipe]
-        if recipe.prunes:
-            others = " or ".join(name for name, other in RECIPES.items() if not other.prunes)
-            raise UserError(f"--recipe {self.recipe} removes parameters of encoders, not of --static; use {others}")
-        if recipe.teaches and not self.teachers:
-            raise UserError(f"--recipe {self.recipe} with --static has no encoder to learn from; give --teacher")
-        if self.layers is not None:
-            raise UserError("--layers does not go with --static: a table has no layers; leave it out")
-        if self.model is not None and self.init is not None:
-            raise UserError("--model (its tokenizer alone) and --init (its embeddings too) exclude each other")
-        if self.positives == "dropout":
-            raise UserError(
-                "--positives dropout does not go with --static: a table has no dropout, so both views of a sentence "
-                "are equal; use next, or pairs in --train-file"
-            )
-
-    def check_teachers(self) -> None:
-        """Raise UserError where the teachers do not go with the recipe, or there is nobody to learn from."""
-        if not RECIPES[self.recipe].teaches:
-            teaching = " or ".join(name for name, recipe in RECIPES.items() if recipe.teaches)
-            for name, given in (("teacher", self.teachers), ("cache-teachers", self.cache_teachers)):
-                if given:
-                    raise UserError(
-                        f"--recipe {self.recipe} takes no --{name}; leave it out or use --recipe {teaching}"
-                    )
-        # What is left of a pruned encoder learns from the whole one.
-        elif not self.prunes and self.static is None and not self.teachers and self.model is not None and self.uncut:
-            raise UserError(
-                f"--recipe {self.recipe}: the encoder is uncut and would be its own teacher; give --teacher, "
-                f"or --layers to cut it, or --recipe focal"
-            )
-        for name in self.teachers:
-            if self.teachers.count(name) > 1:
-                raise UserError(f"--teacher {name} is given {self.teachers.count(name)} times; give each teacher once")
-
-    def check_pruning(self) -> None:
-        """Raise UserError for settings of the removal of parameters that do not go together, or with the recipe."""
-        if not (self.prunes or RECIPES[self.recipe].prunes):
-            recipe = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
-            for name in PRUNING:
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"--{flag(name)} does not belong to --recipe {self.recipe}; "
-                        f"leave it out or use --recipe {recipe}"
-                    )
-            return
-        for name, allowed in (("scope", SCOPES), ("means", MEANS)):
-            value = getattr(self, name)
-            if value not in (None, *allowed):
-                raise UserError(f"--{name} {value}: unknown; use one of {', '.join(allowed)}")
-        kind = self.granularity or PRUNING["granularity"]
-        if kind not in GRANULARITIES and n_of_m(kind) is None:
-            raise UserError(
-                f"--granularity {kind}: unknown; use one of {', '.join(GRANULARITIES)}, "
-                f"or n:m with 1 <= n <= m as in 2:4"
-            )
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise UserError(f"--sparsity is {self.sparsity:g}; it must be a share: at least 0, below 1")
-        if (numbers := n_of_m(kind)) is not None:
-            n, m = numbers
-            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-6:
-                raise UserError(
-                    f"--sparsity {self.sparsity:g} contradicts --granularity {kind}, which removes {1 - n / m:g}; "
-                    f"leave it out"
-                )
-            if self.scope == "global":
-                raise UserError(f"--scope global contradicts --granularity {kind}, which has the same share everywhere")
-        if self.block is not None and kind != "block":
-            raise UserError(f"--block belongs to --granularity block, not {kind}; leave it out")
-        if self.balance is not None and not 0 <= self.balance <= 1:
-            raise UserError(f"--balance is {self.balance:g}; it must lie between 0 and 1")
-        for name, least in (("block", 1), ("score_batches", 1), ("finetune_steps", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
-
-    def check_columns(self, columns: int) -> None:
-        """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
-        if self.symmetric and columns == 3:
-            raise UserError("--symmetric needs sentences or pairs; this text has hard negatives, so leave it out")
-        if self.hard_negative_weight and columns != 3:
-            raise UserError("--hard-negative-weight needs a third column of hard negatives in --train-file")
+        checks.check(self)
 
     def loss_arguments(self) -> dict:
         """Keyword arguments for the loss of the recipe."""
@@ -295,45 +300,3 @@ class Settings:
         pruning = self.pruning() if self.prunes or RECIPES[self.recipe].prunes else {}
         dims = {} if self.static is None else {"dims": list(self.lengths)}
         return values | self.loss_arguments() | pruning | lists | dims | {"lr": self.learning_rate}
-
-
-def n_of_m(granularity: str) -> tuple[int, int] | None:
-    """ "2:4" -> (2, 4); None for anything else, and for an n that is not in [1, m]."""
-    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", granularity)
-    if found is None:
-        return None
-    n, m = int(found[1]), int(found[2])
-    return (n, m) if 1 <= n <= m else None
-
-
-def flag(name: str) -> str:
-    """Field name -> how the option is written."""
-    return name.replace("_", "-")
-
-
-def output_folder(out: str | None, recipe: str) -> Path:
-    """The folder to write to, which is new or empty; it is not made here. UserError if it has content.
-
-    Without `out`: runs/RECIPE-DATE-TIME, with a number behind it where that exists.
-    """
-    if out is None:
-        name = Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-        path, count = name, 1
-        while path.exists():
-            count += 1
-            path = name.with_name(f"{name.name}-{count}")
-    else:
-        path = Path(out)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} is a file; give a new or empty folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {path} has content, which is not overwritten; give a new or empty folder")
-    check_writable("out", path)
-    return path
-
-
-def check_writable(name: str, path: Path) -> None:
-    """Raise UserError unless a folder is writable, or can be made; it is not made here."""
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--{name} {path}: cannot write in {nearest}; give another folder")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from pycse import transforms
-from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Angular
+from pycse.choices import BACKEND_CHOICES, REDUCTIONS
+from pycse.problem import Angular
 from pycse.validation.checks import (
     choice,
     flag,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
-from pycse.problem import BACKEND_CHOICES, REDUCTIONS
+from pycse.choices import BACKEND_CHOICES, REDUCTIONS
 
 
 def short(value: object) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
+from pycse.choices import BACKEND_CHOICES, DIRECTIONS, EXCLUDE_BY, PARTITIONS, REDUCTIONS
 from pycse.logits import FORMS, HARDNESS_MODES
-from pycse.problem import BACKEND_CHOICES, DIRECTIONS, EXCLUDE_BY, PARTITIONS, REDUCTIONS, Contrastive
+from pycse.problem import Contrastive
 from pycse.validation.checks import (
     choice,
     detached,

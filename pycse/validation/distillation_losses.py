@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pycse.problem import BACKEND_CHOICES, DIVERGENCES, REDUCTIONS, SHUFFLES
+from pycse.choices import BACKEND_CHOICES, DIVERGENCES, REDUCTIONS, SHUFFLES
 from pycse.validation.checks import (
     choice,
     dense,

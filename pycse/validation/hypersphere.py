@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pycse.problem import BACKEND_CHOICES
+from pycse.choices import BACKEND_CHOICES
 from pycse.validation.checks import choice, embeddings, flag, number, real, same_device, same_dtype
 
 SHARPEST = 1e6  # t of the uniformity

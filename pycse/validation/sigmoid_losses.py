@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
-from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Sigmoid
+from pycse.choices import BACKEND_CHOICES, REDUCTIONS
+from pycse.problem import Sigmoid
 from pycse.validation.checks import (
     choice,
     flag,

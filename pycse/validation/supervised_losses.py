@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pycse import transforms
-from pycse.problem import BACKEND_CHOICES, REDUCTIONS, Supervised
+from pycse.choices import BACKEND_CHOICES, REDUCTIONS
+from pycse.problem import Supervised
 from pycse.validation.checks import (
     choice,
     embeddings,

@@ -10,7 +10,8 @@ from torch import Tensor
 from fuzz.points import DTYPES, KINDS, SIZES, embeddings
 from fuzz.truths import Problem
 from pycse.backends.reference.contrastive import normalized
-from pycse.problem import EXCLUDE_BY, bound
+from pycse.choices import EXCLUDE_BY
+from pycse.problem import bound
 
 # How far a similarity may be off, of the largest.
 OFF = {torch.bfloat16: 0.05, torch.float16: 5e-3}

@@ -269,7 +269,7 @@ def test_info_lists_the_backends():
 
 
 def test_the_command_is_light_and_exits_with_2(tmp_path):
-    heavy = ["transformers", "sentence_transformers", "datasets", "gensim", "matplotlib"]
+    heavy = ["torch", "numpy", "transformers", "sentence_transformers", "datasets", "gensim", "matplotlib"]
     code = f"import sys, pycse.cli; print([name for name in {heavy} if name in sys.modules]); pycse.cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--lr", "-1"], capture_output=True, text=True, cwd=tmp_path, timeout=60

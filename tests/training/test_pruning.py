@@ -7,7 +7,8 @@ import pytest
 from test_cli import files, place, pycse, run, spoil  # noqa: F401 (a fixture)
 from tiny_models import make_model, needs_extras, tiny_model  # noqa: F401 (fixtures)
 
-from pycse.training.settings import Settings, n_of_m
+from pycse.training.choices import n_of_m
+from pycse.training.settings import Settings
 
 torch = pytest.importorskip("torch")
 

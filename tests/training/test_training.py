@@ -6,12 +6,14 @@ from collections import Counter
 import pytest
 from tiny_models import needs_extras, tiny_model  # noqa: F401 (a fixture)
 
+from pycse.training.checks import check_columns
 from pycse.training.data import read_train_file
 from pycse.training.encoder import parse_layers, resolve_model
 from pycse.training.errors import UserError
 from pycse.training.evaluate import read_eval_file
+from pycse.training.folder import output_folder
 from pycse.training.recipes import RECIPES
-from pycse.training.settings import Settings, output_folder
+from pycse.training.settings import Settings
 from pycse.training.wikipedia import article_sentences, split_sentences, tidy
 
 torch = pytest.importorskip("torch")
@@ -180,12 +182,12 @@ def test_bad_settings(settings, word):
 
 
 def test_columns_and_loss_options_go_together():
-    Settings(symmetric=True).check_columns(2)
-    Settings(hard_negative_weight=1.0).check_columns(3)
+    check_columns(Settings(symmetric=True), 2)
+    check_columns(Settings(hard_negative_weight=1.0), 3)
     with pytest.raises(UserError, match="--symmetric needs"):
-        Settings(symmetric=True).check_columns(3)
+        check_columns(Settings(symmetric=True), 3)
     with pytest.raises(UserError, match="third column"):
-        Settings(hard_negative_weight=1.0).check_columns(2)
+        check_columns(Settings(hard_negative_weight=1.0), 2)
 
 
 def test_output_folder(tmp_path, monkeypatch):

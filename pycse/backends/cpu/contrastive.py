@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pycse.backends.addresses import CODES, pointer
 from pycse.backends.cpu.positives import Positives
+from pycse.choices import EXCLUDE_BY
 from pycse.kernels import native
 from pycse.logits import GRADIENTS
 from pycse.panels import contrastive as panel
 from pycse.panels import parts
-from pycse.problem import EXCLUDE_BY, Contrastive, Result
+from pycse.problem import Contrastive, Result
 
 # Multiply-adds B N D up to which the native products beat PyTorch's GEMMs and their dispatch
 # (docs/performance.md, "small batches").

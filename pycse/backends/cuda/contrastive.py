@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pycse.backends.addresses import pointer
 from pycse.backends.cuda.norms import Norms
+from pycse.choices import EXCLUDE_BY
 from pycse.logits import GRADIENTS, Coefficients
 from pycse.panels import contrastive as panel
-from pycse.problem import EXCLUDE_BY, Contrastive, Result
+from pycse.problem import Contrastive, Result
 
 # Multiply-adds B N D of a product up to which one launch does everything (kernels/cuda/small.h): its tiles of 64 x 64
 # are no match for cuBLAS's, but every launch that it saves costs 2 to 3 us. fp32 has no tensor cores there. Estimates,

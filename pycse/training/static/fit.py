@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pycse.training.choices import EVALUATIONS
 from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
 from pycse.training.fit import progress_bar
 from pycse.training.run import Run
-from pycse.training.settings import EVALUATIONS, Settings
+from pycse.training.settings import Settings
 from pycse.training.static.bags import mean_of_rows
 from pycse.training.static.loss import StaticLoss
 from pycse.training.static.table import bag

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.training import ranks
+from pycse.training.choices import BUNDLED
 from pycse.training.encoder import bundled_model, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
@@ -14,7 +15,7 @@ from pycse.training.prepare import load_all_teachers, model_name, prepare, step_
 from pycse.training.pruning import encoding, speeds
 from pycse.training.report import text_table
 from pycse.training.run import Run, Static
-from pycse.training.settings import BUNDLED, Settings
+from pycse.training.settings import Settings
 from pycse.training.static.fit import fit
 from pycse.training.static.loss import check_loss
 from pycse.training.static.memory import keep_freed_memory
