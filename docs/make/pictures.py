@@ -61,9 +61,10 @@ def focal_infonce() -> Figure:
         row = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         loss(row, keys, temperature, normalize=False, backend="reference", **options).backward()
         push = keys.grad[1:, 0]  # type: ignore[index]
-        right.plot(s, push / push.sum(), color=colour, label=label)
+        right.semilogy(s, push / push.sum(), color=colour, label=label)
     right.axvline(0.8, color=GREEN, linestyle=":", linewidth=1)
-    right.text(0.79, right.get_ylim()[1] * 0.6, "positive", rotation=90, ha="right", color=GREEN, fontsize=8)
+    right.set_ylim(1e-10, 1)
+    right.text(0.79, 1e-9, "positive", rotation=90, ha="right", color=GREEN, fontsize=8)
     right.set(xlabel="cosine of row and negative", ylabel="share of the gradient", title="who is pushed away")
     right.legend(fontsize=8)
     return made
