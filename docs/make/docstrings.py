@@ -10,6 +10,7 @@ import griffe
 
 BLOCK = re.compile(r"^( *)\.\. code-block:: (\w+)\n\n((?:\1 {4}.*\n|\n)+)", re.MULTILINE)
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
+QUOTE = re.compile(r"(^ *|: )>", re.MULTILINE)  # "> 0, no unit" is no quotation
 SECTIONS = {"Fields:": "Attributes:"}
 
 
@@ -21,6 +22,7 @@ def as_markdown(text: str) -> str:
     text = BLOCK.sub(fenced, text + "\n").rstrip("\n")
     for ours, googles in SECTIONS.items():
         text = re.sub(rf"^( *){ours}$", rf"\1{googles}", text, flags=re.MULTILINE)
+    text = QUOTE.sub(r"\1\\>", text)
     return ROLE.sub(r"``\1``", text)
 
 

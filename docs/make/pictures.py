@@ -80,7 +80,7 @@ def distillcse() -> Figure:
     group = grouping.groups(t, 0, cut, 1.0)[0, 1:]
     t = t[0, 1:]
     order = t.argsort(descending=True)
-    q = (t / 0.05).softmax(0)[order]
+    q = (t / 0.15).softmax(0)[order]  # flatter than published, to be seen
     group = group[order]
     shuffled = q.clone()
     for one in group.unique():
@@ -122,14 +122,14 @@ def matryoshka() -> Figure:
     lengths, shades = (64, 128, 256, 512, 768), plt.get_cmap("Blues")
     for k, length in enumerate(lengths):
         left.barh(-k, length, color=shades(0.9 - 0.15 * k), height=0.7)
-        left.text(length + 12, -k, f"$L(z_{{:{length}}})$", va="center", fontsize=9)
+        left.text(length + 12, -k, f"first {length}", va="center", fontsize=9)
     bare(left, "the loss at each length, summed")
     left.set_xlim(0, 980)
     begin = 0
     for k, length in enumerate(lengths):
         right.add_patch(Rectangle((begin, 0), length - begin, 1, facecolor=shades(0.9 - 0.15 * k), edgecolor="white"))
         right.plot([0, length], [-0.25 - 0.22 * k] * 2, color=shades(0.9 - 0.15 * k), linewidth=3)
-        right.text(length + 10, -0.25 - 0.22 * k, f"$s^{{{length}}}$", va="center", fontsize=9)
+        right.text(length + 10, -0.25 - 0.22 * k, f"$s^{{({length})}}$", va="center", fontsize=10)
         begin = length
     right.set(xlim=(0, 880), ylim=(-1.4, 1.15))
     bare(right, "one product: sums up to a block of features\nare the similarities of its length")
