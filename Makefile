@@ -69,7 +69,7 @@ bench-docs: $(VENV)/test  ## the tables of README.md and docs/performance.md fro
 docs: $(VENV)/docs  ## the site, in build/site: open build/site/index.html; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-wheel: $(VENV)/wheel  ## dist/: a wheel for this Python; ARGS="--twice" builds it again elsewhere and compares
+wheel: $(VENV)/wheel  ## dist/: a wheel for this Python; ARGS="--twice" builds it again and compares
 	$(RUN) tools/wheels.py $(ARGS)
 
 wheels: $(VENV)/wheel  ## one for each Python of 3.10 to 3.13 that is found

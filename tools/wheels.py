@@ -52,12 +52,23 @@ def epoch() -> str:
     return log.stdout.strip() or str(EARLIEST)
 
 
-def build(python: str, source: Path, into: Path) -> Path:
+def copied(into: Path) -> Path:
+    """The checkout's files, without what earlier builds left: setuptools would pack modules that are gone, and CMake
+    keeps the paths of tools that were pip's for one build."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, into / name)
+    return into
+
+
+def build(python: str, into: Path) -> Path:
     """The interpreter's wheel, repaired on Linux. Its tools are those of pyproject.toml, in an environment of pip's."""
-    for stale in source.glob("build/lib.*"):  # setuptools would pack modules that are gone
-        shutil.rmtree(stale)
     environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch(), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     with tempfile.TemporaryDirectory() as scratch:
+        source = copied(Path(scratch) / "source")
         pip = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", scratch]
         subprocess.run([*pip, str(source)], check=True, env=environment)
         (wheel,) = Path(scratch).glob("*.whl")
@@ -68,7 +79,7 @@ def build(python: str, source: Path, into: Path) -> Path:
 
 
 def repaired(wheel: Path, environment: dict[str, str]) -> Path:
-    """With the manylinux tag that its symbols allow, and no library put inside."""
+    """With the manylinux tag that its symbols allow."""
     command = [
         sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{os.uname().machine}", "--only-plat",
         "--exclude", NEVER_INSIDE, "--wheel-dir", str(wheel.parent / "repaired"), str(wheel),
@@ -81,15 +92,9 @@ def repaired(wheel: Path, environment: dict[str, str]) -> Path:
 
 
 def check_again(python: str, wheel: Path) -> None:
-    """Build it once more, of a copy in another folder, and compare."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    """Build it once more, in another folder, and compare."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "elsewhere"
-        for name in filter(None, listed.stdout.split("\0")):
-            if (ROOT / name).is_file():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, copy / name)
-        again = build(python, copy, Path(scratch))
+        again = build(python, Path(scratch))
         if again.name != wheel.name or again.read_bytes() != wheel.read_bytes():
             sys.exit(f"{wheel.name}: built again it is another file")
     print(f"{wheel.name}: built twice, one file", flush=True)
@@ -98,7 +103,7 @@ def check_again(python: str, wheel: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--all", action="store_true", help=f"for each of {', '.join(VERSIONS)} that is found")
-    options.add_argument("--twice", action="store_true", help="build each again elsewhere, and compare")
+    options.add_argument("--twice", action="store_true", help="build each again, and compare")
     options.add_argument("--into", type=Path, default=ROOT / "dist")
     args = options.parse_args()
     found = interpreters() if args.all else {"": sys.executable}
@@ -106,7 +111,7 @@ def main() -> None:
         if version not in found:
             print(f"no Python {version} with pip here: no wheel for it")
     for python in found.values():
-        wheel = build(python, ROOT, args.into)
+        wheel = build(python, args.into)
         print(f"{wheel} {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
         if args.twice:
             check_again(python, wheel)
