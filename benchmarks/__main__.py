@@ -239,7 +239,7 @@ def ranks(
 ) -> None:
     """Training steps over processes of this machine: what is the loss' communication, and waiting for others."""
     from benchmarks import ranks as training
-    from pycse.training.encoder import bundled_model
+    from pycse.training.names import bundled_model
 
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     measured = training.measured(processes, rows, threads, rounds, bundled_model(), training.texts())

@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Row -> the settings that make it, without seed and folders."""
-    from pycse.training.encoder import bundled_model
+    from pycse.training.names import bundled_model
 
     shared = {"steps": arguments.steps, "batch_size": arguments.batch_size, "max_length": arguments.max_length}
     rows = dict(ROWS)
@@ -90,8 +90,10 @@ def train(settings: dict[str, Any], seed: int, arguments: argparse.Namespace) ->
 
 def alone(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Scores of an encoder as it comes."""
-    from pycse.training.encoder import load_encoder, resolve_model
-    from pycse.training.evaluate import evaluate, evaluation_sets
+    from pycse.training.encoder import load_encoder
+    from pycse.training.eval_sets import evaluation_sets
+    from pycse.training.evaluate import evaluate
+    from pycse.training.names import resolve_model
 
     return evaluate(load_encoder(resolve_model(name)[0]), evaluation_sets(tuple(arguments.eval_file)))
 
@@ -158,7 +160,7 @@ def main() -> None:
             runs.append(known.get(key(run), run))
     runs.sort(key=lambda run: list(rows).index(run["row"]))
 
-    from pycse.training.encoder import bundled_model
+    from pycse.training.names import bundled_model
 
     encoders = {UNCUT: alone(bundled_model(), arguments)}
     encoders |= {f"{Path(name).name} (teacher)": alone(name, arguments) for name in arguments.teacher}

@@ -63,8 +63,9 @@ class Sweep:
 
     def __init__(self, arguments: argparse.Namespace):
         from pycse.training.data import default_text
-        from pycse.training.encoder import bundled_model, load_encoder
-        from pycse.training.evaluate import evaluation_sets
+        from pycse.training.encoder import load_encoder
+        from pycse.training.eval_sets import evaluation_sets
+        from pycse.training.names import bundled_model
 
         self.encoder = load_encoder(bundled_model(), arguments.device)
         self.text = default_text()

@@ -37,7 +37,7 @@ def pairs() -> Text:
 
 def start_of(half: bool = False, seed: int = Settings.seed) -> tuple[Settings, Any]:
     """The settings of a run, and what it begins with."""
-    from pycse.training.encoder import bundled_model
+    from pycse.training.names import bundled_model
     from pycse.training.static.table import start
 
     settings = Settings(static=WIDTH, lr=LR, bf16=half, seed=seed)

@@ -26,7 +26,7 @@ Scores = dict[str, dict[int, float]]  # Spearman of a set at a length
 
 
 def judged(model: Any, eval_files: tuple[str, ...]) -> Scores:
-    from pycse.training.evaluate import evaluation_sets
+    from pycse.training.eval_sets import evaluation_sets
     from pycse.training.static.fit import scores_by_length
 
     sets = evaluation_sets(eval_files)

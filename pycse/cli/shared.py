@@ -7,11 +7,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import typer
 
-from pycse.training import ranks
-from pycse.training.errors import UserError
+from pycse.training import ranks, signals
+from pycse.training.errors import Failed, UserError
+from pycse.training.settings import Settings
 
 
 @contextmanager
@@ -25,8 +28,16 @@ def reported(command: str) -> Iterator[None]:
         typer.echo(f"pycse {command}: error: {where}{' '.join(str(error).split())}", err=True)
 
     try:
-        with ranks.one_voice():
+        with signals.received(), ranks.one_voice():
             yield
+    except signals.Interrupted as error:
+        if ranks.first():
+            typer.echo(f"pycse {command}: {signals.name(error.number)}: {error.words or 'stopped'}", err=True)
+        raise typer.Exit(128 + error.number) from None
+    except Failed as error:
+        if ranks.first():
+            typer.echo(f"pycse {command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
     except ranks.Agreed as error:
         if ranks.first():
             line(error)
@@ -72,8 +83,18 @@ def finish(write: Callable[[], None]) -> None:
     ranks.leave()
 
 
+def already_ended(settings: Settings, console: Any) -> bool:
+    """Whether --resume names a run that has nothing left to do; says so."""
+    from pycse.training.folder import state_of
+
+    if settings.resume is None or not state_of(Path(settings.resume)).get("ended"):
+        return False
+    console.print(f"the run in {settings.resume} has ended; there is nothing left to do")
+    return True
+
+
 def is_local(model: str | None, teachers: tuple[str, ...] = ()) -> bool:
     """Whether the model and the teachers lie on this disk; UserError for a path that holds none."""
-    from pycse.training.encoder import resolve_model, resolve_teachers
+    from pycse.training.names import resolve_model, resolve_teachers
 
     return (model is None or resolve_model(model)[1]) and all(local for _, local in resolve_teachers(teachers))

@@ -6,7 +6,7 @@ from typing import Any
 
 from pycse.cli.app import app
 from pycse.cli.from_settings import settings_of, with_settings
-from pycse.cli.shared import finish, is_local, quiet, reported
+from pycse.cli.shared import already_ended, finish, is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.errors import UserError, require_extras
 from pycse.training.recipes import RECIPES
@@ -37,5 +37,7 @@ def sparsify(**options: Any) -> None:
         from pycse.training.pruning import sparsify_run
 
         console = Console(markup=False, highlight=False)
+        if already_ended(settings, console):
+            return
         run, folder = sparsify_run(settings, console)
-        finish(lambda: report.show_and_write(run, folder, console))
+        finish(lambda: report.show(run, folder, console))

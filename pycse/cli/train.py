@@ -6,7 +6,7 @@ from typing import Any
 
 from pycse.cli.app import app
 from pycse.cli.from_settings import settings_of, with_settings
-from pycse.cli.shared import finish, is_local, quiet, reported
+from pycse.cli.shared import already_ended, finish, is_local, quiet, reported
 from pycse.training import ranks
 from pycse.training.errors import require_extras
 
@@ -33,5 +33,7 @@ def train(**options: Any) -> None:
         from pycse.training.train import train as run_training
 
         console = Console(markup=False, highlight=False)  # square brackets in file names are no markup
+        if already_ended(settings, console):
+            return
         run, folder = run_training(settings, console)
-        finish(lambda: report.show_and_write(run, folder, console))
+        finish(lambda: report.show(run, folder, console))

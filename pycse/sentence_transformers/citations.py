@@ -56,6 +56,14 @@ DISTILLCSE = """
     url={https://arxiv.org/abs/2310.13499}
 }
 """
+SPARSECSE = """
+@misc{an2023sparse,
+    title={Sparse Contrastive Learning of Sentence Embeddings},
+    author={An, Ruize and Zhang, Chen and Song, Dawei},
+    year={2023},
+    url={https://arxiv.org/abs/2311.03881}
+}
+"""
 GRADCACHE = """
 @inproceedings{gao-etal-2021-scaling,
     title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},

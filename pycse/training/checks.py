@@ -6,16 +6,35 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import math
+import re
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pycse.choices import DIVERGENCES, SHUFFLES
-from pycse.training.choices import DEVICES, GRANULARITIES, MEANS, POSITIVES, SCOPES, n_of_m
+from pycse.training.choices import (
+    AS_LOADED,
+    DEVICES,
+    DTYPES,
+    FORMATS,
+    GRANULARITIES,
+    HEADS,
+    KEEP,
+    MEANS,
+    POOLINGS,
+    POSITIVES,
+    REPORTERS,
+    SCHEDULES,
+    SCOPES,
+    n_of_m,
+)
 from pycse.training.errors import UserError
 from pycse.training.options import flag
 from pycse.training.recipes import PRUNING, RECIPES, recipes_with
 
 if TYPE_CHECKING:
     from pycse.training.settings import Settings
+
+LEAST = {"batch_size": 2, "steps": 1, "max_length": 3, "eval_steps": 1, "eval_batch_size": 1, "seed": 0}
 
 
 def check(settings: Settings) -> None:
@@ -31,6 +50,8 @@ def check(settings: Settings) -> None:
     check_static(settings)
     check_teachers(settings)
     check_pruning(settings)
+    check_text(settings)
+    check_model(settings)
     if settings.steps is not None and settings.epochs is not None:
         raise UserError("--steps and --epochs exclude each other; give one of them")
     if settings.positives not in (None, *POSITIVES):
@@ -47,7 +68,11 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not math.isfinite(value):
             raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number")
-    for name, least in (("batch_size", 2), ("steps", 1), ("max_length", 3), ("eval_steps", 1), ("seed", 0)):
+    for name, least in LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
+    for name, least in (("grad_accumulation", 1), ("cached", 1), ("patience", 1), ("save_steps", 1), ("workers", 0)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
@@ -55,8 +80,39 @@ def check(settings: Settings) -> None:
         raise UserError(f"--seed is {settings.seed}; it must be below 2**32")
     if not 0 <= settings.warmup < 1:
         raise UserError(f"--warmup is {settings.warmup:g}; it must be a share of the steps: at least 0, below 1")
-    if not (settings.weight_decay >= 0 and math.isfinite(settings.weight_decay)):
-        raise UserError(f"--weight-decay is {settings.weight_decay:g}; it must be a finite number, at least 0")
+    for name in ("weight_decay", "max_grad_norm"):
+        value = getattr(settings, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{flag(name)} is {value:g}; it must be a finite number, at least 0")
+    check_course(settings)
+
+
+def check_course(settings: Settings) -> None:
+    """Raise UserError for settings of what is kept and how, which do not go together."""
+    for name, allowed in (("keep", KEEP), ("schedule", SCHEDULES)):
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise UserError(f"--{name} {value}: unknown; use one of {', '.join(allowed)}")
+    if settings.keep != "best":
+        for name in ("best_by", "patience"):
+            if getattr(settings, name) is not None:
+                raise UserError(f"--{flag(name)} belongs to --keep best; leave it out or give that too")
+    for name in settings.report_to:
+        if name not in REPORTERS:
+            raise UserError(f"--report-to {name}: unknown; use one of {', '.join(REPORTERS)}")
+        if find_spec(name) is None:
+            raise UserError(f"--report-to {name}: {name} is not installed; run: pip install {name}")
+    if settings.cached is not None and settings.cached >= settings.batch_size:
+        raise UserError(
+            f"--cached is {settings.cached}, and a batch has {settings.batch_size} rows; give fewer, or leave it out"
+        )
+    if settings.static is not None:
+        for name, usual in (
+            ("cached", None), ("grad_accumulation", 1), ("gradient_checkpointing", False), ("workers", 0),
+            ("report_to", ()), ("max_grad_norm", 1.0), ("schedule", "linear"),
+        ):  # fmt: skip
+            if getattr(settings, name) != usual:
+                raise UserError(f"--{flag(name)} does not go with --static; leave it out")
 
 
 def check_static(settings: Settings) -> None:
@@ -153,9 +209,47 @@ def check_pruning(settings: Settings) -> None:
             raise UserError(f"--{flag(name)} is {value}; it must be at least {least}")
 
 
+def check_model(settings: Settings) -> None:
+    """Raise UserError for a form of the model that is unknown, or that a static table has not."""
+    saved = (AS_LOADED, *DTYPES)
+    for name, allowed in (("pooling", POOLINGS), ("head", HEADS), ("dtype", DTYPES[:2]), ("save_dtype", saved)):
+        value = getattr(settings, name)
+        if value not in (None, *allowed):
+            raise UserError(f"--{flag(name)} {value}: unknown; use one of {', '.join(allowed)}")
+        if settings.static is not None and value is not None and name != "save_dtype":
+            raise UserError(f"--{name} does not go with --static, which is the mean of its tokens; leave it out")
+    attention = settings.attn_implementation
+    # A name with a slash would be code that transformers fetches.
+    if attention is not None and not re.fullmatch(r"[a-z0-9_]+", attention):
+        raise UserError(
+            f"--attn-implementation {attention}: unknown; use a name of transformers, as in eager, sdpa or "
+            "flash_attention_2"
+        )
+
+
+def check_text(settings: Settings) -> None:
+    """Raise UserError for what is said about the text and does not go together."""
+    if settings.format not in (None, *FORMATS):
+        raise UserError(f"--format {settings.format}: unknown; use one of {', '.join(FORMATS)}")
+    if settings.header and settings.no_header:
+        raise UserError("--header and --no-header exclude each other; give one of them")
+    if settings.train_file is None:
+        for name in ("format", "columns", "header", "no_header"):
+            if getattr(settings, name):
+                raise UserError(f"--{flag(name)} says how to read --train-file; give one, or leave it out")
+    apart = [name for name in ("query_prompt", "document_prompt") if getattr(settings, name) is not None]
+    if settings.prompt is not None and apart:
+        raise UserError(f"--prompt is for all texts and excludes --{flag(apart[0])}; give one of them")
+    if settings.static is not None and (apart or settings.prompt is not None):
+        raise UserError(
+            f"--{flag(apart[0]) if apart else 'prompt'} does not go with --static: a table reads no context, so a "
+            "prompt would add the same to every text; leave it out"
+        )
+
+
 def check_columns(settings: Settings, columns: int) -> None:
-    """Raise UserError where the loss settings do not go with 1, 2 or 3 columns of text."""
-    if settings.symmetric and columns == 3:
+    """Raise UserError where the loss settings do not go with so many columns of text."""
+    if settings.symmetric and columns > 2:
         raise UserError("--symmetric needs sentences or pairs; this text has hard negatives, so leave it out")
-    if settings.hard_negative_weight and columns != 3:
+    if settings.hard_negative_weight and columns < 3:
         raise UserError("--hard-negative-weight needs a third column of hard negatives in --train-file")

@@ -10,8 +10,13 @@ DEFAULT_STEPS = 100
 SHORTEST = 32  # of the lengths that a static table has by default
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 SAVE_MINUTES = 10  # between checkpoints, when --save-steps is not given
+FORMATS = ("txt", "tsv", "csv", "jsonl", "parquet")  # of --train-file
 POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
 DEVICES = ("auto", "cpu", "cuda", "mps")
+POOLINGS = ("cls", "mean", "first-last")
+HEADS = ("mlp",)  # of training alone
+AS_LOADED = "as-loaded"
+DTYPES = ("float32", "bfloat16", "float16")
 GRANULARITIES = ("weight", "block", "head", "neuron")  # and n:m with numbers, as in 2:4
 SCOPES = ("global", "layer")
 MEANS = ("global", "layer")
@@ -21,6 +26,7 @@ REPORTERS = ("tensorboard", "wandb", "mlflow")
 # What --static changes of the defaults. A table is trained in large batches: a step is cheap, and negatives are many.
 BATCH_SIZE, STATIC_BATCH_SIZE = 64, 2048
 MAX_LENGTH, STATIC_MAX_LENGTH = 32, 256
+EVAL_BATCH_SIZE, STATIC_EVAL_BATCH_SIZE = 64, 512
 STATIC_LR, STATIC_INIT_LR = 0.2, 0.01  # of a random table, and of one that knows something already
 
 

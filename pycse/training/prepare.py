@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.checks import check_columns
 from pycse.training.choices import BUNDLED, DEFAULT_LAYERS, DEFAULT_STEPS
 from pycse.training.data import Text, default_text, read_train_file
-from pycse.training.encoder import bundled_model, load_encoder, parse_layers, resolve_model, resolve_teachers
+from pycse.training.encoder import load_encoder, loading_options, parse_layers
 from pycse.training.errors import UserError
-from pycse.training.evaluate import evaluation_sets
-from pycse.training.folder import check_writable, output_folder
+from pycse.training.eval_sets import evaluation_sets
+from pycse.training.files import is_stream
+from pycse.training.folder import TEXT, check_writable, output_folder
+from pycse.training.names import bundled_model, resolve_model, resolve_teachers
 from pycse.training.recipes import RECIPES
 from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def prepare(settings: Settings, name: str | None = None):
@@ -27,15 +30,15 @@ def prepare(settings: Settings, name: str | None = None):
         name: what a folder under runs/ begins with; default: the recipe.
     """
     settings.check()
-    out = output_folder(settings.out, name or settings.recipe)
+    out = output_folder(settings.out, name or settings.recipe) if settings.resume is None else Path(settings.resume)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
-    sets = evaluation_sets(settings.eval_files)
+    sets = evaluation_sets(settings.eval_files, not settings.no_lee)
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
-    text = read_train_file(settings.train_file) if settings.train_file else default_text()
+    text = read_text(settings)
     if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
         text = text.with_next()
     check_columns(settings, len(text.columns))
@@ -48,20 +51,26 @@ def prepare(settings: Settings, name: str | None = None):
     return out, sets, text, model, keep
 
 
-@contextmanager
-def working_folder(out: Path) -> Iterator[tuple[Path, str]]:
-    """(output folder, folder for the trainer's working files): rank 0 makes both, where all have checked that it may.
+def read_text(settings: Settings) -> Text:
+    """The user's text, or the default one; of a run that goes on, what it kept of a pipe."""
+    if settings.train_file is None:
+        return default_text()
+    if settings.resume is not None and (kept := Path(settings.resume) / TEXT).exists():
+        return Text.load(kept)
+    if ranks.size() > 1 and is_stream(settings.train_file):
+        raise UserError(
+            f"--train-file {settings.train_file} is a pipe, which one process can read, not {ranks.size()}; give a file"
+        )
+    return read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
 
-    The trainer keeps no checkpoints; its files end with the block. All ranks have rank 0's names: of the default one
-    the date is a part.
-    """
-    out = Path(ranks.of_first(str(out)))
-    if not ranks.first():
-        yield out, ranks.of_first(None)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".trainer-") as scratch:
-        yield out, ranks.of_first(scratch)
+
+def keep_prompts(encoder: SentenceTransformer, settings: Settings) -> None:
+    """Have the saved encoder know the prompts it was trained with: encode_query and encode_document use them, and
+    encode the one of --prompt."""
+    named = dict(zip(("query", "document"), settings.prompts))
+    encoder.prompts |= {name: prompt for name, prompt in named.items() if prompt is not None}
+    if settings.prompt is not None:
+        encoder.default_prompt_name = "query"
 
 
 def model_name(settings: Settings) -> str:
@@ -83,8 +92,8 @@ def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list
 
     if not RECIPES[settings.recipe].teaches:
         return []
-    device, cache = str(encoder.device), settings.cache_teachers
-    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device), cache)]
-    teachers = uncut + load_teachers(settings.teachers, device, cache)
+    device, cache, options = str(encoder.device), settings.cache_teachers, loading_options(settings) | {"dtype": None}
+    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device, **options), cache)]
+    teachers = uncut + load_teachers(settings.teachers, device, cache, **options)
     set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
     return teachers

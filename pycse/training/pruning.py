@@ -17,14 +17,19 @@ from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
 from pycse.training.choices import n_of_m
 from pycse.training.data import Text
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.errors import UserError
-from pycse.training.evaluate import ScoredPairs, Scores, evaluate
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import fit
+from pycse.training.folder import Folder, save_or_rescue
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, working_folder
-from pycse.training.report import text_table
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare
+from pycse.training.report import recorded, text_table, write
+from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Pruned, Run
+from pycse.training.saving import save_model
+from pycse.training.saving import write as write_model
 from pycse.training.settings import Settings
 from pycse.training.teachers import described
 
@@ -64,15 +69,16 @@ def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text)
 
 
 def batches(settings: Settings, text: Text) -> list[Any]:
-    """Batches to score on, drawn from the text: sentences, or pairs of them."""
+    """Batches to score on, drawn from the text: sentences, or pairs of them, with their prompts."""
     rows, size = text.rows, settings.batch_size
+    query, document = (prompt or "" for prompt in settings.prompts)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
     count = min(settings.pruning()["score_batches"], len(rows) // size)
     drawn = [[rows[i] for i in order[k * size : (k + 1) * size]] for k in range(count)]
     if by_dropout(settings, text):
-        return [[row[0] for row in batch] for batch in drawn]
-    return [([row[0] for row in batch], [row[1] for row in batch]) for batch in drawn]
+        return [[query + row[0] for row in batch] for batch in drawn]
+    return [([query + row[0] for row in batch], [document + row[1] for row in batch]) for batch in drawn]
 
 
 def remove(settings: Settings, encoder: SentenceTransformer, text: Text) -> Report:
@@ -117,7 +123,7 @@ def tune(
     scores: Scores,
     loss: Any,
     sets: list[ScoredPairs],
-    scratch: str,
+    folder: Folder,
     console: Any,
 ) -> Pruned:
     """Train what is left for the steps of the run ``later`` and measure. The encoder keeps its length limit.
@@ -128,23 +134,27 @@ def tune(
     own_length = encoder.max_seq_length
     console.print(report.table())
     if later.steps:
-        fit(later, encoder, loss, sets, scratch, console)
+        fit(later, encoder, loss, sets, folder.path, console, "finetune")
         encoder.max_seq_length = own_length
         pruned = Pruned(report, scores, later.before, later.after)
     else:
-        pruned = Pruned(report, scores, evaluate(encoder, sets))
+        settings = later.settings
+        found = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+        pruned = Pruned(report, scores, found)
     if ranks.first():
-        pruned.size = sizes({"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], scratch)
+        pruned.size = sizes(
+            {"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], folder.work
+        )
     return pruned
 
 
-def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: str) -> dict[str, dict[str, float]]:
+def sizes(encoders: dict[str, SentenceTransformer], sentences: list[str], scratch: Path) -> dict[str, dict[str, float]]:
     """Parameters, weights on disk and speed; the encoders take turns at the sentences, and the fastest round counts."""
     result: dict[str, dict[str, float]] = {}
     for name, encoder in encoders.items():
         parameters, nonzero = count_parameters(encoder)
-        folder = Path(scratch) / f"size-{name}"
-        encoder.save_pretrained(str(folder))
+        folder = scratch / f"size-{name}"
+        write_model(encoder, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         result[name] = {"parameters": parameters, "nonzero": nonzero, "megabytes": weights / 1e6}
     for name, rate in speeds(
@@ -183,8 +193,10 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, _ = prepare(settings, "sparsify")
+        if settings.resume is not None:
+            check_unchanged(settings, text, sets, console)
         set_seed(settings.seed)
-        encoder = load_encoder(model, ranks.device(settings.device))
+        encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0
         check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
         check_prunable(settings, encoder, text)
@@ -208,13 +220,20 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         processes=ranks.size(),
     )
     console.print(text_table(text))
-    scores, dense = evaluate(encoder, sets), copy.deepcopy(encoder)
-    report = remove(settings, encoder, text)
-    with working_folder(out) as (out, scratch):
-        run.pruned = tune(run, encoder, dense, report, scores, loss, sets, scratch, console)
-    run.before, run.after = scores, run.pruned.final
-    run.teachers = described(teachers)
-    if ranks.first():
-        encoder.save_pretrained(str(out / "model"))
-    run.seconds["total"] = time.perf_counter() - started
-    return run, out
+    with run_folder(settings, out, text, sets) as folder:
+        with recorded(run, folder.path):
+            scores = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
+            dense = copy.deepcopy(encoder)
+            report = remove(settings, encoder, text)
+            run.pruned = tune(run, encoder, dense, report, scores, loss, sets, folder, console)
+        run.before, run.after = scores, run.pruned.final
+        run.teachers = described(teachers)
+        keep_prompts(encoder, settings)
+        with ranks.together():
+            if ranks.first():
+                save_or_rescue(lambda stage: save_model(encoder, stage, settings, run), folder.path / "model")
+        run.seconds["total"] = time.perf_counter() - started
+        with ranks.together():
+            if ranks.first():
+                write(run, folder.path)
+    return run, folder.path

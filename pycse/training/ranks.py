@@ -17,8 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -171,21 +169,16 @@ def failed(code: int, say: Callable[[str], None]) -> int:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Output of Python code goes nowhere on other ranks than 0, whichever library prints or warns. SIGTERM, by which a
-    launcher ends the ranks that are left, is an exception, so that temporary folders go."""
+    """Output of Python code goes nowhere on other ranks than 0, whichever library prints or warns."""
     if size() == 1:
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with ExitStack() as stack:
-            if not first():
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ExitStack() as stack:
+        if not first():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
 
 
 # ---- the group
@@ -244,6 +237,17 @@ def leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each number over the ranks; they have a group."""
+    if size() == 1:
+        return values
+    import torch
+
+    most = torch.tensor(values, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return most.tolist()
 
 
 def take_from_first(tensors: dict[str, Tensor]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.sparse.report import new_figure
+from pycse.training import ranks
 from pycse.training.data import Text
-from pycse.training.evaluate import MEASURES, Scores
+from pycse.training.errors import Failed
+from pycse.training.evaluate import MEASURES, Scores, no_ranking
+from pycse.training.folder import of_disk, write_text
+from pycse.training.resume import PACKAGES, installed
 from pycse.training.run import Pruned, Run
 from pycse.training.static import report as of_static
 
@@ -18,20 +23,25 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PACKAGES = ("pycse-kernels", "torch", "sentence-transformers", "transformers")
 BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}
 
 
-def show_and_write(run: Run, out: Path, console: Console) -> None:
-    """Print the tables and the loss curve of a finished run; write the pictures and metrics.json to its folder."""
+def write(run: Run, out: Path) -> None:
+    """Write metrics.json, then the pictures, of a finished run to its folder."""
+    with of_disk(f"in {out}"):
+        write_metrics(run, out / "metrics.json")
+        if run.loss:
+            plot(run, out / "curves.png")
+        if run.pruned:
+            run.pruned.report.plot(out / "layers.png")
+        if run.static:
+            of_static.plot_lengths(run.static, out / "lengths.png")
+
+
+def show(run: Run, out: Path, console: Console) -> None:
+    """Print the tables and the loss curve of a finished run."""
     if run.loss:
-        plot(run, out / "curves.png")
         console.print(loss_curve(run, console.width))
-    if run.pruned:
-        run.pruned.report.plot(out / "layers.png")
-    if run.static:
-        of_static.plot_lengths(run.static, out / "lengths.png")
-    write_metrics(run, out / "metrics.json")
     console.print(scores_table(score_columns(run)))
     if run.static:
         console.print(of_static.lengths_table(run.static))
@@ -41,6 +51,19 @@ def show_and_write(run: Run, out: Path, console: Console) -> None:
     fine, sentence = verdict(run.before, run.after)
     console.print(sentence, style="green" if fine else "bold red")
     console.print(run_table(run, out))
+
+
+@contextmanager
+def recorded(run: Run, out: Path) -> Iterator[None]:
+    """A run that fails leaves what it has found out, in metrics.json."""
+    try:
+        yield
+    except Failed as error:
+        run.failed = str(error)
+        if ranks.first():
+            with suppress(OSError):
+                write_metrics(run, out / "metrics.json")
+        raise
 
 
 def score_columns(run: Run) -> dict[str, Scores]:
@@ -75,12 +98,17 @@ def text_table(text: Text) -> Table:
     """What was kept of the text, and what was dropped and why."""
     from rich.table import Table
 
-    unit = ("sentences", "pairs", "pairs with a hard negative")[len(text.columns) - 1]
     title = f"Text: {text.source}"
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     table.add_column("count", justify="right")
-    table.add_row(f"kept: {unit}", f"{len(text.rows):,}", style="bold")
+    table.add_row(f"kept: {text.unit}", f"{len(text.rows):,}", style="bold")
+    for place, name in zip(text.columns, text.taken):
+        table.add_row(f"{place.replace('_', ' ')}: {name}", "")
+    if text.left_out:
+        table.add_row(f"columns left out: {', '.join(text.left_out)}", "")
+    if repeated := text.repeated:
+        table.add_row("texts in several rows, never negatives of each other", f"{repeated:,}")
     for reason, count in text.dropped.most_common():
         table.add_row(f"dropped: {reason}", f"{count:,}")
     return table
@@ -106,9 +134,13 @@ def run_table(run: Run, out: Path) -> Table:
         if run.processes > 1:
             batch += f" a process, {settings.batch_size * run.processes} in all"
         tokens = f"at most {settings.max_length} tokens"
-        rows += [
-            ("steps", f"{run.steps} of {batch}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}"),
-        ]
+        if settings.grad_accumulation > 1:
+            batch += f", {settings.grad_accumulation} batches a step"
+        rows.append(("steps", f"{run.steps} of {batch}, {tokens}, lr {settings.learning_rate:g}, seed {settings.seed}"))
+        if run.stopped:
+            rows.append(("stopped", run.stopped))
+        if run.kept is not None:
+            rows.append(("weights", f"of step {run.kept}, the best evaluation"))
     if run.pruned:
         rows += [("removed", run.pruned.report.summary())]
     training = f"{run.seconds['train']:.0f} s training with its evaluations, " if "train" in run.seconds else ""
@@ -130,7 +162,7 @@ def run_table(run: Run, out: Path) -> Table:
 def written(run: Run) -> list[str]:
     """What a run leaves in its folder."""
     pictures = {"curves.png": run.loss, "layers.png": run.pruned, "lengths.png": run.static}
-    return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown)]
+    return ["model/", "metrics.json", *(name for name, shown in pictures.items() if shown), "run.toml"]
 
 
 def teacher_line(teacher: dict) -> str:
@@ -165,9 +197,10 @@ def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table
             values = [scores[name][measure] for scores in columns.values() if measure in scores[name]]
             if not values:
                 continue
-            cells = [f"{value:.4f}" for value in values]
+            cells = [number(value) for value in values]
             if len(values) == 2:
-                cells.append(f"{values[1] - values[0]:+.4f}")
+                change = values[1] - values[0]
+                cells.append("none" if math.isnan(change) else f"{change:+.4f}")
             table.add_row(name, f"{measure} ({BETTER[measure]})", *cells)
         table.add_section()
     return table
@@ -179,20 +212,26 @@ def verdict(before: Scores, after: Scores) -> tuple[bool, str]:
     worse: list[str] = []
     for name, scores in before.items():
         old, new = scores["spearman"], after[name]["spearman"]
-        phrase = f"{name} ({old:.4f} -> {new:.4f})"
-        # Not `new < old`: a score that is not a number is no success either.
-        (better if new > old else worse).append(phrase)
+        phrase = f"{name} ({number(old)} -> {number(new)})"
+        # Not `new < old`: a score that is not a number is no success either, but it is less than one that is.
+        (better if new > old or (math.isnan(old) and not math.isnan(new)) else worse).append(phrase)
     if not worse:
         return True, f"The run made the model better on {', '.join(better)}."
     sentence = f"The run made the model worse, or no better, on {', '.join(worse)}"
-    return False, sentence + (f", and better on {', '.join(better)}." if better else ".")
+    sentence += f", and better on {', '.join(better)}." if better else "."
+    why = no_ranking(after)
+    return False, sentence + (f" Now {why}." if why else "")
+
+
+def number(score: float) -> str:
+    return "none" if math.isnan(score) else f"{score:.4f}"
 
 
 def loss_curve(run: Run, width: int) -> str:
     """The loss over the steps, drawn with characters."""
     import plotext
 
-    steps, losses = zip(*run.loss, strict=True)
+    steps, losses = zip(*[one for one in run.loss if math.isfinite(one[1])], strict=True)
     figure = plotext.figure
     figure.clear()
     figure.plot_size(max(40, min(width, 100)), 15)
@@ -205,7 +244,7 @@ def loss_curve(run: Run, width: int) -> str:
 
 def wide(losses) -> bool:
     """Whether a logarithmic axis shows more."""
-    return min(losses) > 0 and max(losses) > 100 * min(losses)
+    return 0 < min(losses) < max(losses) / 100
 
 
 def plot(run: Run, path: Path) -> None:
@@ -237,7 +276,7 @@ def plot(run: Run, path: Path) -> None:
 
 def write_metrics(run: Run, path: Path) -> None:
     """Write metrics.json: settings, versions, counts, scores before and after, and the whole history."""
-    fine, sentence = verdict(run.before, run.after)
+    fine, sentence = verdict(run.before, run.after) if not run.failed else (False, run.failed)
     metrics = {
         "settings": run.settings.as_dict(),
         "versions": {name: installed(name) for name in PACKAGES},
@@ -251,9 +290,15 @@ def write_metrics(run: Run, path: Path) -> None:
         "device": run.device,
         **({"processes": run.processes} if run.processes > 1 else {}),
         "steps": run.steps,
+        **({"stopped": run.stopped} if run.stopped else {}),
+        **({"kept_step": run.kept} if run.kept is not None else {}),
+        **({"failed": run.failed} if run.failed else {}),
         "text": {
             "source": run.text.source,
             "columns": list(run.text.columns),
+            "taken": list(run.text.taken),
+            "left_out": list(run.text.left_out),
+            "repeated": run.text.repeated,
             "kept": len(run.text.rows),
             "dropped": dict(run.text.dropped.most_common()),
         },
@@ -263,7 +308,9 @@ def write_metrics(run: Run, path: Path) -> None:
         "verdict": sentence,
         "history": {
             "loss": [
-                {"step": step, "loss": loss} | {name: values[i] for name, values in run.parts.items()}
+                {"step": step, "loss": loss}
+                | (dict(zip(("learning_rate", "gradient"), run.rates[i])) if run.rates else {})
+                | {name: values[i] for name, values in run.parts.items()}
                 for i, (step, loss) in enumerate(run.loss)
             ],
             "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
@@ -285,7 +332,7 @@ def write_metrics(run: Run, path: Path) -> None:
 
 def write_json(value, path: Path) -> None:
     """Write JSON that every reader takes: what is not finite becomes null."""
-    path.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value):
@@ -297,11 +344,3 @@ def finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed distribution."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -68,12 +68,17 @@ class Run:
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
     loss: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    rates: list[tuple[float, float]] = field(default_factory=list)  # (learning rate, length of the gradient) a step
     scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores), step 0 first
     teachers: list[dict] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)  # part of the loss -> a value a step
     seconds: dict[str, float] = field(default_factory=dict)
     pruned: Pruned | None = None
     static: Static | None = None
+    more_to_come: bool = False  # a phase after this one starts from its end
+    stopped: str = ""  # why, where it ended before its last step
+    kept: int | None = None  # step of the weights that were kept, where they are not the last
+    failed: str = ""  # what went wrong
 
     @property
     def shape(self) -> str:
@@ -82,9 +87,17 @@ class Run:
             return f"table {self.static.tokens:,} tokens x {self.static.width}"
         return f"layers {','.join(map(str, self.layers))} of {self.layers_before}"
 
+    def another(self, steps: int) -> Run:
+        """A run of as many steps that goes on with the same encoder, with nothing found out yet."""
+        return Run(
+            self.settings, self.text, self.model, self.layers, self.layers_before, self.parameters, self.device, steps,
+            self.processes,
+        )  # fmt: skip
+
     def follow(self, later: Run) -> None:
         """Take in a run that went on with the same encoder."""
         self.loss += [(self.steps + step, loss) for step, loss in later.loss]
+        self.rates += later.rates
         self.scores += [(self.steps + step, scores) for step, scores in later.scores]
         for name, values in later.parts.items():
             self.parts.setdefault(name, []).extend(values)

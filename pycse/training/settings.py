@@ -6,38 +6,55 @@ is imported here: `pycse --help` reads this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from pycse.choices import DIVERGENCES, SHUFFLES
 from pycse.training import checks
 from pycse.training.choices import (
+    AS_LOADED,
     BATCH_SIZE,
     BUNDLED,
     DEFAULT_LAYERS,
     DEFAULT_STEPS,
     DEVICES,
+    DTYPES,
+    EVAL_BATCH_SIZE,
     EVALUATIONS,
+    FORMATS,
     GRANULARITIES,
+    KEEP,
     MAX_LENGTH,
     MEANS,
+    POOLINGS,
+    REPORTERS,
+    SAVE_MINUTES,
+    SCHEDULES,
     SCOPES,
     SHORTEST,
     STATIC_BATCH_SIZE,
+    STATIC_EVAL_BATCH_SIZE,
     STATIC_INIT_LR,
     STATIC_LR,
     STATIC_MAX_LENGTH,
     n_of_m,
 )
 from pycse.training.errors import UserError
-from pycse.training.options import option
+from pycse.training.options import flag, option, option_of
 from pycse.training.recipes import PRUNING, RECIPES, SHARED
 
 DISTILL = RECIPES["distillcse"].own
 PRUNES = " or ".join(name for name, recipe in RECIPES.items() if recipe.prunes)
 DEVICE_HELP = f"One of {', '.join(DEVICES)}; auto takes a GPU where there is one."
-EVAL_HELP = "Score, sentence1, sentence2 a line, tab-separated; repeatable."
+EVAL_HELP = (
+    "Score, sentence1, sentence2 a line, tab-separated; or STS-B's own files; or columns of these names in CSV, JSONL "
+    "or Parquet. Repeatable."
+)
+TRUST_HELP = "Run Python code that lies in a model's folder. Only for authors that you trust."
+PICKLE_HELP = "Read weights that are no safetensors (pytorch_model.bin), by torch's restricted unpickler."
 DEFAULT_RECIPE = "distillcse"
 
 
@@ -82,12 +99,40 @@ class Settings:
     )
     train_file: str | None = option(
         None,
-        "Text, one example a line: a sentence, or two or three tab-separated columns (a pair, or a pair and a hard "
-        "negative). Default: English Wikipedia sentences that come with the training extras.",
+        "Text, one example a line: a sentence, a pair, or a pair and its hard negatives, tab-separated; or CSV, JSONL, "
+        "Parquet; or a pipe. Default: English Wikipedia sentences that come with the training extras.",
         sparsify="Text to score and train on, one example a line, as for pycse train. Pairs are the positives of the "
         "scores; otherwise dropout makes them. Default: English Wikipedia sentences that come with the training "
         "extras.",
         path=True,
+    )
+    format: str | None = option(
+        None,
+        f"How --train-file is written, one of {', '.join(FORMATS)}. In txt and tsv cells are between tabs and quotes "
+        "are text. Default: by its name, else txt.",
+        sparsify=True,
+    )
+    columns: str | None = option(
+        None,
+        "Columns of --train-file by name or number from 1: anchor, positive, hard negatives. Default: by known names, "
+        "as anchor,positive or sentence1,sentence2, else in their order.",
+        metavar="A,B,C",
+        sparsify=True,
+    )
+    header: bool = option(
+        False,
+        "The first line of --train-file names its columns. Default: where it has known names.",
+        sparsify=True,
+    )
+    no_header: bool = option(False, "The first line of --train-file is text, whatever it says.", sparsify=True)
+    prompt: str | None = option(
+        None, "Put before every text, in training and evaluation, and saved with the model.", sparsify=True
+    )
+    query_prompt: str | None = option(
+        None, "Put before anchors, and before the first text of a pair in evaluation.", sparsify=True
+    )
+    document_prompt: str | None = option(
+        None, "Put before positives and negatives, and before the second text of a pair in evaluation.", sparsify=True
     )
     positives: str | None = option(
         None,
@@ -95,11 +140,28 @@ class Settings:
         "sentence after it). Default: dropout for --train-file, next for the default text and --static.",
     )
     eval_files: tuple[str, ...] = option((), EVAL_HELP, flag="eval-file", metavar="FILE", sparsify=True, path=True)
+    no_lee: bool = option(
+        False, "Leave the Lee documents out of the evaluation; --eval-file is then needed.", sparsify=True
+    )
+    eval_batch_size: int = option(  # type: ignore[assignment]
+        None,
+        f"Texts embedded at a time in evaluation. Default: {EVAL_BATCH_SIZE}; {STATIC_EVAL_BATCH_SIZE} for --static.",
+        sparsify=f"Texts embedded at a time in evaluation. Default: {EVAL_BATCH_SIZE}.",
+    )
     out: str | None = option(
         None,
         "New or empty folder to write to. Default: runs/RECIPE-DATE-TIME, runs/static-DATE-TIME.",
         sparsify="New or empty folder to write to. Default: runs/sparsify-DATE-TIME.",
         path=True,
+        session=True,
+    )
+    resume: str | None = option(
+        None,
+        "Go on with the run in this folder, which was stopped: from its latest checkpoint, with its settings.",
+        metavar="RUN",
+        sparsify=True,
+        path=True,
+        session=True,
     )
     recipe: str = option(  # type: ignore[assignment]
         None,
@@ -206,6 +268,21 @@ class Settings:
     )
     warmup: float = option(0.1, "Share of the steps that warm up.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    schedule: str = option(
+        "linear", f"Of the learning rate after the warm-up, one of {', '.join(SCHEDULES)}.", metavar="NAME"
+    )
+    max_grad_norm: float = option(1.0, "Gradients longer than this are cut to it; 0 cuts none.")
+    grad_accumulation: int = option(
+        1, "Batches whose gradients are added up for a step. Each has its own negatives; for more of them see --cached."
+    )
+    cached: int | None = option(
+        None,
+        "Embed this many rows of a batch at a time, and again after the loss (GradCache): the negatives of a large "
+        "--batch-size in the memory of a small one.",
+        metavar="ROWS",
+    )
+    gradient_checkpointing: bool = option(False, "Keep fewer activations and compute them twice: less memory.")
+    workers: int = option(0, "Processes that read text beside the training.", session=True)
     max_length: int = option(  # type: ignore[assignment]
         None,
         "Tokens that training text is cut at; evaluation reads as far as the encoder can. Default: "
@@ -213,12 +290,63 @@ class Settings:
         sparsify=f"Tokens that text is cut at, but for evaluation. Default: {MAX_LENGTH}.",
     )
     eval_steps: int | None = option(None, f"Steps between evaluations. Default: {EVALUATIONS} evaluations a run.")
+    keep: str = option(
+        "last",
+        f"Weights that are saved, one of {', '.join(KEEP)}: the last, or those with the best Spearman on --best-by.",
+    )
+    best_by: str | None = option(
+        None, "--keep best: evaluation set that decides. Default: the first --eval-file, else lee.", metavar="SET"
+    )
+    patience: int | None = option(
+        None, "--keep best: stop after this many evaluations without a better one.", metavar="N"
+    )
+    save_steps: int | None = option(
+        None,
+        f"Steps between checkpoints, for --resume. Default: a checkpoint every {SAVE_MINUTES} minutes. The last two "
+        "are kept.",
+        sparsify=True,
+        session=True,
+    )
+    report_to: tuple[str, ...] = option(
+        (),
+        f"Where the trainer logs to as well, one of {', '.join(REPORTERS)}, where installed; repeatable.",
+        metavar="NAME",
+        session=True,
+    )
     seed: int = option(42, "Seed of dropout and of the order of the text.", sparsify=True)
     device: str = option("auto", DEVICE_HELP, sparsify=True)
     bf16: bool = option(False, "Mixed precision in bfloat16.")
+    pooling: str | None = option(
+        None,
+        f"How tokens become an embedding, one of {', '.join(POOLINGS)}: the first token, the mean, or the mean of the "
+        "first and the last layer. Default: the model's own.",
+    )
+    head: str | None = option(
+        None,
+        "mlp: a linear layer and tanh behind the pooling while training, gone in what is evaluated and saved, as in "
+        "SimCSE. Default: none.",
+    )
+    save_dtype: str = option(
+        AS_LOADED, f"Of the saved weights, one of {', '.join((AS_LOADED, *DTYPES))}.", sparsify=True
+    )
+    dtype: str | None = option(
+        None,
+        "Of the weights in training, float32 or bfloat16, which saves memory and loses small steps. Default: float32; "
+        "teachers stay as they are stored.",
+    )
+    attn_implementation: str | None = option(
+        None, "Of transformers, as in eager, sdpa or flash_attention_2. Default: the model's own.", sparsify=True
+    )
+    trust_remote_code: bool = option(False, TRUST_HELP, sparsify=True)
+    allow_pickle: bool = option(False, PICKLE_HELP, sparsify=True)
+    card_text: bool = option(False, "Quote some rows of the training text in the model's README.md.", sparsify=True)
     prunes: bool = field(default=False)  # whatever the recipe: `pycse sparsify`
 
     def __post_init__(self) -> None:
+        for name, known in FIELDS.items():
+            value = getattr(self, name)
+            if known.path and value:
+                setattr(self, name, tuple(map(home, value)) if isinstance(value, tuple) else home(value))
         static = self.static is not None
         if self.recipe is None:
             self.recipe = "simcse" if static and not self.teachers else DEFAULT_RECIPE
@@ -226,10 +354,28 @@ class Settings:
             self.batch_size = STATIC_BATCH_SIZE if static else BATCH_SIZE
         if self.max_length is None:
             self.max_length = STATIC_MAX_LENGTH if static else MAX_LENGTH
+        if self.eval_batch_size is None:
+            self.eval_batch_size = STATIC_EVAL_BATCH_SIZE if static else EVAL_BATCH_SIZE
 
     def check(self) -> None:
         """Raise UserError for the first setting that is out of its range or does not go with another."""
         checks.check(self)
+
+    @property
+    def prompts(self) -> tuple[str | None, str | None]:
+        """What stands before anchors and before the other columns; before both texts of a pair in evaluation."""
+        return (self.prompt, self.prompt) if self.prompt is not None else (self.query_prompt, self.document_prompt)
+
+    def column_prompts(self, columns: Sequence[str]) -> dict[str, str] | None:
+        """In the words of sentence-transformers' trainer; None where there are none."""
+        query, document = self.prompts
+        given = {name: document if k else query for k, name in enumerate(columns)}
+        return {name: prompt for name, prompt in given.items() if prompt is not None} or None
+
+    @property
+    def heading(self) -> bool | None:
+        """Whether the first line of the text names its columns; None: where it has known names."""
+        return True if self.header else False if self.no_header else None
 
     def loss_arguments(self) -> dict:
         """Keyword arguments for the loss of the recipe."""
@@ -293,10 +439,53 @@ class Settings:
         """
         return self.positives or ("dropout" if self.train_file and self.static is None else "next")
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For metrics.json: everything as the run used it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {name: list(getattr(self, name)) for name in ("eval_files", "teachers")}
         pruning = self.pruning() if self.prunes or RECIPES[self.recipe].prunes else {}
         dims = {} if self.static is None else {"dims": list(self.lengths)}
-        return values | self.loss_arguments() | pruning | lists | dims | {"lr": self.learning_rate}
+        return self.plain() | self.loss_arguments() | pruning | dims | {"lr": self.learning_rate}
+
+    def plain(self) -> dict[str, Any]:
+        """Every field, as JSON has it."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_repeat(self) -> dict[str, Any]:
+        """What was chosen, without how the run is carried out; files and folders by their whole names."""
+        chosen = {}
+        for one in fields(self):
+            known, value = option_of(one), getattr(self, one.name)
+            if known is None or known.session or value is None or value == ():
+                continue
+            if known.path:
+                value = [whole(path) for path in value] if isinstance(value, tuple) else whole(value)
+            chosen[one.name] = list(value) if isinstance(value, tuple) else value
+        return chosen
+
+    def as_toml(self) -> str:
+        """A file for --config that repeats the run."""
+        import tomli_w
+
+        names = {one.name: known.flag or flag(one.name) for one in fields(self) if (known := option_of(one))}
+        command = "sparsify" if self.prunes else "train"
+        values = {names[name]: value for name, value in self.to_repeat().items() if name not in self.given_by(command)}
+        return f"# pycse {command} --config run.toml\n{tomli_w.dumps(values)}"
+
+    @staticmethod
+    def given_by(command: str) -> tuple[str, ...]:
+        """Settings that a command decides itself."""
+        return () if command == "train" else ("layers", *(n for n in FIELDS if FIELDS[n].sparsify is None))
+
+
+def home(path: str) -> str:
+    """~ is the user's folder, also in --out=~/x, which the shell leaves as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def whole(path: str) -> str:
+    """The whole name of a file or folder that is here; what is none, a name on the hub, stays."""
+    found = Path(path).expanduser()
+    return str(found.absolute()) if found.exists() else path
+
+
+FIELDS = {one.name: known for one in fields(Settings) if (known := option_of(one)) is not None}

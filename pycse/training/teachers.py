@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pycse.training import ranks
-from pycse.training.encoder import load_encoder, resolve_teachers
+from pycse.training.encoder import load_encoder
 from pycse.training.errors import UserError
+from pycse.training.names import resolve_teachers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -90,12 +91,16 @@ def described(teachers: Sequence[Teacher]) -> list[dict]:
     return [known | {"embedded": made, "from_cache": found} for known, (made, found) in zip(one, counts)]
 
 
-def load_teachers(names: Sequence[str], device: str, cache: str | None) -> list[Teacher]:
-    """Load every teacher; UserError for one that cannot be had or whose cache cannot be used."""
+def load_teachers(names: Sequence[str], device: str, cache: str | None, **options: Any) -> list[Teacher]:
+    """Load every teacher; UserError for one that cannot be had or whose cache cannot be used.
+
+    Args:
+        options: of load_encoder.
+    """
     teachers = []
     for name, (folder, _) in zip(names, resolve_teachers(names)):
         try:
-            encoder = load_encoder(folder, device)
+            encoder = load_encoder(folder, device, **options)
         except UserError as error:
             raise UserError(f"--teacher: {error}") from error
         teachers.append(Teacher(name, encoder, cache))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder
+from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.fit import fit
+from pycse.training.folder import save_or_rescue
+from pycse.training.heads import add_head, remove_head
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count, working_folder
+from pycse.training.pooling import set_pooling
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
-from pycse.training.report import text_table
+from pycse.training.report import recorded, text_table, write
+from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Run
+from pycse.training.saving import check_saves, save_model
 from pycse.training.settings import Settings
 from pycse.training.static.run import train_static
 from pycse.training.teachers import described
@@ -40,19 +44,24 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, keep = prepare(settings)
+        if settings.resume is not None:
+            check_unchanged(settings, text, sets, console)
         prunes = RECIPES[settings.recipe].prunes
 
         from transformers import set_seed
 
         set_seed(settings.seed)
-        encoder = load_encoder(model, ranks.device(settings.device))
+        encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         layers_before = keep_layers(encoder, keep)
+        set_pooling(encoder, settings.pooling)
         check_for_training(encoder, len(text.columns), settings.max_length)
+        check_saves(encoder, settings, keep)
         if prunes:
             check_prunable(settings, encoder, text)
         shown = model_name(settings)
         check_loss(settings, encoder.device)
         teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
+        add_head(encoder, settings.head)
         loss = build_loss(settings, encoder, teachers)
     ranks.join(encoder.device)
 
@@ -66,22 +75,30 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         device=str(encoder.device),
         steps=step_count(settings, text),
         processes=ranks.size(),
+        more_to_come=prunes,
     )
     console.print(text_table(text))
     own_length = encoder.max_seq_length
-    with working_folder(out) as (out, scratch):
-        fit(run, encoder, loss, sets, scratch, console)
-        if prunes:
-            encoder.max_seq_length = own_length
-            later = replace(run, steps=tuning_steps(settings, run.steps), loss=[], scores=[], parts={}, seconds={})
-            dense = copy.deepcopy(encoder)
-            report = remove(settings, encoder, text)
-            run.pruned = tune(later, encoder, dense, report, run.after, loss, sets, scratch, console)
-            run.follow(later)
-            run.after = run.pruned.final
-    run.teachers = described(teachers)
-    encoder.max_seq_length = own_length
-    if ranks.first():
-        encoder.save_pretrained(str(out / "model"))
-    run.seconds["total"] = time.perf_counter() - started
-    return run, out
+    with run_folder(settings, out, text, sets) as folder:
+        with recorded(run, folder.path):
+            fit(run, encoder, loss, sets, folder.path, console)
+            remove_head(encoder)
+            if prunes:
+                encoder.max_seq_length = own_length
+                later = run.another(tuning_steps(settings, run.steps))
+                dense = copy.deepcopy(encoder)
+                report = remove(settings, encoder, text)
+                run.pruned = tune(later, encoder, dense, report, run.after, loss, sets, folder, console)
+                run.follow(later)
+                run.after = run.pruned.final
+        run.teachers = described(teachers)
+        encoder.max_seq_length = own_length
+        keep_prompts(encoder, settings)
+        with ranks.together():
+            if ranks.first():
+                save_or_rescue(lambda stage: save_model(encoder, stage, settings, run), folder.path / "model")
+        run.seconds["total"] = time.perf_counter() - started
+        with ranks.together():
+            if ranks.first():
+                write(run, folder.path)
+    return run, folder.path

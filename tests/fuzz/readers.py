@@ -21,7 +21,7 @@ from pycse.pattern import pack_mask
 from pycse.sparse.storage import restore, saved_masks, transformer_folder
 from pycse.training.data import read_train_file
 from pycse.training.errors import UserError
-from pycse.training.evaluate import read_eval_file
+from pycse.training.eval_sets import read_eval_file
 
 WIDTH, KEY = 3, "0123456789abcdef" * 4
 TEXTS = ("a", "b c", "ü", "", "x\ty", "a\nb")
@@ -97,10 +97,11 @@ def eval_file(r: random.Random, folder: Path) -> None:
     if lines is None:
         raise Fault(f"read_eval_file took {content!r}, which is no UTF-8")
     rows = [[c.strip() for c in line.split("\t")] for line in lines if line.strip()]
-    if len(rows) - len(pairs.scores) not in (0, 1) or not all(map(math.isfinite, pairs.scores)):
+    scored = [row for row in rows if row[0]]
+    header = len(scored) - len(pairs.scores)
+    if header not in (0, 1) or len(rows) - len(scored) != pairs.skipped or not all(map(math.isfinite, pairs.scores)):
         raise Fault(f"read_eval_file made {pairs.scores} of {content!r}")
-    rows = rows[len(rows) - len(pairs.scores) :]
-    if [(float(a), b, c) for a, b, c in rows] != list(zip(pairs.scores, pairs.first, pairs.second)):
+    if [(float(a), b, c) for a, b, c in scored[header:]] != list(zip(pairs.scores, pairs.first, pairs.second)):
         raise Fault(f"read_eval_file made {list(zip(pairs.scores, pairs.first, pairs.second))} of {content!r}")
 
 

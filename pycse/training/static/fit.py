@@ -7,17 +7,29 @@ AdamW on the whole table, in PyTorch's fused form, and not a sparse optimizer: a
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from pycse.training.choices import EVALUATIONS
-from pycse.training.evaluate import ScoredPairs, Scores, by_set, evaluators
-from pycse.training.fit import progress_bar
+from pycse.training import signals
+from pycse.training.checkpoints import Checkpoints, guarded
+from pycse.training.choices import EVALUATIONS, STATIC_EVAL_BATCH_SIZE
+from pycse.training.encoder import load_encoder
+from pycse.training.errors import Failed
+from pycse.training.eval_sets import ScoredPairs
+from pycse.training.evaluate import Scores, evaluate
+from pycse.training.fit import in_words, judge_of
+from pycse.training.folder import staged
+from pycse.training.progress import shown
 from pycse.training.run import Run
+from pycse.training.saving import write
 from pycse.training.settings import Settings
+from pycse.training.signals import Interrupted
 from pycse.training.static.bags import mean_of_rows
 from pycse.training.static.loss import StaticLoss
 from pycse.training.static.table import bag
@@ -26,20 +38,24 @@ from pycse.training.static.tokens import KeptTeacher, Tokens, batches
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-EVALUATION_BATCH = 512  # texts embedded at a time
+KNOWN = "run.json"  # of a checkpoint: what the run has found out
 
 
-def scores_by_length(model: SentenceTransformer, sets: list[ScoredPairs], lengths: Sequence[int]) -> dict[int, Scores]:
+class NotFinite(ArithmeticError):
+    """Of a loss, before the step that it would spoil."""
+
+
+def scores_by_length(
+    model: SentenceTransformer,
+    sets: list[ScoredPairs],
+    lengths: Sequence[int],
+    batch_size: int = STATIC_EVAL_BATCH_SIZE,
+) -> dict[int, Scores]:
     """Scores of the first features of the embeddings."""
-    judges = evaluators(sets, EVALUATION_BATCH)
-    names = [pairs.name for pairs in sets]
     found: dict[int, Scores] = {}
     for length in lengths:
-        metrics: dict[str, float] = {}
         with model.truncate_embeddings(length):
-            for judge in judges:
-                metrics |= judge(model)
-        found[length] = by_set(metrics, names)
+            found[length] = evaluate(model, sets, batch_size)
     return found
 
 
@@ -70,10 +86,87 @@ def train_step(
     columns = mean_of_rows(bag(model).weight, ids, offsets).split(len(rows))
     learned = [teacher(numbers[:, 0]).to(model.device) for teacher in teachers]
     value = loss(columns, [tokens.hashes[column] for column in numbers.T], learned)
+    if not math.isfinite(found := value.item()):
+        raise NotFinite(f"the loss is {found:g}")
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
-    return value.item()
+    return found
+
+
+class Training:
+    """The state of a table's training: all that a checkpoint holds.
+
+    Fields:
+        step: steps done.
+        best: (step, Spearman) of the best evaluation, with --keep best.
+        since: evaluations after it.
+    """
+
+    def __init__(self, run: Run, model: SentenceTransformer, loss: StaticLoss, optimizer: torch.optim.Optimizer):
+        self.run, self.model, self.loss, self.optimizer = run, model, loss, optimizer
+        self.step, self.since, self.seconds, self.stepping = 0, 0, 0.0, 0.0
+        self.best: tuple[int, float] | None = None
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        run, static = self.run, self.run.static
+        assert static is not None
+        checkpoints.stage()
+        write(self.model, checkpoints.staging / "model")
+        state = {
+            "table": bag(self.model).weight.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.loss.generator.get_state(),
+        }
+        torch.save(state, checkpoints.staging / "state.pt")
+        known = {
+            "step": self.step, "best": self.best, "since": self.since, "seconds": self.seconds,
+            "stepping": self.stepping, "loss": run.loss, "rates": run.rates, "parts": run.parts, "scores": run.scores,
+            "before": static.before,
+        }  # fmt: skip
+        (checkpoints.staging / KNOWN).write_text(json.dumps(known), encoding="utf-8")
+        checkpoints.take("", self.step)
+
+    def take_up(self, checkpoint: Path) -> None:
+        run, static = self.run, self.run.static
+        assert static is not None
+        state = torch.load(checkpoint / "state.pt", map_location=self.model.device, weights_only=True)
+        with torch.no_grad():
+            bag(self.model).weight.copy_(state["table"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss.generator.set_state(state["generator"].cpu())
+        known = json.loads((checkpoint / KNOWN).read_text(encoding="utf-8"))
+        self.step, self.since = known["step"], known["since"]
+        self.seconds, self.stepping = known["seconds"], known["stepping"]
+        self.best = tuple(known["best"]) if known["best"] else None
+        run.parts = known["parts"]
+        run.loss = [(step, value) for step, value in known["loss"]]
+        run.rates = [(rate, length) for rate, length in known["rates"]]
+        run.scores = [(step, scores) for step, scores in known["scores"]]
+        static.before = {int(length): scores for length, scores in known["before"].items()}
+
+    def judged(self, scores: Scores, judge: str, checkpoints: Checkpoints, guarded: Callable[..., bool]) -> bool:
+        """Take in an evaluation; whether the training is to stop for want of a better one."""
+        settings, score = self.run.settings, scores[judge]["spearman"]
+        if settings.keep != "best":
+            return False
+        if math.isfinite(score) and (self.best is None or score > self.best[1]):
+            self.best, self.since = (self.step, score), 0
+
+            def save_best() -> None:
+                with staged(checkpoints.best(self.step)) as stage:
+                    write(self.model, stage)
+
+            guarded(save_best)
+            return False
+        self.since += 1
+        return settings.patience is not None and self.since >= settings.patience
+
+
+def best_of(checkpoint: Path) -> int | None:
+    """Step of the best evaluation that a checkpoint knows of."""
+    best = json.loads((checkpoint / KNOWN).read_text(encoding="utf-8"))["best"]
+    return None if best is None else int(best[0])
 
 
 def fit(
@@ -82,39 +175,85 @@ def fit(
     tokens: Tokens,
     teachers: Sequence[KeptTeacher],
     sets: list[ScoredPairs],
+    out: Path,
     console,
 ) -> None:
-    """Evaluate, train and evaluate again; fills in the results of the run."""
+    """Evaluate, train and evaluate again, from the latest checkpoint where there is one; fills in the results of the
+    run.
+
+    Raises:
+        Interrupted, Failed: as pycse.training.fit.fit.
+    """
     settings, static = run.settings, run.static
     assert static is not None
     loss, optimizer = StaticLoss(settings), optimizer_of(model, settings)
     every = settings.eval_steps or max(1, run.steps // EVALUATIONS)
-    static.before = scores_by_length(model, sets, settings.lengths)
+    size = settings.eval_batch_size
+    checkpoints = Checkpoints(out / "checkpoints", "train", settings.save_steps, best_of)
+    training = Training(run, model, loss, optimizer)
+    if (latest := checkpoints.latest()) is not None:
+        training.take_up(latest)
+        console.print(f"going on after step {training.step}")
+    else:
+        static.before = scores_by_length(model, sets, settings.lengths, size)
+        run.scores = [(0, static.before[static.width])]
     run.before = static.before[static.width]
-    run.scores = [(0, run.before)]
-    shown = sets[0].name
+    shown_set, judge = sets[0].name, judge_of(settings, [pairs.name for pairs in sets])
     order = batches(len(tokens.index), settings.batch_size, settings.seed)
-    with progress_bar(console) as progress:
-        task = progress.add_task("training", total=run.steps, loss="", score="")
-        started = time.perf_counter()
-        stepping = 0.0
+    for _ in range(training.step):
+        next(order)
+    saved = True
+    with shown(console, run.steps, settings.batch_size, training.step) as progress, signals.noted():
+        started, earlier = time.perf_counter(), training.seconds
         model.train()
-        for step in range(run.steps):
+        while training.step < run.steps and not signals.caught():
+            rate = settings.learning_rate * factor(training.step, run.steps, settings.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor(step, run.steps, settings.warmup)
+                group["lr"] = rate
             before = time.perf_counter()
-            value = train_step(model, tokens, next(order), loss, optimizer, teachers)
-            stepping += time.perf_counter() - before
-            run.loss.append((step + 1, value))
+            try:
+                value = train_step(model, tokens, next(order), loss, optimizer, teachers)
+            except NotFinite as error:
+                with staged(out / "last-good-model") as stage:
+                    write(model, stage)
+                raise Failed(
+                    f"step {training.step + 1}: {error}, at a learning rate of {rate:g}. Try a lower --lr or a higher "
+                    f"--temperature. The weights before it are in {out / 'last-good-model'}"
+                ) from None
+            training.stepping += time.perf_counter() - before
+            training.step += 1
+            run.loss.append((training.step, value))
             for name, part in loss.parts.items():
                 run.parts.setdefault(name, []).append(part)
-            progress.update(task, completed=step + 1, loss=f"loss {value:.4f}")
-            if (step + 1) % every == 0 and step + 1 < run.steps:
-                scores = scores_by_length(model, sets, [static.width])[static.width]
-                run.scores.append((step + 1, scores))
-                progress.update(task, score=f"{shown} {scores[shown]['spearman']:.4f}")
-        run.seconds["train"] = time.perf_counter() - started
-        run.seconds["steps"] = stepping
-    static.after = scores_by_length(model, sets, settings.lengths)
+            progress.update(training.step, loss=f"loss {value:.4f}")
+            stop = False
+            if training.step % every == 0 and training.step < run.steps:
+                scores = scores_by_length(model, sets, [static.width], size)[static.width]
+                run.scores.append((training.step, scores))
+                progress.update(training.step, score=f"{shown_set} {scores[shown_set]['spearman']:.4f}")
+                stop = training.judged(scores, judge, checkpoints, lambda save: guarded(save, console))
+            training.seconds = earlier + time.perf_counter() - started
+            if checkpoints.due(training.step) or signals.caught():
+                saved = guarded(lambda: training.save(checkpoints), console)
+                checkpoints.drop()
+            if stop:
+                run.stopped = (
+                    f"after step {training.step} of {run.steps}: {settings.patience} evaluations without a better one"
+                )
+                run.steps = training.step
+        number = signals.caught()
+    if number:
+        raise Interrupted(number, in_words(saved, training.step, out, settings))
+    run.seconds["train"], run.seconds["steps"] = training.seconds, training.stepping
+    if not run.scores or run.scores[-1][0] != run.steps:
+        scores = scores_by_length(model, sets, [static.width], size)[static.width]
+        run.scores.append((run.steps, scores))
+        training.judged(scores, judge, checkpoints, lambda save: guarded(save, console))
+    if training.best is not None:
+        run.kept = training.best[0]
+        if run.kept != run.steps:
+            saved_best = load_encoder(str(checkpoints.best(run.kept)), "cpu")
+            with torch.no_grad():
+                bag(model).weight.copy_(bag(saved_best).weight)
+    static.after = scores_by_length(model, sets, settings.lengths, size)
     run.after = static.after[static.width]
-    run.scores.append((run.steps, run.after))

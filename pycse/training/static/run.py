@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED
-from pycse.training.encoder import bundled_model, load_encoder
+from pycse.training.encoder import load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
-from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count, working_folder
+from pycse.training.folder import save_or_rescue
+from pycse.training.names import bundled_model
+from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import encoding, speeds
-from pycse.training.report import text_table
+from pycse.training.report import recorded, text_table, write
+from pycse.training.resume import check_unchanged, run_folder
 from pycse.training.run import Run, Static
+from pycse.training.saving import save_model
+from pycse.training.saving import write as write_model
 from pycse.training.settings import Settings
 from pycse.training.static.fit import fit
 from pycse.training.static.loss import check_loss
@@ -43,6 +48,8 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         if ranks.size() > 1:
             raise UserError(f"--static trains in one process, not {ranks.size()}; start it without a launcher")
     out, sets, text, source, _ = prepare(settings, "static")
+    if settings.resume is not None:
+        check_unchanged(settings, text, sets, console)
 
     from transformers import set_seed
 
@@ -67,19 +74,22 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         static=Static(tokens=table.shape[0], width=table.shape[1], start=begun.words),
     )
     console.print(text_table(text))
-    with working_folder(out) as (out, scratch):
+    with run_folder(settings, out, text, sets) as folder:
         before = time.perf_counter()
-        tokens = tokenise(text, begun.tokenizer, settings.max_length, scratch)
+        tokens = tokenise(text, begun.tokenizer, settings.max_length, folder.work)
         run.seconds["tokenise"] = time.perf_counter() - before
         sentences = tokens.sentences if teachers else []
-        kept = [KeptTeacher(one, sentences, Path(scratch) / f"teacher-{k}") for k, one in enumerate(teachers)]
-        fit(run, model, tokens, kept, sets, console)
+        kept = [KeptTeacher(one, sentences, folder.work / f"teacher-{k}") for k, one in enumerate(teachers)]
+        with recorded(run, folder.path):
+            fit(run, model, tokens, kept, sets, folder.path, console)
         run.teachers = described(teachers)
-        model.eval().save_pretrained(str(out / "model"))
+        model.eval()
+        save_or_rescue(lambda stage: save_model(model, stage, settings, run), folder.path / "model")
         name, encoder = beside(begun.encoder, shown, settings.device)
-        stand(run, model, name, encoder, sets, Path(scratch))
-    run.seconds["total"] = time.perf_counter() - started
-    return run, out
+        stand(run, model, name, encoder, sets, folder.work)
+        run.seconds["total"] = time.perf_counter() - started
+        write(run, folder.path)
+    return run, folder.path
 
 
 def beside(encoder: SentenceTransformer | None, shown: str, device: str) -> tuple[str, SentenceTransformer]:
@@ -100,6 +110,6 @@ def stand(run: Run, model: SentenceTransformer, name: str, encoder: SentenceTran
         ("encoder", encoder, encoding(encoder, few), len(few)),
     ):
         folder = scratch / f"size-{key}"
-        one.save_pretrained(str(folder))
+        write_model(one, folder)
         weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         run.static.size[key] = {"megabytes": weights / 1e6, "sentences_a_second": speeds({key: call}, count)[key]}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pycse.training.encoder import load_encoder
+from pycse.training.encoder import load_encoder, loading_options
 from pycse.training.errors import UserError
 from pycse.training.settings import Settings
 
@@ -53,7 +53,7 @@ def start(settings: Settings, source: str, shown: str, device: str) -> Start:
     width = settings.static
     assert width is not None
     of = "--init" if settings.init is not None else "--model"
-    encoder = load_encoder(source, device)
+    encoder = load_encoder(source, device, **loading_options(settings))
     rows = known_tokens(encoder, of, shown)
     tokenizer = own_tokenizer(encoder, of, shown)
     tokens = check_vocabulary(tokenizer, rows, is_static(encoder), of, shown)

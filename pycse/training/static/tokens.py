@@ -25,6 +25,7 @@ from pycse.sentence_transformers.texts import hashes as hashes_of
 from pycse.training.data import Text
 
 CHUNK = 16384  # texts tokenised at a time
+BLOCK = 64  # texts that a teacher reads at a time
 
 
 @dataclass
@@ -103,6 +104,9 @@ def batches(rows: int, size: int, seed: int) -> Iterator[np.ndarray]:
 class KeptTeacher:
     """A teacher that reads each text once in a run; its embeddings lie in a file, by the text's number.
 
+    It reads BLOCK neighbours at a time, whichever of them is asked for: the last bits of an embedding depend on what it
+    is read with, and a run that goes on has to get the same.
+
     Args:
         teacher: a function of texts, with a width.
         sentences: all that it may be asked for, by number.
@@ -110,13 +114,14 @@ class KeptTeacher:
 
     def __init__(self, teacher: Any, sentences: Sequence[str], path: Path) -> None:
         self.teacher, self.sentences = teacher, sentences
-        self.known = np.zeros(len(sentences), dtype=bool)
+        self.known = np.zeros(-(-len(sentences) // BLOCK), dtype=bool)
         shape = (len(sentences), teacher.width)
         self.embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)  # pages never written take no disk
 
     def __call__(self, numbers: np.ndarray) -> Tensor:
-        new = np.unique(numbers[~self.known[numbers]])
-        if len(new):
-            self.embeddings[new] = self.teacher([self.sentences[i] for i in new]).float().cpu().numpy()
-            self.known[new] = True
+        blocks = np.unique(numbers // BLOCK)
+        for block in blocks[~self.known[blocks]]:
+            here = slice(block * BLOCK, (block + 1) * BLOCK)
+            self.embeddings[here] = self.teacher(self.sentences[here]).float().cpu().numpy()
+            self.known[block] = True
         return torch.from_numpy(self.embeddings[numbers])
