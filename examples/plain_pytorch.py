@@ -1,4 +1,4 @@
-"""SimCSE with Focal-InfoNCE in plain PyTorch: a sentence and itself under another dropout mask are a pair."""
+"""Focal-InfoNCE in a loop of plain PyTorch: a sentence and the one after it are a pair."""
 
 import argparse
 import random
@@ -20,19 +20,20 @@ options.add_argument("--out", default="runs/plain-pytorch")
 args = options.parse_args()
 
 sentences = args.text.read_text(encoding="utf-8").splitlines() if args.text else wikipedia_sentences()[0]
+pairs = list(zip(sentences[:-1], sentences[1:]))
 tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
 
 
-def embed(batch):
-    tokens = tokenizer(batch, padding=True, truncation=True, max_length=32, return_tensors="pt")
+def embed(texts):
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=32, return_tensors="pt")
     states, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(2)
     return (states * mask).sum(1) / mask.sum(1)  # the mean over tokens
 
 
 for step in range(1, args.steps + 1):
-    batch = random.sample(sentences, args.batch_size)
-    loss = fused_focal_infonce(embed(batch), embed(batch), temperature=0.05, m=0.3)
+    anchors, positives = zip(*random.sample(pairs, args.batch_size))
+    loss = fused_focal_infonce(embed(anchors), embed(positives), temperature=0.05, m=0.3)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

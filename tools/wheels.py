@@ -66,7 +66,7 @@ def copied(into: Path) -> Path:
 
 def build(python: str, into: Path) -> Path:
     """The interpreter's wheel, repaired on Linux. Its tools are those of pyproject.toml, in an environment of pip's."""
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch(), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         source = copied(Path(scratch) / "source")
         pip = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", scratch]
@@ -106,6 +106,7 @@ def main() -> None:
     options.add_argument("--twice", action="store_true", help="build each again, and compare")
     options.add_argument("--into", type=Path, default=ROOT / "dist")
     args = options.parse_args()
+    os.environ["SOURCE_DATE_EPOCH"] = epoch()
     found = interpreters() if args.all else {"": sys.executable}
     for version in VERSIONS if args.all else ():
         if version not in found:

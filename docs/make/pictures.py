@@ -92,7 +92,9 @@ def distillcse() -> Figure:
         axes.bar(range(members), values, color=[shades[int(g) % 2] for g in group])
         axes.set(xlabel="rank of the sentence, by the teacher", title=title, xticks=range(0, members, 5))
     left.set_ylabel("$q_{ij}$")
-    left.text(members - 1, float(q.max()) * 0.9, "a colour is a group,\na tenth of the mass", ha="right", va="top", fontsize=9)
+    left.text(
+        members - 1, float(q.max()) * 0.9, "a colour is a group,\na tenth of the mass", ha="right", va="top", fontsize=9
+    )
     return made
 
 
@@ -109,7 +111,9 @@ def sparsecse() -> Figure:
     heads = scores.view(4, 4, 24).mean((1, 2))
     head = (heads >= heads.quantile(0.5)).repeat_interleave(4)[:, None].expand(16, 24)
     made, axes = figure(5, height=1.9)
-    for one, kept, title in zip(axes, (weight, pairs, block, head, neuron), ("weight", "2:4", "block", "head", "neuron")):
+    for one, kept, title in zip(
+        axes, (weight, pairs, block, head, neuron), ("weight", "2:4", "block", "head", "neuron")
+    ):
         one.imshow(kept, cmap=matplotlib.colors.ListedColormap([LIGHT, BLUE]), vmin=0, vmax=1, interpolation="nearest")
         bare(one, title)
     made.supxlabel("half of a weight matrix removed (grey): the lowest scores of each unit", fontsize=9)
@@ -151,9 +155,16 @@ def static() -> Figure:
     left.set_yticklabels(words)
     left.spines[:].set_visible(False)
     left.tick_params(length=0)
-    right.imshow(table[chosen].mean(0)[None], cmap="Blues", vmin=-0.3, vmax=1.4, aspect="auto", extent=(-0.5, 15.5, 0, 1))
+    right.imshow(
+        table[chosen].mean(0)[None], cmap="Blues", vmin=-0.3, vmax=1.4, aspect="auto", extent=(-0.5, 15.5, 0, 1)
+    )
     for k, length in enumerate((4, 8, 16)):
-        right.annotate("", (length - 0.5, -0.35 - 0.45 * k), (-0.5, -0.35 - 0.45 * k), arrowprops={"arrowstyle": "<->", "color": GREY})
+        right.annotate(
+            "",
+            (length - 0.5, -0.35 - 0.45 * k),
+            (-0.5, -0.35 - 0.45 * k),
+            arrowprops={"arrowstyle": "<->", "color": GREY},
+        )
         right.text(length - 0.3, -0.35 - 0.45 * k, f"length {length}", va="center", fontsize=9)
     right.set(xlim=(-0.6, 19), ylim=(-1.7, 1.6))
     bare(right, "“The river floods in spring”:\nthe mean of five rows, good at every length")
