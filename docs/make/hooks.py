@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
-import pictures  # noqa: E402
+import pictures
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"  # whose pictures docs/performance.md shows by their place in the repository

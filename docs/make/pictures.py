@@ -92,9 +92,8 @@ def distillcse() -> Figure:
         axes.bar(range(members), values, color=[shades[int(g) % 2] for g in group])
         axes.set(xlabel="rank of the sentence, by the teacher", title=title, xticks=range(0, members, 5))
     left.set_ylabel("$q_{ij}$")
-    left.text(
-        members - 1, float(q.max()) * 0.9, "a colour is a group,\na tenth of the mass", ha="right", va="top", fontsize=9
-    )
+    words = "a colour is a group,\na tenth of the mass"
+    left.text(members - 1, float(q.max()) * 0.9, words, ha="right", va="top", fontsize=9)
     return made
 
 
