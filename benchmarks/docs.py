@@ -353,7 +353,11 @@ def readme_speed(results: Results) -> str:
     return markdown(header, rows)
 
 
-def readme_other(results: Results) -> str:
+def readme_picture(results: Results) -> str:
+    return f"![Time and memory over N](benchmarks/results/{results['stem']}-growth.png)"
+
+
+def other(results: Results) -> str:
     distilled = [
         Row(results, f"distillcse-{N}x768-fp32-{K}-sample") for N, K in ((64, 1), (64, 16), (512, 4), (4096, 4))
     ]
@@ -376,7 +380,7 @@ def readme_other(results: Results) -> str:
     return markdown("other, fp32, D = 768 | times eager PyTorch", rows)
 
 
-def readme_memory(results: Results) -> str:
+def memory(results: Results) -> str:
     peak = Row(results, "focal-32768x768-fp32").megabytes()
     return f"Memory beyond inputs and gradients at N = 32768, D = 768: {peak} MB; one N×N matrix takes 4.3 GB."
 
@@ -400,6 +404,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "tolerance": tolerance,
     "readme-measured": readme_measured,
     "readme-speed": readme_speed,
-    "readme-other": readme_other,
-    "readme-memory": readme_memory,
+    "readme-picture": readme_picture,
+    "other": other,
+    "memory": memory,
 }

@@ -100,6 +100,12 @@ def test_one_openmp_runtime_and_it_is_torchs(tmp_path):
     assert len(mapped) == 1 and "torch" in mapped[0], mapped
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the module is linked with its runtime")
+def test_the_module_names_no_openmp_runtime():
+    """torch's has another name in each wheel, and the system's would be loaded beside it."""
+    assert b"libgomp" not in binary()
+
+
 def test_torchs_thread_count_is_used(tmp_path):
     code = (
         "import torch, os; torch.set_num_threads(1); import pycse\n"

@@ -26,7 +26,7 @@ from pycse.panels import products
 from pycse.panels.products import Products
 from pycse.problem import Pairs, Result
 
-PANEL_BYTES = 32 << 20  # of S: half of the memory promise in the README
+PANEL_BYTES = 32 << 20  # of S: half of the memory promise in docs/performance.md
 INPUT_SHARE = 6  # or a sixth of the inputs, where that is more: products of a few rows are slow
 
 

@@ -84,12 +84,20 @@ def load_encoder(
             )
         restore_saved(encoder, folder)
         freeze_layer_weights(encoder)
-        check_loaded(encoder, reports)
         _stored[encoder] = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
-        return encoder if dtype is None else encoder.to(getattr(torch, dtype))
+        encoder = encoder if dtype is None else encoder.to(getattr(torch, dtype))
+        if (attn_implementation or "").startswith("flash") and encoder.dtype == torch.float32:
+            raise UserError(
+                f"--attn-implementation {attn_implementation} works in 16 bits, and the weights are in float32; give "
+                "--dtype bfloat16, or --attn-implementation sdpa"
+            )
+        check_loaded(encoder, reports)
+        return encoder
     except (UserError, UntrustedModel) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
-    except Exception as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+    except BaseException as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         near = "" if Path(name).is_dir() else did_you_mean(name)
         raise UserError(

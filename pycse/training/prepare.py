@@ -16,6 +16,7 @@ from pycse.training.files import is_stream
 from pycse.training.folder import TEXT, check_writable, output_folder
 from pycse.training.names import bundled_model, resolve_model, resolve_teachers
 from pycse.training.recipes import RECIPES
+from pycse.training.resume import check_same_run
 from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
 
@@ -30,11 +31,15 @@ def prepare(settings: Settings, name: str | None = None):
         name: what a folder under runs/ begins with; default: the recipe.
     """
     settings.check()
+    check_same_run(settings)
     out = output_folder(settings.out, name or settings.recipe) if settings.resume is None else Path(settings.resume)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
     sets = evaluation_sets(settings.eval_files, not settings.no_lee)
+    known = [one.name for one in sets]
+    if settings.best_by is not None and settings.best_by not in known:
+        raise UserError(f"--best-by {settings.best_by} is no evaluation set of this run; use one of {', '.join(known)}")
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)

@@ -26,7 +26,7 @@ from pycse.training.folder import Folder, save_or_rescue
 from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare
 from pycse.training.report import recorded, text_table, write
-from pycse.training.resume import check_unchanged, run_folder
+from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Pruned, Run
 from pycse.training.saving import save_model
 from pycse.training.saving import write as write_model
@@ -193,8 +193,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, _ = prepare(settings, "sparsify")
-        if settings.resume is not None:
-            check_unchanged(settings, text, sets, console)
+        check_same_data(settings, text, sets, console)
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0

@@ -17,7 +17,7 @@ from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, 
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import recorded, text_table, write
-from pycse.training.resume import check_unchanged, run_folder
+from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Run
 from pycse.training.saving import check_saves, save_model
 from pycse.training.settings import Settings
@@ -44,8 +44,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, keep = prepare(settings)
-        if settings.resume is not None:
-            check_unchanged(settings, text, sets, console)
+        check_same_data(settings, text, sets, console)
         prunes = RECIPES[settings.recipe].prunes
 
         from transformers import set_seed

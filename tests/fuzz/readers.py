@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 
 from fuzz.calls import Fault
 from pycse.embedding_cache import HEADER, CacheError, EmbeddingCache
+from pycse.model_folder import UntrustedModel, check_folder, transformer_folder
 from pycse.pattern import pack_mask
-from pycse.sparse.storage import restore, saved_masks, transformer_folder
+from pycse.sparse.storage import restore, saved_masks
 from pycse.training.data import read_train_file
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import read_eval_file
@@ -200,13 +201,27 @@ def modules_file(r: random.Random, folder: Path) -> None:
     try:
         found = transformer_folder(folder)
     except ValueError as error:
-        if type(error) is not ValueError or "modules.json" not in str(error):
+        if "modules.json" not in str(error):
             raise Fault(f"transformer_folder raised {type(error).__name__} without naming the file: {error}") from error
         return
     except Exception as error:
         raise Fault(f"transformer_folder raised {type(error).__name__}: {error}") from error
     if not isinstance(found, Path):
         raise Fault(f"transformer_folder gave {found!r}")
+
+
+def settings_file(r: random.Random, folder: Path) -> None:
+    """A model's configuration, as check_folder sees it."""
+    path = folder / "config.json"
+    valid = json.dumps({"model_type": "bert", "text_config": {"sizes": [1, 2]}, "attn_implementation": "sdpa"}).encode()
+    path.write_bytes(damaged(r, valid))
+    try:
+        check_folder(folder)
+    except UntrustedModel as error:
+        if "config.json" not in str(error):
+            raise Fault(f"check_folder raised {type(error).__name__} without naming the file: {error}") from error
+    except Exception as error:
+        raise Fault(f"check_folder raised {type(error).__name__}: {error}") from error
 
 
 def _named(error: UserError, path: Path) -> None:
@@ -216,7 +231,7 @@ def _named(error: UserError, path: Path) -> None:
 
 READERS: dict[str, Callable[[random.Random, Path], None]] = {
     "train_file": train_file, "formats_file": formats_file, "eval_file": eval_file, "cache_file": cache_file, "mask_file": mask_file,
-    "modules_file": modules_file,
+    "modules_file": modules_file, "settings_file": settings_file,
 }  # fmt: skip
 
 

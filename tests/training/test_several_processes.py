@@ -175,7 +175,7 @@ def test_each_sentence_is_read_by_one_rank_and_cached_once(done, place):
     (out,) = (place / "runs").iterdir()
     (teacher,) = metrics_of(out)["teachers"]
     (cached,) = (place / "cache").glob("*.embeddings")
-    records = (cached.stat().st_size - HEADER) / (32 + 4 * teacher["width"] + 4)
+    records = (cached.stat().st_size - HEADER) / (32 + 4 * teacher["width"] + 4 + 4)
     assert records == teacher["embedded"] == 2 * 2 * 4 and teacher["from_cache"] == 0
 
 
@@ -325,7 +325,7 @@ def test_the_first_to_fail_says_so_and_gives_the_code(launched, monkeypatch):
 def test_an_error_of_one_rank_in_training_is_one_line(launched, monkeypatch, capsys):
     from typer import Exit
 
-    from pycse.cli import reported
+    from pycse.cli.shared import reported
 
     store = torch.distributed.HashStore()
     monkeypatch.setattr(ranks, "meet", lambda: store)

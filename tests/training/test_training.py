@@ -225,7 +225,6 @@ def test_parse_layers_errors(text):
 
 
 def test_resolve_model(tmp_path):
-    assert resolve_model("some/encoder") == ("some/encoder", False)
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
     with pytest.raises(UserError, match="is no model"):
