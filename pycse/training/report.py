@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from pycse.training.static import report as of_static
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from pycse.training.eval_sets import ScoredPairs
 
 BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}
 
