@@ -23,6 +23,7 @@ MODULES = {
     "Transformer", "StaticEmbedding", "BoW", "CNN", "Dense", "Dropout", "LayerNorm", "LSTM", "Normalize", "Pooling",
     "WeightedLayerPooling", "WordEmbeddings", "WordWeights", "CLIPModel", "Router", "Asym",
 }  # fmt: skip
+NESTED = ("Router", "Asym")  # have modules of their own, in folders below theirs
 # Model types of pycse.sparse.shrunk_encoders: their auto_map is for loaders without pycse, which has the classes.
 OWN_TYPES = "pycse_shrunk_"
 OWN_CODE = "shrunk_encoders."
@@ -32,6 +33,7 @@ ARGUMENTS = {
     "do_lower_case", "output_hidden_states", "max_length", "add_eos_token", "add_bos_token", "add_pooling_layer",
     "use_cache", "is_causal", "reference_compile", "clean_up_tokenization_spaces", "fix_mistral_regex", "backend",
 }  # fmt: skip
+DEEPEST = 50  # levels of a settings file; the libraries that read it walk it with functions that call themselves
 WEIGHTS, PICKLES = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -58,12 +60,12 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, trust_remote_code:
                 f"{folder / 'modules.json'} names foreign code ({kind}), which is not run; trust_remote_code "
                 "(--trust-remote-code) runs it, if you trust its author"
             )
-    if (folder / "adapter_config.json").exists():
-        raise UntrustedModel(
-            f"{folder} is an adapter, and names the model that it belongs to, which lies elsewhere; merge the two "
-            "(peft: merge_and_unload) and give the folder of the result"
-        )
     for place in module_folders(folder):
+        if (place / "adapter_config.json").exists():
+            raise UntrustedModel(
+                f"{place} is an adapter, and names the model that it belongs to, which lies elsewhere; merge the two "
+                "(peft: merge_and_unload) and give the folder of the result"
+            )
         check_links(folder, place)
         for file in sorted(place.glob("*.json")):
             check_json(folder, place, file, trust_remote_code)
@@ -93,7 +95,13 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
 
 def module_folders(folder: Path) -> list[Path]:
     """Where a model's modules lie, the transformer's first: the folder itself for a model of transformers."""
-    places = [inside(folder, folder / module["path"], "modules.json") for module in read_modules(folder)]
+    places = []
+    for module in read_modules(folder):
+        place = inside(folder, folder / module["path"], "modules.json")
+        places.append(place)
+        if module["type"].split(".")[-1] in NESTED and place.is_dir():
+            below = sorted(path for path in place.rglob("*") if path.is_dir())
+            places += [inside(folder, path, str(path.relative_to(folder))) for path in below]
     return [place for place in dict.fromkeys(places or [folder]) if place.is_dir()]
 
 
@@ -136,10 +144,12 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
     if not (file.name.endswith("config.json") or file.name.startswith("sentence_")):
         return
     values = read_json(file)
+    if depth(values) > DEEPEST:
+        raise UntrustedModel(f"{file} is nested {DEEPEST} levels deep and more, which no settings are")
     if not isinstance(values, dict):
         return
-    code = values.get("auto_map")
-    if code and not trust_remote_code and not is_own(values, code):
+    code = list(named(values, "auto_map"))
+    if any(code) and not trust_remote_code and not is_own(values, code):
         raise UntrustedModel(
             f"{file} names foreign code ({', '.join(sorted(map(str, strings(code))))}), which is not run; "
             "trust_remote_code (--trust-remote-code) runs it, if you trust its author"
@@ -147,11 +157,10 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
     weights = values.get("transformers_weights")
     if weights is not None and not (isinstance(weights, str) and weights.endswith((".safetensors", ".index.json"))):
         raise UntrustedModel(f"{file}: transformers_weights must name a safetensors file, got {str(weights)[:60]}")
-    attention = values.get("attn_implementation")
-    if "/" in str(attention or ""):
-        raise UntrustedModel(
-            f"{file} asks for code of another place (attn_implementation {attention}), which is not run"
-        )
+    # Attention, and whatever else may have several kernels.
+    elsewhere = [text for text in strings(list(named(values, "_implementation"))) if "/" in text]
+    if elsewhere and not trust_remote_code:
+        raise UntrustedModel(f"{file} asks for code of another place ({elsewhere[0]}), which is not run")
     if file.name.startswith("sentence_"):
         check_arguments(file, values)
 
@@ -175,6 +184,27 @@ def is_own(values: dict[str, Any], code: Any) -> bool:
     kind = values.get("model_type")
     own = isinstance(kind, str) and kind.startswith(OWN_TYPES)
     return own and all(name.startswith(OWN_CODE) for name in strings(code))
+
+
+def depth(value: Any) -> int:
+    """Levels of lists and dictionaries."""
+    level, levels = [value], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        level = [below for one in level for below in (one.values() if isinstance(one, dict) else one)]
+        levels += 1
+    return levels
+
+
+def named(value: Any, ending: str) -> Iterator[Any]:
+    """What keys with this ending have, at any depth."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key.endswith(ending):
+                yield one
+            yield from named(one, ending)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from named(one, ending)
 
 
 def strings(value: Any) -> Iterator[str]:

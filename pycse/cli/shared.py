@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -66,9 +67,12 @@ def quiet(local: bool) -> None:
     if local:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     disable_progress_bar()
+    if not sys.stderr.isatty():  # downloads alone are worth one
+        disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for message in (".*pin_memory.*", ".*OMP_NUM_THREADS.*", ".*broadcast_buffers.*"):

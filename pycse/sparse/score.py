@@ -185,12 +185,13 @@ def unchanged(encoder: nn.Module, parameters: Iterable[nn.Parameter], seed: int 
 
 
 def shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
-    """The batches, with a progress bar on stderr."""
+    """The batches, with a progress bar on stderr where that is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    if not progress:
+    console = Console(stderr=True)
+    if not (progress and console.is_terminal):
         yield from batches
         return
-    yield from track(batches, "scoring", total=total, console=Console(stderr=True), transient=True)
+    yield from track(batches, "scoring", total=total, console=console, transient=True)

@@ -163,17 +163,36 @@ for _model, _config, _ in SHRUNK.values():
     _model.register_for_auto_class("AutoModel")
 
 
+def check_sizes(config: Any, layers: int, parts: Architecture) -> None:
+    """Raise ValueError unless what is left of each layer is a part of what the configuration says: its numbers become
+    sizes of tensors, and places in them."""
+    heads, neurons = config.num_attention_heads, getattr(config, parts.neurons)
+    for name in ("shrunk_heads", "shrunk_neurons"):
+        given = getattr(config, name)
+        if given is None:
+            continue
+        if not (isinstance(given, (list, tuple)) and len(given) == layers and all(given)):
+            raise ValueError(
+                f"{name} in the configuration must be a list of what is left of each of {layers} layers, "
+                f"got {given!r:.80}"
+            )
+        for one in given:
+            if name == "shrunk_neurons":
+                fits = type(one) is int and 0 < one <= neurons
+                allowed = f"numbers up to {neurons}"
+            else:
+                fits = isinstance(one, (list, tuple)) and all(type(k) is int and 0 <= k < heads for k in one)
+                fits = fits and len(set(one)) == len(one)
+                allowed = f"lists of different heads below {heads}"
+            if not fits:
+                raise ValueError(f"{name} in the configuration must hold {allowed}, got {one!r:.80}")
+
+
 def resize(model: nn.Module, parts: Architecture) -> None:
     """Give every layer new Linear modules of the sizes that the configuration asks for."""
     config: Any = model.config
     layers: Any = model.get_submodule(parts.stack)
-    for name in ("shrunk_heads", "shrunk_neurons"):
-        given = getattr(config, name)
-        if given is not None and not (isinstance(given, (list, tuple)) and len(given) == len(layers) and all(given)):
-            raise ValueError(
-                f"{name} in the configuration must be a list of what is left of each of {len(layers)} layers, "
-                f"got {given!r}"
-            )
+    check_sizes(config, len(layers), parts)
     for i, layer in enumerate(layers):
         attention = layer.get_submodule(parts.attention)
         size = attention.attention_head_size

@@ -10,7 +10,6 @@ the weights alone: a dense encoder with the same embeddings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.model_folder import check_folder, transformer_folder
 from pycse.pattern import unpack_mask
 from pycse.sparse.choice import PATTERNS
 from pycse.sparse.derived import BITS
@@ -30,7 +30,8 @@ KEY = "pycse_sparse"
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Any:
-    """Load an encoder that `sparsify` changed and save_pretrained wrote; it runs no code from the folder.
+    """Load an encoder that `sparsify` changed and save_pretrained wrote; it runs no code from the folder, and reads no
+    pickles and no files outside it.
 
     Args:
         path: folder of a SentenceTransformer or a transformers model. One that is not sparse loads as it is.
@@ -41,7 +42,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        TypeError, ValueError: the folder holds no model, or masks that do not fit its weights.
+        TypeError, ValueError: the folder holds no model, masks that do not fit its weights, or asks for more than to
+            be read (UntrustedModel of pycse.model_folder).
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -49,14 +51,17 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
     whole = (folder / "modules.json").is_file()
     if not whole and not (folder / "config.json").is_file():
         raise ValueError(f"path must be the folder of a saved model; {path} has neither modules.json nor config.json")
+    check_folder(folder)
     register()
+    read: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
     with masks_expected():
         if whole:
             from sentence_transformers import SentenceTransformer
 
-            encoder: Any = SentenceTransformer(str(folder), device=None if device is None else str(device))
+            where = None if device is None else str(device)
+            encoder: Any = SentenceTransformer(str(folder), device=where, local_files_only=True, model_kwargs=read)
         else:
-            encoder = encoder_class(folder).from_pretrained(str(folder))
+            encoder = encoder_class(folder).from_pretrained(str(folder), local_files_only=True, **read)
             encoder = encoder if device is None else encoder.to(device)
     restore_saved(encoder, folder)
     return encoder.eval()
@@ -66,7 +71,8 @@ def encoder_class(folder: Path) -> Any:
     """AutoModel, but for the encoders of encoder-decoders (T5EncoderModel and its like), to which it adds a decoder."""
     import transformers
 
-    (saved,) = (transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""])[:1]
+    named = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True).architectures
+    saved = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     return getattr(transformers, saved if saved.endswith("EncoderModel") else "AutoModel", transformers.AutoModel)
 
 
@@ -77,16 +83,35 @@ def restore_saved(encoder: nn.Module, folder: Path) -> int:
         model = getattr(encoder[0], "auto_model", None)  # type: ignore[index]
         if model is None:  # static embeddings and the like
             return 0
-    masks = saved_masks(transformer_folder(folder))
-    # A model with a head has its encoder's names below a prefix, and AutoModel leaves the head out.
-    prefix = f"{model.base_model_prefix}."
-    if any(key.startswith(prefix) for key in masks):
-        masks = {key.removeprefix(prefix): mask for key, mask in masks.items() if key.startswith(prefix)}
-    settings = getattr(model.config, KEY, None) or {}
-    restore(model, masks, settings.get("pattern", "auto"))
+    place = transformer_folder(folder)
+    masks = saved_masks(place, model)
+    pattern = saved_pattern(model, place)
+    check_zeros(model, masks, place)
+    restore(model, masks, pattern)
     if masks:
-        note(model, settings.get("pattern", "auto"))
+        note(model, pattern)
     return len(masks)
+
+
+def saved_pattern(model: nn.Module, folder: Path) -> str:
+    """The pattern in a model's configuration; ValueError for anything that is none."""
+    settings = getattr(model.config, KEY, None) or {}
+    pattern = settings.get("pattern", "auto") if isinstance(settings, dict) else None
+    if not isinstance(pattern, str) or pattern not in PATTERNS:
+        raise ValueError(
+            f"{folder / 'config.json'}: {KEY} must have a pattern of {', '.join(PATTERNS)}, got {settings!r:.60}"
+        )
+    return pattern
+
+
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ValueError where a weight is not 0 though its mask has removed it: the masks are then of other weights, and
+    loaders that know no masks would give other embeddings."""
+    for key, bits in masks.items():
+        linear: Any = model.get_submodule(key.rpartition(".")[0])
+        gone = ~unpack_mask(bits.to(linear.weight.device), linear.in_features)
+        if linear.weight.detach()[gone].any():
+            raise ValueError(f"{folder}: {key} removes weights that are not 0, so it is not of these weights")
 
 
 def restore(module: nn.Module, state_dict: Mapping[str, Tensor], pattern: str = "auto") -> nn.Module:
@@ -158,30 +183,55 @@ def register() -> None:
         AutoModel.register(config, model, exist_ok=True)
 
 
-def transformer_folder(folder: Path) -> Path:
-    """Where a saved encoder's transformer lies: the folder, or the one that modules.json names first."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return folder / modules[0]["path"]
-    except OSError:
-        return folder
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder / 'modules.json'} cannot be read ({error})") from error
+def saved_masks(folder: Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The masks in a folder's safetensors files, by the names of the model's layers.
 
+    Args:
+        model: whose layers they have to fit. That is seen in the file's header, before anything of that size is made.
 
-def saved_masks(folder: Path) -> dict[str, Tensor]:
-    """The masks in a folder's safetensors files."""
+    Raises:
+        ValueError: a file cannot be read, a mask is of no layer, or of another shape or dtype.
+    """
     from safetensors import SafetensorError, safe_open
 
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                names = [key for key in tensors.keys() if key.endswith(f".{BITS}")]  # noqa: SIM118
-                masks.update({name: tensors.get_tensor(name) for name in names})
+                found = [key for key in tensors.keys() if key.endswith(f".{BITS}")]  # noqa: SIM118
+                names = encoder_names(found, model)
+                for key, name in names.items():
+                    header = tensors.get_slice(key)
+                    if model is not None:
+                        check_header(f"{file}: {key}", name, header.get_dtype(), header.get_shape(), model)
+                    masks[name] = tensors.get_tensor(key)
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error})") from error
     return masks
+
+
+def encoder_names(keys: list[str], model: nn.Module | None) -> dict[str, str]:
+    """Key in a file -> name in the encoder. A model with a head has its encoder's names below a prefix, and AutoModel
+    leaves the head out."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if prefix != "." and any(key.startswith(prefix) for key in keys):
+        return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    return {key: key for key in keys}
+
+
+def check_header(shown: str, name: str, dtype: str, shape: list[int], model: nn.Module) -> None:
+    """Raise ValueError unless a mask in a file is that of a layer."""
+    try:
+        linear = model.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{shown} is the mask of no nn.Linear in the model")
+    expected = [linear.out_features, -(-linear.in_features // 32)]
+    if dtype != "I32" or list(shape) != expected:
+        raise ValueError(
+            f"{shown} must be I32 of shape {expected} for its layer, got {dtype} of shape {list(shape)[:8]}"
+        )
 
 
 @contextmanager

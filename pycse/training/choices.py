@@ -11,7 +11,9 @@ SHORTEST = 32  # of the lengths that a static table has by default
 EVALUATIONS = 10  # during a run, when --eval-steps is not given
 SAVE_MINUTES = 10  # between checkpoints, when --save-steps is not given
 FORMATS = ("txt", "tsv", "csv", "jsonl", "parquet")  # of --train-file
-POSITIVES = ("dropout", "next")  # of single sentences: the same sentence again, or the one after it
+# Of single sentences: the same sentence again, the one after it, or the same with the case of some words switched.
+POSITIVES = ("dropout", "next", "switch-case")
+SWITCHED = 0.1  # of the words
 DEVICES = ("auto", "cpu", "cuda", "mps")
 POOLINGS = ("cls", "mean", "first-last")
 HEADS = ("mlp",)  # of training alone

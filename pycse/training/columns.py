@@ -78,7 +78,7 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
     parts = None if wanted is None else [part.strip() for part in wanted.split(",")]
     if names is None:
         first = table.rows[0][1]
-        by_name = parts is not None and not all(part.isdigit() for part in parts)
+        by_name = parts is not None and not all(part.isdecimal() for part in parts)
         heading = (by_name or is_header(first)) if header is None else header
         names = first if heading else None
     elif header is not None:
@@ -88,8 +88,6 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
     width = len(table.rows[0][1])
     labels = tuple(f"column {k + 1}" if names is None or not names[k] else names[k] for k in range(width))
     rows = table.rows[1:] if heading else table.rows
-    if not rows:
-        raise UserError(f"{table.source} has a header and nothing below it; give one example a line")
     if parts is not None:
         columns = [_number(table, part, names, width, heading) for part in parts]
         for part, column in zip(parts, columns):
@@ -97,7 +95,9 @@ def choose(table: Table, wanted: str | None = None, header: bool | None = None) 
                 raise UserError(f"--columns {wanted}: {part} is there more than once; give each column once")
     else:
         columns = _by_name(table, names, labels, rows) if names is not None else list(range(width))
-    nested = [labels[k] for k in columns if k in table.nested]
+    if not rows:
+        raise UserError(f"{table.source} has a header and nothing below it; give one example a line")
+    nested = [_short(labels[k]) for k in columns if k in table.nested]
     if nested:
         raise UserError(f"{table.source}: {', '.join(nested)} holds lists or objects; give --columns of texts alone")
     if parts is None:
@@ -115,7 +115,7 @@ def _number(table: Table, part: str, names: Sequence[str] | None, width: int, he
             return found[0]
         if len(found) > 1:
             raise UserError(f"--columns: {table.source} has {len(found)} columns {part!r}; give numbers from 1")
-    if part.isdigit() and 1 <= int(part) <= width:
+    if part.isdecimal() and 1 <= int(part) <= width:
         return int(part) - 1
     there = ", ".join(_short(name) for name in names) if names is not None else f"1 to {width}"
     in_row = f" (its line {table.rows[0][0]})" if heading else ""
@@ -125,13 +125,10 @@ def _number(table: Table, part: str, names: Sequence[str] | None, width: int, he
 def _by_name(table: Table, names: Sequence[str], labels: Sequence[str], rows) -> list[int]:
     plains = [plain(name) for name in names]
     pair = next((pair for pair in PAIRS if all(plains.count(name) == 1 for name in pair)), None)
-    single = next((name for name in SINGLES if plains.count(name) == 1), None)
     texts = [k for k, name in enumerate(plains) if name not in INDICES | LABELS and k not in table.nested]
     if pair is not None:
         columns = [plains.index(name) for name in pair]
         columns += [k for k, name in enumerate(plains) if NEGATIVE.fullmatch(name) and k not in columns]
-    elif single is not None:
-        columns = [plains.index(single)]
     elif len(texts) == 1:
         columns = texts
     else:
@@ -195,6 +192,9 @@ def _described(columns, labels, rows) -> str:
 
 def _suggestion(columns: Sequence[int], labels: Sequence[str], names: Sequence[str] | None) -> str:
     """What to give as --columns: names where they are unmistakable, else numbers."""
-    safe = names is not None and all(names[k] and "," not in names[k] and names.count(names[k]) == 1 for k in columns)
+    safe = names is not None and all(
+        names[k] and "," not in names[k] and names[k] == _short(names[k]) and names.count(names[k]) == 1
+        for k in columns
+    )
     parts = [labels[k] if safe else str(k + 1) for k in columns] or ["1"]
     return f"'{','.join(parts)}'" if any(" " in part for part in parts) else ",".join(parts)

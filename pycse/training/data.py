@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+from pycse.training.choices import SWITCHED
 from pycse.training.columns import choose
 from pycse.training.errors import UserError
 from pycse.training.files import read_table
@@ -47,20 +51,42 @@ class Text:
         negatives = len(self.columns) - 2
         return f"pairs with {negatives} hard negatives" if negatives > 1 else UNITS[len(self.columns) - 1]
 
-    @property
+    @cached_property
     def repeated(self) -> int:
         """Texts that stand in several rows."""
         counts = Counter(text for row in self.rows for text in set(row))
         return sum(count > 1 for count in counts.values())
 
+    @cached_property
+    def by_dropout(self) -> bool:
+        """Whether only dropout tells the two views of a row apart: sentences, or pairs of a sentence with itself."""
+        return len(self.columns) == 1 or all(row[0] == row[1] for row in self.rows)
+
     def with_next(self) -> Text:
         """Pairs of every sentence and the one after it, whose subject is mostly the same."""
-        if len(self.columns) != 1:
-            raise UserError("--positives next needs single sentences; this text already has pairs, so leave it out")
+        self.check_single("next")
         pairs: list[tuple[str, ...]] = [(first, second) for (first,), (second,) in pairwise(self.rows)]
         if not pairs:
             raise UserError(f"--positives next needs at least 2 sentences; {self.source} has one")
         return Text(f"{self.source}, each with the next", pairs, self.dropped, self.taken, self.left_out)
+
+    def with_switched_case(self, seed: int) -> Text:
+        """Pairs of every sentence and itself, where some words' first letters have the other case: a tokenizer that
+        knows case sees other tokens (CARDS' augmentation: Wang et al., SIGIR 2022). The words are drawn once."""
+        self.check_single("switch-case")
+        drawn = random.Random(seed)
+
+        def switched(word: re.Match[str]) -> str:
+            return word[0][:1].swapcase() + word[0][1:] if drawn.random() < SWITCHED else word[0]
+
+        pairs: list[tuple[str, ...]] = [(sentence, re.sub(r"\S+", switched, sentence)) for (sentence,) in self.rows]
+        return Text(f"{self.source}, each with its case switched", pairs, self.dropped, self.taken, self.left_out)
+
+    def check_single(self, positives: str) -> None:
+        if len(self.columns) != 1:
+            raise UserError(
+                f"--positives {positives} needs single sentences; this text already has pairs, so leave it out"
+            )
 
     def dataset(self):
         """The rows as a datasets.Dataset, in memory."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _stored: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # encoder -> dtype of the weights in its folder
 
+CASE_SAMPLE = 64  # pairs that show whether a tokenizer knows case
+
 
 def parse_layers(text: str | None) -> list[int] | None:
     """ "0,2,4" -> [0, 2, 4]; "all" or None -> None, which keeps every layer."""
@@ -82,12 +84,20 @@ def load_encoder(
             )
         restore_saved(encoder, folder)
         freeze_layer_weights(encoder)
-        check_loaded(encoder, reports)
         _stored[encoder] = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
-        return encoder if dtype is None else encoder.to(getattr(torch, dtype))
+        encoder = encoder if dtype is None else encoder.to(getattr(torch, dtype))
+        if (attn_implementation or "").startswith("flash") and encoder.dtype == torch.float32:
+            raise UserError(
+                f"--attn-implementation {attn_implementation} works in 16 bits, and the weights are in float32; give "
+                "--dtype bfloat16, or --attn-implementation sdpa"
+            )
+        check_loaded(encoder, reports)
+        return encoder
     except (UserError, UntrustedModel) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
-    except Exception as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+    except BaseException as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         near = "" if Path(name).is_dir() else did_you_mean(name)
         raise UserError(
@@ -159,14 +169,33 @@ def transformer(encoder: SentenceTransformer):
     return backbone
 
 
-def check_for_training(encoder: SentenceTransformer, columns: int, max_length: int) -> None:
-    """Raise UserError where two views of a sentence would be equal, or texts longer than the encoder's positions."""
+def check_for_training(encoder: SentenceTransformer, by_dropout: bool, max_length: int) -> None:
+    """Raise UserError where two views of a sentence would be equal, or texts longer than the encoder's positions.
+
+    Args:
+        by_dropout: dropout makes the views.
+    """
     from torch import nn
 
     from pycse.training.loaded import position_limit
 
-    if columns == 1 and not any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules()):
+    if by_dropout and not any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules()):
         raise UserError("this model has no dropout, so both views of a sentence are equal; give pairs in --train-file")
     positions = position_limit(encoder)
     if positions and max_length > positions:
         raise UserError(f"--max-length is {max_length}; this model reads at most {positions} tokens")
+
+
+def check_case(encoder: SentenceTransformer, pairs: list[tuple[str, ...]]) -> None:
+    """Raise UserError where a tokenizer does not see what --positives switch-case has changed."""
+    import torch
+
+    from pycse.sentence_transformers.texts import hashes
+
+    changed = [pair for pair in pairs if pair[0] != pair[1]][:CASE_SAMPLE]
+    seen = [hashes(encoder.preprocess(list(column))) for column in zip(*changed)]
+    if not changed or (seen[0] is not None and seen[1] is not None and torch.equal(seen[0], seen[1])):
+        raise UserError(
+            "--positives switch-case: this model's tokenizer knows no case, so both views are the same text; take a "
+            "cased model, or --positives dropout"
+        )

@@ -27,8 +27,9 @@ Scores = dict[str, dict[str, float]]  # set -> measure -> value; alignment is ab
 Prompts = tuple[str | None, str | None]  # before the first and the second text of a pair
 NO_PROMPTS: Prompts = (None, None)
 BATCH_SIZE = 64  # texts embedded at a time
-# Cosines that differ by less are equal up to the rounding of float32 embeddings, and their order means nothing.
-NOISE = 1e-5
+# Of a cosine: what is behind them is the rounding of float32 embeddings, and would rank equal texts by chance.
+DIGITS = 6
+NOISE = 1e-5  # all cosines in so short an interval are one
 
 
 class Embedded:
@@ -97,7 +98,6 @@ class Embedded:
         first, second = place.split(len(pairs.first))
         unit = torch.nn.functional.normalize(z)
         cosines = (unit[first] * unit[second]).sum(1)
-        cosines[first == second] = 1.0  # equal texts tie
         found = {"spearman": spearman(cosines, pairs.scores)}
         similar = torch.tensor(pairs.scores, dtype=torch.float64, device="cpu") > SIMILAR * pairs.top
         if similar.any():
@@ -120,7 +120,7 @@ def spearman(cosines: Any, scores: Sequence[float]) -> float:
 
     if not cosines.isfinite().all() or (cosines.max() - cosines.min()).item() < NOISE:
         return math.nan
-    return float(spearmanr(cosines.numpy(), scores)[0])
+    return float(spearmanr(cosines.round(decimals=DIGITS).numpy(), scores)[0])
 
 
 def metric(name: str, measure: str, prefix: str = "") -> str:

@@ -33,6 +33,9 @@ SUFFIXES = {
     ".pq": "parquet",
 }
 
+KINDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}  # of JSON that are a row
+UNREADABLE = (OSError, EOFError, zlib.error)  # of a file, and of a gzipped one
+
 
 @dataclass
 class Table:
@@ -120,7 +123,7 @@ def decoded(path: str | Path, newline: str = "\n") -> Iterator[str]:
             yield from io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -138,7 +141,7 @@ def read_table(path: str | Path, format: str | None = None) -> Table:
     """
     table = Table(str(path), format_of(path, format))
     {"jsonl": _read_jsonl, "parquet": _read_parquet, "csv": _read_csv}.get(table.format, _read_tabs)(table, path)
-    if not table.rows:
+    if not table.rows or not table.rows[0][1]:
         raise UserError(f"{path} has no usable line; give one example a line")
     return table
 
@@ -199,7 +202,7 @@ def _read_jsonl(table: Table, path: str | Path) -> None:
             value: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)})") from None
-        kind = {dict: "an object", list: "an array", str: "a string"}.get(type(value))
+        kind = KINDS.get(type(value))
         if kind is None:
             raise UserError(f"{path}, line {number}: give an object, an array of strings or a string a line")
         first = first or kind
@@ -249,6 +252,6 @@ def _read_parquet(table: Table, path: str | Path) -> None:
                 for values in zip(*columns, strict=True):
                     number += 1
                     table.rows.append((number, tuple(_cell(table, k, value) for k, value in enumerate(values))))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, *UNREADABLE, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no Parquet file that can be read ({reason})") from None

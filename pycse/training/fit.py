@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pycse.training.choices import EVALUATIONS
 from pycse.training.errors import Failed
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import by_set, evaluator, metric
-from pycse.training.folder import staged
+from pycse.training.folder import WORK, staged
 from pycse.training.heads import without_head
 from pycse.training.progress import shown
 from pycse.training.run import Run
@@ -69,7 +70,8 @@ def fit(
         course.started = time.perf_counter()
         try:
             with signals.noted():
-                if latest is not None and is_complete(latest):
+                # The trainer would take one step more from a checkpoint of the last.
+                if latest is not None and (done >= run.steps or is_complete(latest)):
                     take_up(trainer, latest)
                 else:
                     if latest is not None:
@@ -170,13 +172,20 @@ def training_arguments(run: Run, out: Path, eval_on_start: bool) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     settings = run.settings
+    more: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        known = SentenceTransformerTrainingArguments.__dataclass_fields__  # renamed in transformers 5.24
+        more["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    if settings.workers:  # a forked tokenizer waits for threads that it has not
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if "tensorboard" in settings.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "logs"))
     return SentenceTransformerTrainingArguments(
-        output_dir=str(out),
+        output_dir=str(out / WORK),  # nothing is kept there
         max_steps=run.steps,
         prompts=settings.column_prompts(run.text.columns),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.grad_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
         dataloader_drop_last=True,
         dataloader_num_workers=settings.workers,
         learning_rate=settings.learning_rate,
@@ -202,4 +211,5 @@ def training_arguments(run: Run, out: Path, eval_on_start: bool) -> Any:
         save_strategy="no",  # by Course
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
+        **more,
     )

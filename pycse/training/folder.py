@@ -44,6 +44,7 @@ class Folder:
 
     def done(self) -> None:
         """The run has ended: nobody need hold the folder."""
+        shutil.rmtree(self.work, ignore_errors=True)
         self.say(ended=True)
         (self.path / LOCK).unlink(missing_ok=True)
 
@@ -293,10 +294,6 @@ def check_writable(name: str, path: Path) -> None:
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--{name} {path}: cannot write in {nearest}; give another folder")
-        longest = os.pathconf(nearest, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        for part in path.parts:
-            if len(os.fsencode(part)) > longest:
-                raise UserError(f"--{name}: {part[:30]}… has {len(os.fsencode(part))} bytes; a name has {longest}")
 
 
 @contextmanager

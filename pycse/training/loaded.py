@@ -29,7 +29,6 @@ CHARACTERS = list(
 )
 LONG = 512  # words of the long text; more where the encoder reads further, up to the limit below
 LONGEST = 1024
-ENDLESS = 100_000  # tokens: tokenizers without a limit have one of 1e30, which no 32-bit number holds
 NAMED = 3  # weights or tokens that a message names
 
 
@@ -168,10 +167,10 @@ def check_tokenizer(encoder: SentenceTransformer, tokenizer: Any) -> None:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         unknown = vocabulary.get(getattr(tokenizer.model, "unk_token", None) or "")
     elif hasattr(tokenizer, "convert_ids_to_tokens"):
-        ids = tokenizer(" ".join(CHARACTERS), add_special_tokens=False, truncation=False)["input_ids"]
+        each = tokenizer(CHARACTERS, add_special_tokens=False)["input_ids"]
         vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
         special = set(tokenizer.all_special_ids)
-        ids = [one for one in ids if one not in special]
+        ids = [one for of_text in each for one in of_text if one not in special]
     else:  # bags of words and the like
         return
     if all(one == unknown for one in ids):
@@ -252,9 +251,11 @@ def embed(encoder: SentenceTransformer, texts: list[str]) -> torch.Tensor:
     """(B, D) embeddings in evaluation mode."""
     from sentence_transformers.util import batch_to_device
 
-    training = encoder.training
+    # Each module's own mode: sentence-transformers loads encoders whose transformer alone is in evaluation mode.
+    modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
         return encoder(batch_to_device(encoder.preprocess(texts), encoder.device))["sentence_embedding"]
     finally:
-        encoder.train(training)
+        for module, training in modes:
+            module.training = training

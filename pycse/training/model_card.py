@@ -27,6 +27,7 @@ QUOTED = 3  # rows of text
 PLACE = "path/to/this/folder"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"  # of the encoder of the training extras
 UNTOLD = ("out", "cache_teachers", "prunes", "card_text", "device")  # settings that say nothing about the model
+SESSION = {one.name for one in fields(Settings) if (known := option_of(one)) is not None and known.session}
 PATHS = {one.name for one in fields(Settings) if (known := option_of(one)) is not None and known.path}
 
 
@@ -56,7 +57,7 @@ def card(run: Run, encoder: SentenceTransformer, dtype: str) -> str:
 
 
 def title(run: Run) -> str:
-    start = shown(run.model)
+    start = shown(run.model).split(" (")[0]
     return f"{start}, {run.settings.recipe}" if not run.static else f"Static embeddings: {start}"
 
 
@@ -92,6 +93,8 @@ def load_lines(run: Run, encoder: SentenceTransformer) -> Iterator[str]:
     lines = ["from sentence_transformers import SentenceTransformer", "", f'model = SentenceTransformer("{PLACE}")']
     if masked or shrunk:
         lines = ["import pycse.sparse", "", f'model = pycse.sparse.load("{PLACE}")']
+    elif run.settings.trust_remote_code:
+        lines[-1] = f'model = SentenceTransformer("{PLACE}", trust_remote_code=True)  # if you trust the code here'
     elif run.static and len(run.settings.lengths) > 1:
         lines[-1] += f"  # or with truncate_dim={min(run.settings.lengths)}; trained at {lengths(run)}"
     lines.append('embeddings = model.encode(["A sentence.", "Another one."])')
@@ -128,7 +131,7 @@ def training_lines(run: Run) -> Iterator[str]:
     """What it was trained on, and every setting that has a value."""
     text = run.text
     yield f"- start: {escaped(shown(run.model))}, {run.shape}"
-    yield f"- text: {len(text.rows):,} rows of {' and '.join(text.columns)}"
+    yield f"- text: {len(text.rows):,} {text.unit}"
     for teacher in run.teachers:
         yield f"- teacher: {escaped(shown(str(teacher['name'])))}, width {teacher['width']}"
     if run.pruned:
@@ -141,7 +144,7 @@ def training_lines(run: Run) -> Iterator[str]:
             yield f"- {' | '.join(escaped(' '.join(column.split())) for column in row)}"
     yield "\n| setting | value |\n|---|---|"
     for name, value in run.settings.as_dict().items():
-        if name not in UNTOLD and value not in (None, [], (), "", False):
+        if name not in UNTOLD and name not in SESSION and value not in (None, [], (), "", False):
             yield f"| {name} | {escaped(shown(value) if name in PATHS else plain(value))} |"
 
 

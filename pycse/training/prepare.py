@@ -16,6 +16,7 @@ from pycse.training.files import is_stream
 from pycse.training.folder import TEXT, check_writable, output_folder
 from pycse.training.names import bundled_model, resolve_model, resolve_teachers
 from pycse.training.recipes import RECIPES
+from pycse.training.resume import check_same_run
 from pycse.training.settings import Settings
 from pycse.training.teachers import Teacher, load_teachers
 
@@ -30,17 +31,21 @@ def prepare(settings: Settings, name: str | None = None):
         name: what a folder under runs/ begins with; default: the recipe.
     """
     settings.check()
+    check_same_run(settings)
     out = output_folder(settings.out, name or settings.recipe) if settings.resume is None else Path(settings.resume)
     keep = parse_layers(settings.layers or (DEFAULT_LAYERS if settings.model is None else None))
     start = settings.init or settings.model
     model = bundled_model() if start is None else resolve_model(start)[0]
     sets = evaluation_sets(settings.eval_files, not settings.no_lee)
+    known = [one.name for one in sets]
+    if settings.best_by is not None and settings.best_by not in known:
+        raise UserError(f"--best-by {settings.best_by} is no evaluation set of this run; use one of {', '.join(known)}")
     if settings.cache_teachers is not None:
         check_writable("cache-teachers", Path(settings.cache_teachers))
     resolve_teachers(settings.teachers)
     text = read_text(settings)
-    if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
-        text = text.with_next()
+    if settings.static is not None and text.by_dropout:
+        raise UserError(f"{text.source}: every positive is its anchor, and a table has no dropout; give other pairs")
     check_columns(settings, len(text.columns))
     if len(text.rows) < settings.batch_size * ranks.size():
         each = f" on each of {ranks.size()} processes" if ranks.size() > 1 else ""
@@ -52,16 +57,21 @@ def prepare(settings: Settings, name: str | None = None):
 
 
 def read_text(settings: Settings) -> Text:
-    """The user's text, or the default one; of a run that goes on, what it kept of a pipe."""
+    """What is trained on: the user's text or the default one, sentences with their positives. Of a run that goes on,
+    what it kept of a pipe."""
     if settings.train_file is None:
-        return default_text()
-    if settings.resume is not None and (kept := Path(settings.resume) / TEXT).exists():
-        return Text.load(kept)
-    if ranks.size() > 1 and is_stream(settings.train_file):
+        text = default_text()
+    elif settings.resume is not None and (kept := Path(settings.resume) / TEXT).exists():
+        return Text.load(kept)  # with its positives
+    elif ranks.size() > 1 and is_stream(settings.train_file):
         raise UserError(
             f"--train-file {settings.train_file} is a pipe, which one process can read, not {ranks.size()}; give a file"
         )
-    return read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
+    else:
+        text = read_train_file(settings.train_file, settings.format, settings.columns, settings.heading)
+    if settings.positives_of_sentences == "next" and (settings.positives or len(text.columns) == 1):
+        return text.with_next()
+    return text.with_switched_case(settings.seed) if settings.positives == "switch-case" else text
 
 
 def keep_prompts(encoder: SentenceTransformer, settings: Settings) -> None:

@@ -26,7 +26,7 @@ from pycse.training.folder import Folder, save_or_rescue
 from pycse.training.loss import build_loss, check_loss
 from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare
 from pycse.training.report import recorded, text_table, write
-from pycse.training.resume import check_unchanged, run_folder
+from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Pruned, Run
 from pycse.training.saving import save_model
 from pycse.training.saving import write as write_model
@@ -54,7 +54,7 @@ def by_dropout(settings: Settings, text: Text) -> bool:
 
     A neighbouring sentence is a positive to learn from, not one that an encoder should already be near to.
     """
-    return len(text.columns) == 1 or settings.positives_of_sentences == "next"
+    return text.by_dropout or settings.positives_of_sentences == "next"
 
 
 def check_prunable(settings: Settings, encoder: SentenceTransformer, text: Text) -> None:
@@ -193,12 +193,11 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, _ = prepare(settings, "sparsify")
-        if settings.resume is not None:
-            check_unchanged(settings, text, sets, console)
+        check_same_data(settings, text, sets, console)
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         steps = settings.pruning()["finetune_steps"] or 0
-        check_for_training(encoder, len(text.columns) if steps else 2, settings.max_length)
+        check_for_training(encoder, bool(steps) and text.by_dropout, settings.max_length)
         check_prunable(settings, encoder, text)
         shown = model_name(settings)
         loss, teachers = None, []

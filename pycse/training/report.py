@@ -182,14 +182,16 @@ def part_lines(run: Run) -> list[str]:
     return lines
 
 
-def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table:
-    """Scores side by side: {"before": ..., "after": ...}, or one column. With two, their difference is added."""
+def scores_table(columns: dict[str, Scores], title: str = "Evaluation", change: bool = True) -> Table:
+    """Scores side by side: {"before": ..., "after": ...}, or one column. With two, their difference is added, unless
+    there is no ``change``."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     table.add_column("set")
     table.add_column("measure")
-    headings = list(columns) + (["change"] if len(columns) == 2 else [])
+    change = change and len(columns) == 2
+    headings = list(columns) + (["change"] if change else [])
     for heading in headings:
         table.add_column(heading, justify="right")
     for name in next(iter(columns.values())):
@@ -198,9 +200,9 @@ def scores_table(columns: dict[str, Scores], title: str = "Evaluation") -> Table
             if not values:
                 continue
             cells = [number(value) for value in values]
-            if len(values) == 2:
-                change = values[1] - values[0]
-                cells.append("none" if math.isnan(change) else f"{change:+.4f}")
+            if change:
+                gain = values[1] - values[0]
+                cells.append("none" if math.isnan(gain) else f"{gain:+.4f}")
             table.add_row(name, f"{measure} ({BETTER[measure]})", *cells)
         table.add_section()
     return table
@@ -330,9 +332,13 @@ def write_metrics(run: Run, path: Path) -> None:
     write_json(metrics, path)
 
 
+def json_text(value) -> str:
+    """JSON that every reader takes: what is not finite becomes null."""
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
 def write_json(value, path: Path) -> None:
-    """Write JSON that every reader takes: what is not finite becomes null."""
-    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def finite(value):

@@ -83,31 +83,37 @@ def here() -> dict[str, Any]:
     }
 
 
-def check_unchanged(settings: Settings, text: Text, sets: list[ScoredPairs], console: Any) -> None:
-    """Raise UserError where a run that goes on has other settings, data or processes; say what else is new."""
-    path = Path(str(settings.resume))
-    was, now = state_of(path), description(settings, text, sets)
-    if was.get("command") != now["command"]:
+def check_same_run(settings: Settings) -> None:
+    """Raise UserError where a run that goes on has other settings or processes, before anything is read."""
+    if settings.resume is None:
+        return
+    path = Path(settings.resume)
+    was = state_of(path)
+    if was.get("command") != command_of(settings):
         raise UserError(f"--resume {path} is a run of pycse {was.get('command')}; go on with that command")
-    before = was.get("settings", {})
-    for name in dict.fromkeys([*before, *now["settings"]]):
-        old, new = before.get(name), now["settings"].get(name)
-        if old != new:
+    before, now = was.get("settings", {}), settings.to_repeat()
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
             known = FIELDS[name].flag or flag(name)
             raise UserError(
-                f"--resume {path}: that run has --{known} {in_words(old)}, not {in_words(new)}; leave it out"
+                f"--resume {path}: that run has --{known} {in_words(before.get(name))}, not "
+                f"{in_words(now.get(name))}; leave it out"
             )
-    if was.get("processes") != now["processes"]:
-        raise UserError(f"--resume {path} had {was.get('processes')} processes, not {now['processes']}; start as many")
-    for what, differs in (
-        (f"the text {text.source}", was.get("text") != now["text"]),
-        *(
-            (f"the evaluation set {name}", was["evaluations"].get(name) != key)
-            for name, key in now["evaluations"].items()
-        ),
-    ):
-        if differs:
-            raise UserError(f"--resume {path}: {what} has changed since that run began; start a new run")
+    if was.get("processes") != ranks.size():
+        raise UserError(f"--resume {path} had {was.get('processes')} processes, not {ranks.size()}; start as many")
+
+
+def check_same_data(settings: Settings, text: Text, sets: list[ScoredPairs], console: Any) -> None:
+    """Raise UserError where a run that goes on has other data; say what else is new, which changes last bits."""
+    if settings.resume is None:
+        return
+    path = Path(settings.resume)
+    was, now = state_of(path), description(settings, text, sets)
+    changed = [f"the text {text.source}"] if was.get("text") != now["text"] else []
+    known = was.get("evaluations", {})
+    changed += [f"the evaluation set {name}" for name, key in now["evaluations"].items() if known.get(name) != key]
+    if changed:
+        raise UserError(f"--resume {path}: {changed[0]} has changed since that run began; start a new run")
     new = [name for name, value in now["here"].items() if was.get("here", {}).get(name) != value]
     if new and ranks.first():
         console.print(f"not the same as before: {', '.join(new)}. The run goes on, and may differ in the last bits")

@@ -13,6 +13,7 @@ from torch import Tensor
 from pycse.training import ranks
 from pycse.training.encoder import load_encoder, loading_options, stored_dtype, transformer
 from pycse.training.errors import UserError
+from pycse.training.folder import umask
 from pycse.training.heads import without_head
 from pycse.training.loaded import CHARACTERS, embed, listed
 
@@ -53,6 +54,8 @@ def save_model(encoder: SentenceTransformer, folder: Path, settings: Settings, r
         saved = encoder
         if any(p.is_floating_point() and p.dtype != dtype for p in encoder.parameters()):
             saved = copy.deepcopy(encoder).to(dtype)
+            if dtype == torch.float32 and attention_of(saved).startswith("flash"):  # which knows 16 bits alone
+                transformer(saved).set_attn_implementation("sdpa")
         write(saved, folder)
         if not embeddings(saved).isfinite().all() and embeddings(encoder).isfinite().all():
             raise UserError(
@@ -67,6 +70,9 @@ def save_model(encoder: SentenceTransformer, folder: Path, settings: Settings, r
 def write(encoder: SentenceTransformer, folder: Path) -> None:
     """save_pretrained without the model card of sentence-transformers, which quotes the training text."""
     encoder.save_pretrained(str(folder), create_model_card=False)
+    # safetensors lets nobody but the user read its files, whatever the umask.
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask())
 
 
 def check_saves(encoder: SentenceTransformer, settings: Settings, keep: list[int] | None) -> None:
@@ -94,8 +100,10 @@ def check_saves(encoder: SentenceTransformer, settings: Settings, keep: list[int
 def compare(folder: Path, saved: SentenceTransformer, settings: Settings, what: str, advice: str = "") -> None:
     """Raise UserError unless the folder holds this encoder: the same weights, and embeddings of TEXTS."""
     options = loading_options(settings) | {"dtype": None, "allow_pickle": False}
+    options["attn_implementation"] = attention_of(saved) or None
     try:
-        loaded = load_encoder(str(folder), str(saved.device), **options)
+        with torch.random.fork_rng():  # a model that is made draws numbers
+            loaded = load_encoder(str(folder), str(saved.device), **options)
     except UserError as error:
         reason = str(error).removeprefix(f"cannot load the model {folder}").removeprefix(":").strip()
         raise UserError(f"{what} cannot be loaded again ({reason}){advice}") from error
@@ -112,6 +120,12 @@ def compare(folder: Path, saved: SentenceTransformer, settings: Settings, what: 
             f"{what} is another one when it is loaded again: embeddings differ by {apart.max():.0%} of their "
             f"length{advice}"
         )
+
+
+def attention_of(encoder: SentenceTransformer) -> str:
+    """What computes the attention, in transformers' words; empty for encoders without one."""
+    config = getattr(getattr(encoder[0], "auto_model", None), "config", None)
+    return getattr(config, "_attn_implementation", None) or ""
 
 
 @torch.no_grad()

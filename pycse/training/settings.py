@@ -136,8 +136,9 @@ class Settings:
     )
     positives: str | None = option(
         None,
-        "What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE) or next (the "
-        "sentence after it). Default: dropout for --train-file, next for the default text and --static.",
+        "What a single sentence is pulled to: dropout (itself under another dropout mask, as in SimCSE), next (the "
+        "sentence after it) or switch-case (itself, some words' first letters in the other case, as in CARDS). "
+        "Default: dropout for --train-file, next for the default text and --static.",
     )
     eval_files: tuple[str, ...] = option((), EVAL_HELP, flag="eval-file", metavar="FILE", sparsify=True, path=True)
     no_lee: bool = option(

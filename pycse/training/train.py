@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from pycse.training import ranks
-from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
+from pycse.training.encoder import check_case, check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.fit import fit
 from pycse.training.folder import save_or_rescue
 from pycse.training.heads import add_head, remove_head
@@ -17,7 +17,7 @@ from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, 
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
 from pycse.training.report import recorded, text_table, write
-from pycse.training.resume import check_unchanged, run_folder
+from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Run
 from pycse.training.saving import check_saves, save_model
 from pycse.training.settings import Settings
@@ -44,8 +44,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
     started = time.perf_counter()
     with ranks.together():
         out, sets, text, model, keep = prepare(settings)
-        if settings.resume is not None:
-            check_unchanged(settings, text, sets, console)
+        check_same_data(settings, text, sets, console)
         prunes = RECIPES[settings.recipe].prunes
 
         from transformers import set_seed
@@ -54,7 +53,9 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
         layers_before = keep_layers(encoder, keep)
         set_pooling(encoder, settings.pooling)
-        check_for_training(encoder, len(text.columns), settings.max_length)
+        check_for_training(encoder, text.by_dropout, settings.max_length)
+        if settings.positives == "switch-case":
+            check_case(encoder, text.rows)
         check_saves(encoder, settings, keep)
         if prunes:
             check_prunable(settings, encoder, text)

@@ -87,7 +87,6 @@ class Course(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **_):
         for name in PARTS if hasattr(self.loss, "latest") and self.loss.latest is not None else ():
             self.run.parts.setdefault(name, []).append(float(getattr(self.loss.latest, name)))
-        self.progress.update(state.global_step)
         control.should_save = control.should_save or self.due or self.signal > 0
         if self.signal:
             control.should_training_stop = True

@@ -4,6 +4,8 @@ understand."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import random
@@ -12,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
 from fuzz.calls import Fault
 from pycse.embedding_cache import HEADER, CacheError, EmbeddingCache
+from pycse.model_folder import UntrustedModel, check_folder, transformer_folder
 from pycse.pattern import pack_mask
-from pycse.sparse.storage import restore, saved_masks, transformer_folder
+from pycse.sparse.storage import restore, saved_masks
 from pycse.training.data import read_train_file
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import read_eval_file
@@ -83,6 +88,38 @@ def train_file(r: random.Random, folder: Path) -> None:
     wanted = list(dict.fromkeys(row for row in rows if all(row)))
     if text.rows != wanted or sum(text.dropped.values()) + len(wanted) not in (len(lines), len(lines) - 1):
         raise Fault(f"read_train_file made {text.rows} and dropped {dict(text.dropped)} of {content!r}")
+
+
+def formats_bytes(r: random.Random, suffix: str) -> bytes:
+    rows = [[r.choice(("one", "two words", 'ü"', "a,b", "c\nd", "")) for _ in range(2)] for _ in range(r.randint(1, 5))]
+    if suffix == "csv":
+        cells = [["anchor", "positive"], *rows]
+        return "\n".join(",".join('"' + c.replace('"', '""') + '"' for c in row) for row in cells).encode()
+    if suffix == "jsonl":
+        kinds = ({"query": "a", "pos": None}, ["a", "b"], "a", 4, {"text": ["a"]}, {})
+        values = [dict(zip(("anchor", "positive"), row)) for row in rows] + [r.choice(kinds)] * r.randrange(2)
+        return "\n".join(json.dumps(value, ensure_ascii=r.random() < 0.5) for value in values).encode()
+    written = io.BytesIO()
+    columns = {name: list(column) for name, column in zip(("anchor", "positive"), zip(*rows))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), written)
+    return written.getvalue()
+
+
+def formats_file(r: random.Random, folder: Path) -> None:
+    """CSV, JSONL and Parquet, gzipped or not: rows of texts, or one error."""
+    suffix = r.choice(("csv", "jsonl", "parquet"))
+    content = damaged(r, formats_bytes(r, suffix))
+    packed = r.random() < 0.2
+    path = folder / f"train.{suffix}{'.gz' if packed else ''}"
+    path.write_bytes(damaged(r, gzip.compress(content)) if packed else content)
+    try:
+        text = read_train_file(path)
+    except UserError as error:
+        return _named(error, path)
+    cells = [cell for row in text.rows for cell in row]
+    if not cells or any(not cell or cell != cell.strip() for cell in cells) or len({len(row) for row in text.rows}) > 1:
+        raise Fault(f"read_train_file made {text.rows} of {content!r}")
+    "".join(cells).encode()
 
 
 def eval_file(r: random.Random, folder: Path) -> None:
@@ -164,7 +201,7 @@ def modules_file(r: random.Random, folder: Path) -> None:
     try:
         found = transformer_folder(folder)
     except ValueError as error:
-        if type(error) is not ValueError or "modules.json" not in str(error):
+        if "modules.json" not in str(error):
             raise Fault(f"transformer_folder raised {type(error).__name__} without naming the file: {error}") from error
         return
     except Exception as error:
@@ -173,14 +210,28 @@ def modules_file(r: random.Random, folder: Path) -> None:
         raise Fault(f"transformer_folder gave {found!r}")
 
 
+def settings_file(r: random.Random, folder: Path) -> None:
+    """A model's configuration, as check_folder sees it."""
+    path = folder / "config.json"
+    valid = json.dumps({"model_type": "bert", "text_config": {"sizes": [1, 2]}, "attn_implementation": "sdpa"}).encode()
+    path.write_bytes(damaged(r, valid))
+    try:
+        check_folder(folder)
+    except UntrustedModel as error:
+        if "config.json" not in str(error):
+            raise Fault(f"check_folder raised {type(error).__name__} without naming the file: {error}") from error
+    except Exception as error:
+        raise Fault(f"check_folder raised {type(error).__name__}: {error}") from error
+
+
 def _named(error: UserError, path: Path) -> None:
     if path.name not in str(error) or "\n" in str(error).replace(str(path), ""):
         raise Fault(f"{type(error).__name__} without the file, or of several lines: {error}")
 
 
 READERS: dict[str, Callable[[random.Random, Path], None]] = {
-    "train_file": train_file, "eval_file": eval_file, "cache_file": cache_file, "mask_file": mask_file,
-    "modules_file": modules_file,
+    "train_file": train_file, "formats_file": formats_file, "eval_file": eval_file, "cache_file": cache_file, "mask_file": mask_file,
+    "modules_file": modules_file, "settings_file": settings_file,
 }  # fmt: skip
 
 

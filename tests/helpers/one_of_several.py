@@ -41,8 +41,8 @@ class Watched:
         self.losses: list[float] = []
         self.broken = broken
 
-    def load(self, *arguments):
-        self.encoder = LOAD(*arguments)
+    def load(self, *arguments, **options):
+        self.encoder = LOAD(*arguments, **options)
         return self.encoder
 
     def build(self, *arguments):

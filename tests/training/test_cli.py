@@ -65,7 +65,7 @@ def test_a_run_and_all_that_it_writes(place, tiny_model):
     for expected in ("kept: sentences", "loss over 3 steps", "spearman", "alignment", "uniformity", "The run made"):
         assert expected in stdout
     out = place / "out"
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png", "run.toml", "run.json"}
     assert {path: content for path, content in files(place).items() if path.parts[0] != "out"} == before
 
     metrics = json.loads((out / "metrics.json").read_text())
@@ -136,7 +136,9 @@ def test_saved_model_gives_equal_embeddings(place, tiny_model):
     kept = []
     load = training.load_encoder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "load_encoder", lambda *arguments: kept.append(load(*arguments)) or kept[0])
+        patch.setattr(
+            training, "load_encoder", lambda *given, **options: kept.append(load(*given, **options)) or kept[0]
+        )
         settings = Settings(
             model=tiny_model, train_file=str(place / "triples.txt"), out=str(place / "out"), recipe="simcse",
             hard_negative_weight=0.5, layers="1,2,3", batch_size=4, steps=2, lr=1e-2, device="cpu",

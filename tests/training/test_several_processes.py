@@ -325,7 +325,7 @@ def test_the_first_to_fail_says_so_and_gives_the_code(launched, monkeypatch):
 def test_an_error_of_one_rank_in_training_is_one_line(launched, monkeypatch, capsys):
     from typer import Exit
 
-    from pycse.cli import reported
+    from pycse.cli.shared import reported
 
     store = torch.distributed.HashStore()
     monkeypatch.setattr(ranks, "meet", lambda: store)

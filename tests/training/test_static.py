@@ -136,7 +136,7 @@ def test_batches_take_every_row_once_an_epoch_in_an_order_of_its_own():
 
 @needs_extras
 def test_a_teacher_reads_a_text_once(tmp_path):
-    from pycse.training.static.tokens import KeptTeacher
+    from pycse.training.static.tokens import BLOCK, KeptTeacher
 
     class Teacher:
         width, read = 2, []
@@ -146,10 +146,12 @@ def test_a_teacher_reads_a_text_once(tmp_path):
             return torch.tensor([[len(text), 1.0] for text in texts], dtype=torch.float64)
 
     teacher = Teacher()
-    kept = KeptTeacher(teacher, ["a", "bb", "ccc", "dddd"], tmp_path / "kept")
+    texts = ["a" * (k + 1) for k in range(BLOCK + 3)]
+    kept = KeptTeacher(teacher, texts, tmp_path / "kept")
     assert kept(np.array([2, 0, 2])).tolist() == [[3, 1], [1, 1], [3, 1]]
-    assert kept(np.array([0, 3, 2])).tolist() == [[1, 1], [4, 1], [3, 1]]
-    assert teacher.read == ["a", "ccc", "dddd"]
+    assert teacher.read == texts[:BLOCK]  # and its neighbours: a run that goes on reads them together too
+    assert kept(np.array([0, BLOCK + 1, 2])).tolist() == [[1, 1], [BLOCK + 2, 1], [3, 1]]
+    assert teacher.read == texts
 
 
 # ---- where a table starts

@@ -225,7 +225,6 @@ def test_parse_layers_errors(text):
 
 
 def test_resolve_model(tmp_path):
-    assert resolve_model("some/encoder") == ("some/encoder", False)
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
     with pytest.raises(UserError, match="is no model"):
@@ -263,15 +262,15 @@ def test_one_column_needs_dropout(tiny_model):
     from pycse.training.encoder import check_for_training, load_encoder
 
     encoder = load_encoder(tiny_model, "cpu")
-    check_for_training(encoder, columns=1, max_length=32)
+    check_for_training(encoder, by_dropout=True, max_length=32)
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    check_for_training(encoder, columns=2, max_length=32)
+    check_for_training(encoder, by_dropout=False, max_length=32)
     with pytest.raises(UserError, match="no dropout"):
-        check_for_training(encoder, columns=1, max_length=32)
+        check_for_training(encoder, by_dropout=True, max_length=32)
     with pytest.raises(UserError, match="at most 64 tokens"):
-        check_for_training(encoder, columns=2, max_length=65)
+        check_for_training(encoder, by_dropout=False, max_length=65)
 
 
 # ---- evaluation

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pycse.training import ranks
 from pycse.training.choices import BUNDLED
-from pycse.training.encoder import load_encoder
+from pycse.training.encoder import check_case, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
 from pycse.training.folder import save_or_rescue
@@ -16,7 +16,7 @@ from pycse.training.names import bundled_model
 from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import encoding, speeds
 from pycse.training.report import recorded, text_table, write
-from pycse.training.resume import check_unchanged, run_folder
+from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Run, Static
 from pycse.training.saving import save_model
 from pycse.training.saving import write as write_model
@@ -48,8 +48,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         if ranks.size() > 1:
             raise UserError(f"--static trains in one process, not {ranks.size()}; start it without a launcher")
     out, sets, text, source, _ = prepare(settings, "static")
-    if settings.resume is not None:
-        check_unchanged(settings, text, sets, console)
+    check_same_data(settings, text, sets, console)
 
     from transformers import set_seed
 
@@ -57,6 +56,8 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
     shown = model_name(settings)
     begun = start(settings, source, shown, settings.device)
     model = begun.model
+    if settings.positives == "switch-case":
+        check_case(model, text.rows)
     check_loss(settings, model.device)
     teachers = load_all_teachers(settings, model, source, shown)
     keep_freed_memory()
