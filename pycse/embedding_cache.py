@@ -2,14 +2,16 @@
 
     file     FOLDER/KEY.embeddings: a header of 512 bytes, then records of one size
     header   JSON padded with spaces: format, key, width. A file whose header is another's is never read
-    record   sha256 of the text (32 bytes) | embedding (D little-endian float32) | CRC-32 of both (4 bytes)
+    record   sha256 of the text (32 bytes) | embedding (D little-endian float32) | records of its batch after it (4
+             bytes) | CRC-32 of all that (4 bytes)
     key      sha256 of all that an embedding depends on (sentence_transformers/cached_teacher.py)
 
-What a killed run leaves is a last record that is too short: it is not read, and the next append cuts it off. A record
-whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock on KEY.lock, so
-several runs, and the processes of one, can share a folder; each takes in what the others appended. Reading maps the
-file into memory; the index (text -> record) costs about 150 bytes of memory a sentence and one pass over the file when
-it is opened.
+Texts that were embedded together are appended together. Of a batch that a killed run began to write nothing is used,
+and the next append cuts it off: its last bits depend on what was read together, and a run that goes on reads the same
+batch again. A record whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock
+on KEY.lock, so several runs, and the processes of one, can share a folder; each takes in what the others appended.
+Reading maps the file into memory; the index (text -> record) costs about 150 bytes of memory a sentence and one pass
+over the file when it is opened.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-FORMAT = "pycse teacher embeddings 1"
+FORMAT = "pycse teacher embeddings 2"
 HEADER = 512
 
 
@@ -46,7 +48,7 @@ class EmbeddingCache:
 
     def __init__(self, folder: str | Path, key: str, width: int):
         self.path = Path(folder) / f"{key[:32]}.embeddings"
-        self.record = np.dtype([("text", "V32"), ("embedding", "<f4", (width,)), ("crc", "<u4")])
+        self.record = np.dtype([("text", "V32"), ("embedding", "<f4", (width,)), ("left", "<u4"), ("crc", "<u4")])
         header = {"format": FORMAT, "key": key, "width": width}
         self.header = json.dumps(header).ljust(HEADER - 1).encode() + b"\n"
         self.index: dict[bytes, int] = {}
@@ -78,7 +80,7 @@ class EmbeddingCache:
         if row is None:
             return None
         record = self.records[row]
-        return record["embedding"] if record["crc"] == checksum(name, record["embedding"]) else None
+        return record["embedding"] if record["crc"] == checksum(name, record) else None
 
     def add(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
         """Append the embeddings of texts, (n, D). CacheError where the file cannot be written."""
@@ -87,15 +89,28 @@ class EmbeddingCache:
             name = digest(text)
             new["text"][i] = np.void(name)
             new["embedding"][i] = embeddings[i]
-            new["crc"][i] = checksum(name, new["embedding"][i])
+            new["left"][i] = len(texts) - 1 - i
+            new["crc"][i] = checksum(name, new[i])
         try:
             with self.lock, self.path.open("r+b") as file:
-                if rest := (file.seek(0, 2) - HEADER) % self.record.itemsize:  # what a killed run began to write
-                    file.truncate(file.seek(-rest, 2))
+                file.truncate(HEADER + self.whole(file.seek(0, 2)) * self.record.itemsize)
+                file.seek(0, 2)
                 file.write(new.tobytes())
         except OSError as error:
             raise unusable(self.path, error, "write") from error
         self.follow()
+
+    def whole(self, size: int) -> int:
+        """Records of whole batches in a file of so many bytes."""
+        rows = max(0, size - HEADER) // self.record.itemsize
+        with self.path.open("rb") as file:  # read, not mapped: another run may cut it off meanwhile
+            while rows:
+                file.seek(HEADER + (rows - 1) * self.record.itemsize)
+                record = file.read(self.record.itemsize)
+                if len(record) == self.record.itemsize and not np.frombuffer(record, self.record)["left"][0]:
+                    break
+                rows -= 1
+        return rows
 
     def follow(self) -> None:
         """Take in the whole records that this run or another has appended; the latest of a text counts.
@@ -103,7 +118,7 @@ class EmbeddingCache:
         CacheError where the file cannot be read.
         """
         try:
-            rows = max(0, self.path.stat().st_size - HEADER) // self.record.itemsize
+            rows = self.whole(self.path.stat().st_size)
             if rows <= len(self.records):
                 return
             known = len(self.records)
@@ -118,8 +133,8 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def checksum(name: bytes, embedding: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(embedding).tobytes(), zlib.crc32(name))
+def checksum(name: bytes, record: Any) -> int:
+    return zlib.crc32(record["left"].tobytes(), zlib.crc32(record["embedding"].tobytes(), zlib.crc32(name)))
 
 
 def unusable(path: Path, error: OSError, what: str) -> CacheError:

@@ -175,7 +175,7 @@ def test_each_sentence_is_read_by_one_rank_and_cached_once(done, place):
     (out,) = (place / "runs").iterdir()
     (teacher,) = metrics_of(out)["teachers"]
     (cached,) = (place / "cache").glob("*.embeddings")
-    records = (cached.stat().st_size - HEADER) / (32 + 4 * teacher["width"] + 4)
+    records = (cached.stat().st_size - HEADER) / (32 + 4 * teacher["width"] + 4 + 4)
     assert records == teacher["embedded"] == 2 * 2 * 4 and teacher["from_cache"] == 0
 
 
