@@ -1,6 +1,6 @@
 """Writes docs/licences.md: what pycse needs, with the licences that the installed packages say of themselves.
 
-python docs/licences.py
+python tools/licences.py
 
 Packages that an extra needs and that are not installed here are listed as such. It needs Python 3.11 or newer.
 """
@@ -70,8 +70,8 @@ def page() -> str:
     lines = [
         "# Licences",
         "",
-        "pycse is under Apache-2.0 ([LICENSE](../LICENSE)). What it needs, as the packages say it of themselves; bold:",
-        "needed directly, the others by those. `python docs/licences.py` writes this page, from what is installed.",
+        "pycse is under Apache-2.0 (LICENSE). What it needs, as the packages say it of themselves; bold:",
+        "needed directly, the others by those. `python tools/licences.py` writes this page, from what is installed.",
         "",
         "The training extras bring data too: all-MiniLM-L6-v2, whose authors give it under Apache-2.0 (the package",
         "that carries it says MIT), and with gensim's tests a part of English Wikipedia (CC BY-SA) and the documents",
