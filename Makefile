@@ -7,6 +7,7 @@ VENV ?= .venv
 BASE ?= HEAD
 MINUTES ?= 5
 PROCESSES ?= 2
+POINTS ?= 50
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) CMakeLists.txt setup.py pyproject.toml
@@ -14,7 +15,7 @@ SOURCES := $(shell find kernels \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 # The packages of an extra alone: pycse itself is built. Their versions are those of pyproject.toml.
 EXTRA = $$($(RUN) -c "from importlib.metadata import requires as r; print(*(x.split(';')[0] for x in r('pycse-kernels') if '$(1)\"' in x))")
 
-.PHONY: test sanitize fuzz train train-static train-distributed lint bench bench-check bench-compare bench-update bench-docs docs wheel wheels audit clean
+.PHONY: test sanitize torture fuzz train train-static train-distributed lint bench bench-check bench-compare bench-update bench-docs docs wheel wheels audit clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/test  ## run the tests
@@ -44,6 +45,9 @@ sanitize: $(VENV)/test  ## the kernels under AddressSanitizer, UndefinedBehavior
 	$(VENV)/bin/cmake --build $(SANITIZE)/thread
 	$(VENV)/bin/cmake --build $(SANITIZE)/address
 	$(RUN) tests/kernels/native/sanitize.py $(SANITIZE)
+
+torture: $(VENV)/test  ## kill -9 at POINTS points of training runs of all kinds: each goes on and ends bit-equal
+	OMP_NUM_THREADS=1 $(RUN) -W ignore tests/helpers/torture.py --points $(POINTS) $(ARGS)
 
 fuzz: $(VENV)/test  ## random calls against the reference for MINUTES; a crash, a hang or a fault is kept in runs/fuzz
 	PYTHONPATH=tests/helpers:tests $(RUN) -W ignore -m fuzz --minutes $(MINUTES) $(ARGS)

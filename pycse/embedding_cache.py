@@ -8,10 +8,10 @@
 
 Texts that were embedded together are appended together. Of a batch that a killed run began to write nothing is used,
 and the next append cuts it off: its last bits depend on what was read together, and a run that goes on reads the same
-batch again. A record whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock on KEY.lock, so
-several runs, and the processes of one, can share a folder; each takes in what the others appended. Reading maps the
-file into memory; the index (text -> record) costs about 150 bytes of memory a sentence and one pass over the file when
-it is opened.
+batch again. A record whose CRC fails is not used either; its sentence is embedded again. Appends are made under a lock
+on KEY.lock, so several runs, and the processes of one, can share a folder; each takes in what the others appended.
+Reading maps the file into memory; the index (text -> record) costs about 150 bytes of memory a sentence and one pass
+over the file when it is opened.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from contextlib import redirect_stdout
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        import pycse
+
+        typer.echo(pycse.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=version, is_eager=True)
+    ] = False,
+) -> None:
+    """What belongs to no command."""
 
 
 def main() -> None:

@@ -444,7 +444,7 @@ class Settings:
         """For metrics.json: everything as the run used it."""
         pruning = self.pruning() if self.prunes or RECIPES[self.recipe].prunes else {}
         dims = {} if self.static is None else {"dims": list(self.lengths)}
-        return self.plain() | self.loss_arguments() | pruning | dims | {"lr": self.learning_rate}
+        return self.plain() | self.to_repeat() | self.loss_arguments() | pruning | dims | {"lr": self.learning_rate}
 
     def plain(self) -> dict[str, Any]:
         """Every field, as JSON has it."""
