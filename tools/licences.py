@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("triton", "train")  # beside the dependencies proper; test, bench and lint are for those who work on pycse
+KNOWN = {"tomli": "MIT"}  # of packages that only some interpreters need
 CLASSIFIER = "License :: "
 SHORT = {  # what classifiers and texts say -> SPDX
     "MIT License": "MIT", "MIT": "MIT", "Apache Software License": "Apache-2.0", "Apache 2.0": "Apache-2.0",
@@ -31,7 +32,7 @@ def licence(name: str) -> str:
     try:
         known = metadata(name)
     except PackageNotFoundError:
-        return "(not installed here)"
+        return KNOWN.get(name, "(not installed here)")
     if expression := known.get("License-Expression"):
         return expression
     lines = (known.get("License") or "").strip().splitlines()
@@ -47,7 +48,7 @@ def needed(requirements: list[str], found: dict[str, bool] | None = None, direct
     for text in requirements:
         one = Requirement(text)
         extras = [{"extra": extra} for extra in (*one.extras, "")]
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+        if not direct and one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
         name = canonicalize_name(one.name)
         if name in found:
