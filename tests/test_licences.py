@@ -15,4 +15,4 @@ def test_every_dependency_has_its_licence():
     page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
     for requirement in wanted:
         name = re.match(r"[A-Za-z0-9-]+", requirement)[0]
-        assert re.search(rf"^\| \*\*{name}\*\* \| [A-Za-z].*\|$", page, re.M), f"{name}: run python docs/licences.py"
+        assert re.search(rf"^\| \*\*{name}\*\* \| [A-Za-z].*\|$", page, re.M), f"{name}: run python tools/licences.py"

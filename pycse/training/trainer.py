@@ -182,7 +182,8 @@ class RunTrainer(SentenceTransformerTrainer):
 def put_weights(encoder: Any, folder: Path) -> None:
     """Give an encoder the weights, and the masks, that were saved of it."""
     with without_head(encoder) as head:
-        encoder.load_state_dict(load_encoder(str(folder), "cpu").state_dict())
+        saved = load_encoder(str(folder), "cpu", trust_remote_code=encoder.trust_remote_code)
+        encoder.load_state_dict(saved.state_dict())
     if head is not None and (folder / HEAD).exists():
         head.load_state_dict(load_file(folder / HEAD))
 

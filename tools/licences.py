@@ -1,6 +1,6 @@
 """Writes docs/licences.md: what pycse needs, with the licences that the installed packages say of themselves.
 
-python docs/licences.py
+python tools/licences.py
 
 Packages that an extra needs and that are not installed here are listed as such. It needs Python 3.11 or newer.
 """
@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("triton", "train")  # beside the dependencies proper; test, bench and lint are for those who work on pycse
+KNOWN = {"tomli": "MIT"}  # of packages that only some interpreters need
 CLASSIFIER = "License :: "
 SHORT = {  # what classifiers and texts say -> SPDX
     "MIT License": "MIT", "MIT": "MIT", "Apache Software License": "Apache-2.0", "Apache 2.0": "Apache-2.0",
@@ -31,7 +32,7 @@ def licence(name: str) -> str:
     try:
         known = metadata(name)
     except PackageNotFoundError:
-        return "(not installed here)"
+        return KNOWN.get(name, "(not installed here)")
     if expression := known.get("License-Expression"):
         return expression
     lines = (known.get("License") or "").strip().splitlines()
@@ -47,7 +48,7 @@ def needed(requirements: list[str], found: dict[str, bool] | None = None, direct
     for text in requirements:
         one = Requirement(text)
         extras = [{"extra": extra} for extra in (*one.extras, "")]
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+        if not direct and one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
         name = canonicalize_name(one.name)
         if name in found:
@@ -70,8 +71,8 @@ def page() -> str:
     lines = [
         "# Licences",
         "",
-        "pycse is under Apache-2.0 ([LICENSE](../LICENSE)). What it needs, as the packages say it of themselves; bold:",
-        "needed directly, the others by those. `python docs/licences.py` writes this page, from what is installed.",
+        "pycse is under Apache-2.0 (LICENSE). What it needs, as the packages say it of themselves; bold:",
+        "needed directly, the others by those. `python tools/licences.py` writes this page, from what is installed.",
         "",
         "The training extras bring data too: all-MiniLM-L6-v2, whose authors give it under Apache-2.0 (the package",
         "that carries it says MIT), and with gensim's tests a part of English Wikipedia (CC BY-SA) and the documents",
