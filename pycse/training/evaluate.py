@@ -167,6 +167,8 @@ def evaluator(
     from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
     class PairsEvaluator(SentenceEvaluator):
+        histogram: Histogram = {}  # of the first set; of several processes the first evaluates
+
         def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
             embedded = Embedded(model, sets, batch_size, max_length, prompts)
             self.histogram = embedded.histogram(sets[0])

@@ -123,7 +123,7 @@ def test_one_report_and_one_model(done, place):
         assert first["out"].count(words) == 1
     assert first["out"].count("The run made") == done["sparsify"][0]["out"].count("The run made") == 1
     (out,) = (place / "runs").iterdir()  # of both ranks, though its name has the time
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png", "run.toml", "run.json"}
     metrics = metrics_of(out)
     assert metrics["processes"] == 2 and metrics["steps"] == 2
     assert [entry["step"] for entry in metrics["history"]["scores"]] == [0, 1, 2]
@@ -240,7 +240,7 @@ def test_torchrun_takes_the_command_line_of_one_process(place, tiny_model):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("kept: sentences") == finished.stdout.count("The run made") == 1
     assert "Warning" not in finished.stderr and "rank1" not in finished.stderr
-    assert {path.name for path in (place / "by-torchrun").iterdir()} == {"model", "metrics.json", "curves.png"}
+    assert {path.name for path in (place / "by-torchrun").iterdir()} == {"model", "metrics.json", "curves.png", "run.toml", "run.json"}
 
 
 # ---- without processes
