@@ -84,7 +84,9 @@ def train(settings: dict[str, Any], seed: int, arguments: argparse.Namespace) ->
             eval_steps=settings["steps"],
             cache_teachers=arguments.cache_teachers if teaches else None,
         )
-        run, _ = run_training(chosen, Console(quiet=True))
+        done = run_training(chosen, Console(quiet=True))
+        assert done is not None
+        run, _ = done
     return {"before": run.before, "after": run.after, "parts": run.parts, "seconds": run.seconds}
 
 

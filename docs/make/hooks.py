@@ -21,6 +21,8 @@ import pictures
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"  # whose pictures docs/performance.md shows by their place in the repository
+LICENCE = "LICENSE.txt"
+PAGES = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # of the repository, which are pages of the site too
 COMMANDS = [sys.executable, "-m", "typer", "pycse.cli", "utils", "docs", "--name", "pycse", "--title", "Command line"]
 
 
@@ -29,6 +31,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"pictures/{name}.svg", content=pictures.svg(name)))
     for path in sorted((ROOT / RESULTS).glob("*.png")):
         files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes()))
+    for name in PAGES:
+        words = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=words))
+    files.append(File.generated(config, LICENCE, content=(ROOT / "LICENSE").read_bytes()))
     done = subprocess.run(COMMANDS, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise PluginError(f"typer could not write the page of the commands:\n{done.stderr}")
@@ -37,7 +43,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return markdown.replace(f"](../{RESULTS}/", "](results/")
+    """Links that leave docs/ are written for readers of the repository."""
+    for theirs, ours in ((f"{RESULTS}/", "results/"), ("LICENSE", LICENCE), *((name, name.lower()) for name in PAGES)):
+        markdown = markdown.replace(f"](../{theirs}", f"]({ours}")
+    return markdown
 
 
 class Loads(HTMLParser):

@@ -35,5 +35,9 @@ def train(**options: Any) -> None:
         console = Console(markup=False, highlight=False)  # square brackets in file names are no markup
         if already_ended(settings, console):
             return
-        run, folder = run_training(settings, console)
+        done = run_training(settings, console)
+        if done is None:
+            ranks.leave()
+            return
+        run, folder = done
         finish(lambda: report.show(run, folder, console))

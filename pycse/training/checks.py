@@ -106,8 +106,11 @@ def check_course(settings: Settings) -> None:
         raise UserError(
             f"--cached is {settings.cached}, and a batch has {settings.batch_size} rows; give fewer, or leave it out"
         )
+    if settings.dry_run and settings.resume is not None:
+        raise UserError("--dry-run and --resume exclude each other")
     if settings.static is not None:
         for name, usual in (
+            ("dry_run", False),
             ("cached", None), ("grad_accumulation", 1), ("gradient_checkpointing", False), ("workers", 0),
             ("report_to", ()), ("max_grad_norm", 1.0), ("schedule", "linear"),
         ):  # fmt: skip

@@ -26,6 +26,8 @@ MEASURES = ("spearman", "alignment", "uniformity")
 Scores = dict[str, dict[str, float]]  # set -> measure -> value; alignment is absent where no pair is similar
 Prompts = tuple[str | None, str | None]  # before the first and the second text of a pair
 NO_PROMPTS: Prompts = (None, None)
+Histogram = dict[str, list[int]]  # "similar" and "others" -> pairs in each bin
+BINS = 40
 BATCH_SIZE = 64  # texts embedded at a time
 # Of a cosine: what is behind them is the rounding of float32 embeddings, and would rank equal texts by chance.
 DIGITS = 6
@@ -88,17 +90,20 @@ class Embedded:
             found[places] = z
         return found
 
-    def measures(self, pairs: ScoredPairs) -> dict[str, float]:
-        """Measure -> value; the Spearman is nan where the encoder ranks nothing."""
+    def places(self, pairs: ScoredPairs) -> tuple[Any, Any, Any]:
+        """Embeddings of the set's own distinct texts, in float64, and which of them each pair has."""
         import torch
 
         rows = torch.tensor([self.index[text] for text in self.texts(pairs)], dtype=torch.int64, device="cpu")
         own, place = torch.unique(rows, return_inverse=True)
-        z = torch.from_numpy(self.z[own.numpy()]).double()
-        first, second = place.split(len(pairs.first))
-        unit = torch.nn.functional.normalize(z)
-        cosines = (unit[first] * unit[second]).sum(1)
-        found = {"spearman": spearman(cosines, pairs.scores)}
+        return torch.from_numpy(self.z[own.numpy()]).double(), *place.split(len(pairs.first))
+
+    def measures(self, pairs: ScoredPairs) -> dict[str, float]:
+        """Measure -> value; the Spearman is nan where the encoder ranks nothing."""
+        import torch
+
+        z, first, second = self.places(pairs)
+        found = {"spearman": spearman(cosines_of(z, first, second), pairs.scores)}
         similar = torch.tensor(pairs.scores, dtype=torch.float64, device="cpu") > SIMILAR * pairs.top
         if similar.any():
             found["alignment"] = alignment(z[first[similar]], z[second[similar]]).item()
@@ -106,12 +111,33 @@ class Embedded:
             found["uniformity"] = uniformity(z).item()
         return found
 
+    def histogram(self, pairs: ScoredPairs) -> Histogram:
+        """How many pairs have a cosine in each of BINS equal parts of [-1, 1]: of pairs that people judge similar, and
+        of the others."""
+        import torch
+
+        z, first, second = self.places(pairs)
+        cosines = cosines_of(z, first, second)
+        similar = torch.tensor(pairs.scores, dtype=torch.float64, device="cpu") > SIMILAR * pairs.top
+        return {
+            name: torch.histc(cosines[those], BINS, -1, 1).int().tolist()
+            for name, those in (("similar", similar), ("others", ~similar))
+        }
+
     def part(self, pairs: ScoredPairs, name: str) -> float:
         """Spearman of a part of the set."""
         assert pairs.parts is not None
         i, j = pairs.parts[name]
         part = ScoredPairs(name, pairs.first[i:j], pairs.second[i:j], pairs.scores[i:j], pairs.top)
         return self.measures(part)["spearman"]
+
+
+def cosines_of(z: Any, first: Any, second: Any) -> Any:
+    """Of rows of z."""
+    import torch
+
+    unit = torch.nn.functional.normalize(z)
+    return (unit[first] * unit[second]).sum(1)
 
 
 def spearman(cosines: Any, scores: Sequence[float]) -> float:
@@ -142,7 +168,9 @@ def evaluator(
 
     class PairsEvaluator(SentenceEvaluator):
         def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
-            found = evaluate(model, sets, batch_size, max_length, prompts)
+            embedded = Embedded(model, sets, batch_size, max_length, prompts)
+            self.histogram = embedded.histogram(sets[0])
+            found = {pairs.name: embedded.measures(pairs) for pairs in sets}
             return {metric(name, measure): value for name, one in found.items() for measure, value in one.items()}
 
     judge = PairsEvaluator()

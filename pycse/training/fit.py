@@ -53,7 +53,7 @@ def fit(
     done = 0 if latest is None else json.loads((latest / STATE).read_text())["global_step"]
     rows = settings.batch_size * settings.grad_accumulation * run.processes
     with shown(console, run.steps, rows, done) as progress:
-        course = Course(run, checkpoints, loss, progress, names[0], judge, console)
+        course = Course(run, checkpoints, loss, progress, evaluation, names[0], judge, console)
         trainer = RunTrainer(
             model=encoder,
             args=training_arguments(run, out, eval_on_start=latest is None),

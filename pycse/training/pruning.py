@@ -218,7 +218,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         steps=steps,
         processes=ranks.size(),
     )
-    console.print(text_table(text))
+    console.print(text_table(text, sets))
     with run_folder(settings, out, text, sets) as folder:
         with recorded(run, folder.path):
             scores = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pycse.sparse.report import new_figure
 from pycse.training import ranks
 from pycse.training.data import Text
 from pycse.training.errors import Failed
-from pycse.training.evaluate import MEASURES, Scores, no_ranking
+from pycse.training.evaluate import BINS, MEASURES, Scores, no_ranking
 from pycse.training.folder import of_disk, write_text
 from pycse.training.resume import PACKAGES, installed
 from pycse.training.run import Pruned, Run
@@ -22,6 +22,8 @@ from pycse.training.static import report as of_static
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from pycse.training.eval_sets import ScoredPairs
 
 BETTER = {"spearman": "higher is better", "alignment": "lower is better", "uniformity": "lower is better"}
 
@@ -94,8 +96,8 @@ def size_table(pruned: Pruned) -> Table:
     return table
 
 
-def text_table(text: Text) -> Table:
-    """What was kept of the text, and what was dropped and why."""
+def text_table(text: Text, sets: Sequence[ScoredPairs] = ()) -> Table:
+    """What was kept of the text, and what was dropped and why; and of evaluation sets."""
     from rich.table import Table
 
     title = f"Text: {text.source}"
@@ -111,6 +113,9 @@ def text_table(text: Text) -> Table:
         table.add_row("texts in several rows, never negatives of each other", f"{repeated:,}")
     for reason, count in text.dropped.most_common():
         table.add_row(f"dropped: {reason}", f"{count:,}")
+    for pairs in sets:
+        if pairs.skipped:
+            table.add_row(f"evaluation set {pairs.name}: pairs without a score", f"{pairs.skipped:,}")
     return table
 
 
@@ -251,8 +256,8 @@ def wide(losses) -> bool:
 
 def plot(run: Run, path: Path) -> None:
     """Write a PNG: the loss, and the Spearman, alignment and uniformity of every set, over the steps."""
-    figure = new_figure(figsize=(10, 7), layout="constrained")
-    panels = dict(zip(("loss", *MEASURES), figure.subplots(2, 2).flat, strict=True))
+    figure = new_figure(figsize=(15, 7), layout="constrained")
+    panels = dict(zip(("loss", "spearman", "plane", *MEASURES[1:], "similarities"), figure.subplots(2, 3).flat))
     steps, losses = zip(*run.loss, strict=True)
     panels["loss"].plot(steps, losses, linewidth=1, label="loss")
     for name, values in run.parts.items():
@@ -269,11 +274,45 @@ def plot(run: Run, path: Path) -> None:
                 panels[measure].plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         panels[measure].set_title(f"{measure} ({BETTER[measure]})")
         panels[measure].legend()
-    for panel in panels.values():
-        panel.set_xlabel("step")
+    plot_plane(run, panels["plane"])
+    plot_similarities(run, panels["similarities"])
+    for name, panel in panels.items():
+        if name in ("loss", *MEASURES):
+            panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     figure.suptitle(f"{run.model}, {run.shape}")
     figure.savefig(path, dpi=120)
+
+
+def plot_plane(run: Run, panel: Any) -> None:
+    """Alignment over uniformity, from the start (a ring) to the end (a dot): the lower left is better."""
+    for k, name in enumerate(run.before):
+        points = [
+            (one[name]["uniformity"], one[name]["alignment"])
+            for _, one in run.scores
+            if {"uniformity", "alignment"} <= one[name].keys()
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            panel.plot(x, y, linewidth=1, color=f"C{k}", label=name)
+            panel.plot(x[:1], y[:1], "o", color=f"C{k}", markerfacecolor="none")
+            panel.plot(x[-1:], y[-1:], "o", color=f"C{k}")
+    panel.set(title="alignment and uniformity (lower left is better)", xlabel="uniformity", ylabel="alignment")
+    if panel.lines:
+        panel.legend()
+
+
+def plot_similarities(run: Run, panel: Any) -> None:
+    """Shares of the first set's pairs at each cosine, similar ones and others, before and after."""
+    edges = [-1 + 2 * k / BINS for k in range(BINS + 1)]
+    for when, style in (("before", "--"), ("after", "-")):
+        for colour, (kind, counts) in enumerate(run.similarities.get(when, {}).items()):
+            if total := sum(counts):
+                shares = [count / total for count in counts]
+                panel.stairs(shares, edges, linestyle=style, color=f"C{colour}", label=f"{kind}, {when}")
+    panel.set(title=f"cosines of {next(iter(run.before), '')}: similar pairs and others", xlabel="cosine")
+    if run.similarities:
+        panel.legend()
 
 
 def write_metrics(run: Run, path: Path) -> None:
@@ -317,6 +356,7 @@ def write_metrics(run: Run, path: Path) -> None:
             ],
             "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
         },
+        "similarities": run.similarities,
         "seconds": run.seconds,
     }
     if run.static:

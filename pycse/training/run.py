@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pycse.sparse.report import Report
 from pycse.training.data import Text
-from pycse.training.evaluate import Scores
+from pycse.training.evaluate import Histogram, Scores
 from pycse.training.settings import Settings
 
 
@@ -67,6 +67,8 @@ class Run:
     processes: int = 1
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
+    similarities: dict[str, Histogram] = field(default_factory=dict)  # "before" and "after", of the first set
+    step_ends: list[float] = field(default_factory=list)  # of time.perf_counter, in this process
     loss: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     rates: list[tuple[float, float]] = field(default_factory=list)  # (learning rate, length of the gradient) a step
     scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores), step 0 first

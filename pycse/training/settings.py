@@ -298,6 +298,11 @@ class Settings:
     best_by: str | None = option(
         None, "--keep best: evaluation set that decides. Default: the first --eval-file, else lee.", metavar="SET"
     )
+    dry_run: bool = option(
+        False,
+        "Check everything, take a few steps, say what the run would take in time and memory, and write nothing.",
+        session=True,
+    )
     patience: int | None = option(
         None, "--keep best: stop after this many evaluations without a better one.", metavar="N"
     )

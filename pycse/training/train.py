@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pycse.training import ranks
 from pycse.training.encoder import check_case, check_for_training, keep_layers, load_encoder, loading_options
+from pycse.training.estimate import estimate
 from pycse.training.fit import fit
 from pycse.training.folder import save_or_rescue
 from pycse.training.heads import add_head, remove_head
@@ -25,7 +26,7 @@ from pycse.training.static.run import train_static
 from pycse.training.teachers import described
 
 
-def train(settings: Settings, console) -> tuple[Run, Path]:
+def train(settings: Settings, console) -> tuple[Run, Path] | None:
     """Run the training that the settings describe; writes the model to OUT/model. Of several processes each calls it,
     and rank 0 writes.
 
@@ -34,7 +35,7 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         console: a rich Console (markup=False) for the count of the text and the progress bar.
 
     Returns:
-        The Run, and the folder that it wrote to.
+        The Run, and the folder that it wrote to; None after --dry-run.
 
     Raises:
         UserError: for input that cannot be used; nothing has been written then.
@@ -79,8 +80,12 @@ def train(settings: Settings, console) -> tuple[Run, Path]:
         processes=ranks.size(),
         more_to_come=prunes,
     )
-    console.print(text_table(text))
+    console.print(text_table(text, sets))
     own_length = encoder.max_seq_length
+    if settings.dry_run:
+        more = tuning_steps(settings, run.steps) if prunes else 0
+        console.print(estimate(run, encoder, loss, sets, run.steps + more))
+        return None
     with run_folder(settings, out, text, sets) as folder:
         with recorded(run, folder.path):
             fit(run, encoder, loss, sets, folder.path, console)

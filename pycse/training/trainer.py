@@ -37,14 +37,24 @@ class Course(TrainerCallback, ExportableState):
         checkpoints: of this phase.
         loss: the loss module.
         progress: of progress.shown.
+        evaluation: the evaluator, which keeps the similarities of the first set.
         shown, judge: evaluation sets: whose score is shown, and which decides what is best.
         console: for warnings.
     """
 
     def __init__(
-        self, run: Run, checkpoints: Checkpoints, loss: Any, progress: Any, shown: str, judge: str, console: Any
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        loss: Any,
+        progress: Any,
+        evaluation: Any,
+        shown: str,
+        judge: str,
+        console: Any,
     ):
         self.run, self.checkpoints, self.loss, self.progress = run, checkpoints, loss, progress
+        self.evaluation = evaluation
         self.shown, self.judge, self.console = shown, judge, console
         self.best: list[float] | None = None  # [step, Spearman]
         self.since = 0  # evaluations without a better one
@@ -61,11 +71,13 @@ class Course(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         own = {"parts": self.run.parts, "best": self.best, "since": self.since, "complete": self.complete}
-        return {"args": {}, "attributes": own | {"seconds": self.seconds}}
+        more = {"similarities": self.run.similarities, "seconds": self.seconds}
+        return {"args": {}, "attributes": {**own, **more}}
 
     def restore(self, saved: dict[str, Any]) -> None:
         found = saved["Course"]["attributes"]
         self.run.parts = {name: list(values) for name, values in found["parts"].items()}
+        self.run.similarities = found["similarities"]
         self.best, self.since, self.complete = found["best"], found["since"], found["complete"]
         self.before = found["seconds"]
 
@@ -87,6 +99,7 @@ class Course(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **_):
         for name in PARTS if hasattr(self.loss, "latest") and self.loss.latest is not None else ():
             self.run.parts.setdefault(name, []).append(float(getattr(self.loss.latest, name)))
+        self.run.step_ends.append(time.perf_counter())
         control.should_save = control.should_save or self.due or self.signal > 0
         if self.signal:
             control.should_training_stop = True
@@ -100,12 +113,15 @@ class Course(TrainerCallback, ExportableState):
         value = metrics.get(metric(self.shown, "spearman", "eval_"))
         if value is not None:
             self.progress.update(state.global_step, score=f"{self.shown} {value:.4f}")
-        settings = self.run.settings
+        settings, seen = self.run.settings, self.run.similarities
+        seen.setdefault("before", self.evaluation.histogram)
+        if settings.keep != "best":
+            seen["after"] = self.evaluation.histogram
         if settings.keep != "best" or state.global_step == 0:
             return
         score = ranks.of_first(float(metrics[metric(self.judge, "spearman", "eval_")]))
         if math.isfinite(score) and (self.best is None or score > self.best[1]):
-            self.best, self.since = [state.global_step, score], 0
+            self.best, self.since, seen["after"] = [state.global_step, score], 0, self.evaluation.histogram
             if ranks.first():
                 encoder = getattr(self.loss, "model", model)
                 guarded(lambda: self.save_best(encoder, state.global_step), self.console)

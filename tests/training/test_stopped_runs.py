@@ -195,6 +195,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_weights(place, tin
     assert not (place / "out" / "model").exists()
 
 
+def test_what_a_run_would_take(place, tiny_model):
+    before = files(place)
+    code, stdout, stderr = start(tiny_model, "out", "--steps", 1000, "--dry-run")
+    assert code == 0, stderr
+    for words in ("kept: sentences", "rows a second", "1000: ", "without loading and saving", "GB", "nothing"):
+        assert words in stdout
+    assert files(place) == before and not (place / "out").exists()
+
+
 # ---- disks
 
 

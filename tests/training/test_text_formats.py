@@ -314,7 +314,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "four.csv").write_text("anchor,positive,negative_1,negative_2\n" + "\n".join(lines) + "\n")
     (tmp_path / "pairs.tsv").write_text("".join(f"{s}\t{s} now\n" for s in SENTENCES))
     for name in ("eval.tsv", "eval_x.tsv"):
-        (tmp_path / name).write_text(PAIRS)
+        (tmp_path / name).write_text(PAIRS + "\ta\tb\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -339,7 +339,7 @@ def test_a_run_on_columns_with_prompts(place, tiny_model, monkeypatch):
     )  # fmt: skip
     assert code == 0, stderr
     assert "pairs with 2 hard negatives" in stdout and "negative 2: negative_2" in stdout
-    assert "texts in several rows" in stdout
+    assert "texts in several rows" in stdout and "evaluation set eval_x: pairs without a score" in stdout
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert metrics["text"]["columns"] == ["sentence", "positive", "negative", "negative_2"]
     assert metrics["text"]["repeated"] == 2  # the first sentence, and "so"

@@ -22,7 +22,7 @@ from pycse.training.choices import EVALUATIONS, STATIC_EVAL_BATCH_SIZE
 from pycse.training.encoder import load_encoder
 from pycse.training.errors import Failed
 from pycse.training.eval_sets import ScoredPairs
-from pycse.training.evaluate import Scores, evaluate
+from pycse.training.evaluate import Embedded, Scores, evaluate
 from pycse.training.fit import in_words, judge_of
 from pycse.training.folder import staged
 from pycse.training.progress import shown
@@ -122,7 +122,7 @@ class Training:
         known = {
             "step": self.step, "best": self.best, "since": self.since, "seconds": self.seconds,
             "stepping": self.stepping, "loss": run.loss, "rates": run.rates, "parts": run.parts, "scores": run.scores,
-            "before": static.before,
+            "before": static.before, "similarities": run.similarities,
         }  # fmt: skip
         (checkpoints.staging / KNOWN).write_text(json.dumps(known), encoding="utf-8")
         checkpoints.take("", self.step)
@@ -139,7 +139,7 @@ class Training:
         self.step, self.since = known["step"], known["since"]
         self.seconds, self.stepping = known["seconds"], known["stepping"]
         self.best = tuple(known["best"]) if known["best"] else None
-        run.parts = known["parts"]
+        run.parts, run.similarities = known["parts"], known["similarities"]
         run.loss = [(step, value) for step, value in known["loss"]]
         run.rates = [(rate, length) for rate, length in known["rates"]]
         run.scores = [(step, scores) for step, scores in known["scores"]]
@@ -196,6 +196,7 @@ def fit(
         console.print(f"going on after step {training.step}")
     else:
         static.before = scores_by_length(model, sets, settings.lengths, size)
+        run.similarities["before"] = Embedded(model, sets[:1], size).histogram(sets[0])
         run.scores = [(0, static.before[static.width])]
     run.before = static.before[static.width]
     shown_set, judge = sets[0].name, judge_of(settings, [pairs.name for pairs in sets])
@@ -255,5 +256,6 @@ def fit(
             saved_best = load_encoder(str(checkpoints.best(run.kept)), "cpu")
             with torch.no_grad():
                 bag(model).weight.copy_(bag(saved_best).weight)
+    run.similarities["after"] = Embedded(model, sets[:1], size).histogram(sets[0])
     static.after = scores_by_length(model, sets, settings.lengths, size)
     run.after = static.after[static.width]

@@ -74,7 +74,7 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         steps=step_count(settings, text),
         static=Static(tokens=table.shape[0], width=table.shape[1], start=begun.words),
     )
-    console.print(text_table(text))
+    console.print(text_table(text, sets))
     with run_folder(settings, out, text, sets) as folder:
         before = time.perf_counter()
         tokens = tokenise(text, begun.tokenizer, settings.max_length, folder.work)
