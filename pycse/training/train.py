@@ -63,6 +63,7 @@ def train(settings: Settings, console) -> tuple[Run, Path] | None:
         shown = model_name(settings)
         check_loss(settings, encoder.device)
         teachers = load_all_teachers(settings, encoder, model, f"{shown}, uncut")
+        parameters = sum(parameter.numel() for parameter in encoder.parameters())
         add_head(encoder, settings.head)
         loss = build_loss(settings, encoder, teachers)
     ranks.join(encoder.device)
@@ -73,7 +74,7 @@ def train(settings: Settings, console) -> tuple[Run, Path] | None:
         model=shown,
         layers=keep if keep is not None else list(range(layers_before)),
         layers_before=layers_before,
-        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        parameters=parameters,
         device=str(encoder.device),
         steps=step_count(settings, text),
         processes=ranks.size(),

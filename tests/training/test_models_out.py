@@ -379,6 +379,8 @@ def test_runs_and_their_cards(made, kind, place):
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert f"{metrics['after']['lee']['spearman']:.4f}" in card
     model = loaded_as_told(card, folder)
+    if kind == "head":
+        assert metrics["model"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert "head" not in dict(model.named_children())
     if kind in ("focal", "head"):
         assert (model.encode(TEXTS) == theirs(folder).encode(TEXTS)).all()
