@@ -45,6 +45,7 @@ class Folder:
     def done(self) -> None:
         """The run has ended: nobody need hold the folder."""
         shutil.rmtree(self.work, ignore_errors=True)
+        (self.path / TEXT).unlink(missing_ok=True)
         self.say(ended=True)
         (self.path / LOCK).unlink(missing_ok=True)
 
@@ -55,12 +56,13 @@ class Folder:
 
 
 @contextmanager
-def claim(out: Path, given: bool, state: dict[str, Any]) -> Iterator[Folder]:
+def claim(out: Path, given: bool, config: str, state: dict[str, Any]) -> Iterator[Folder]:
     """Make the folder and hold it.
 
     Args:
         out: its name; where it was not ``given``, a number is added if another run has it by now.
-        state: of run.json.
+        config: run.toml, written first: a folder with a run.json can be resumed.
+        state: run.json.
 
     Raises:
         UserError: the folder cannot be made; or another run has claimed it since its name was checked.
@@ -79,10 +81,12 @@ def claim(out: Path, given: bool, state: dict[str, Any]) -> Iterator[Folder]:
                 count += 1
                 path = out.with_name(f"{out.name}-{count}")
     with held(path):
-        if any(entry.name != LOCK for entry in path.iterdir()):
+        if has_content(path):
             raise UserError(f"--out {out} has content by now, which is not overwritten; give a new or empty folder")
         folder = Folder(path, {})
+        clean(path)
         with of_disk(str(path)):
+            write_text(path / CONFIG, config)
             folder.say(**state)
         with working(folder):
             yield folder
@@ -129,6 +133,7 @@ def working(folder: Folder) -> Iterator[None]:
 
 def forget(path: Path) -> None:
     """Remove the folder of a run that has left nothing."""
+    shutil.rmtree(path / WORK, ignore_errors=True)
     for name in (STATE, CONFIG, TEXT, LOCK):
         (path / name).unlink(missing_ok=True)
     for folder in (path, path.parent if path.parent.name == "runs" else path):
@@ -141,6 +146,13 @@ def clean(path: Path) -> None:
     for entry in [*path.iterdir(), *(path / "checkpoints").glob(f"{STAGE}*")]:
         if entry.name == WORK or entry.name.startswith(STAGE):
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def has_content(path: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed before it had begun."""
+    return any(
+        entry.name not in (LOCK, CONFIG, WORK) and not entry.name.startswith(STAGE) for entry in path.iterdir()
+    ) or ((path / CONFIG).exists() and not (path / LOCK).exists())
 
 
 def state_of(path: Path) -> dict[str, Any]:
@@ -277,7 +289,7 @@ def output_folder(out: str | None, recipe: str) -> Path:
             raise UserError(f"--out {path} is a file; give a new or empty folder")
         if path.is_symlink() and not path.exists():
             raise UserError(f"--out {path} is a link to nothing; give a new or empty folder")
-        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.is_dir() and has_content(path):
             hint = "give a new or empty folder"
             with suppress(UserError):
                 state = state_of(path)

@@ -17,7 +17,7 @@ from pycse.training.data import Text
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.files import is_stream
-from pycse.training.folder import CONFIG, TEXT, Folder, claim, claim_again, forget, state_of, write_text
+from pycse.training.folder import TEXT, Folder, claim, claim_again, forget, state_of
 from pycse.training.options import flag
 from pycse.training.settings import FIELDS, Settings
 from pycse.training.signals import Interrupted
@@ -40,9 +40,8 @@ def run_folder(settings: Settings, out: Path, text: Text, sets: list[ScoredPairs
                     folder = stack.enter_context(claim_again(out))
                 else:
                     folder = stack.enter_context(
-                        claim(out, settings.out is not None, description(settings, text, sets))
+                        claim(out, settings.out is not None, settings.as_toml(), description(settings, text, sets))
                     )
-                    write_text(folder.path / CONFIG, settings.as_toml())
                     if settings.train_file is not None and is_stream(settings.train_file):
                         text.save(folder.path / TEXT)
         found = Path(ranks.of_first(str(folder.path) if folder else None))

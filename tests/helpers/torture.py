@@ -120,11 +120,10 @@ def torture(place: Path, points: int, seed: int, say: Any = print) -> list[str]:
         if code != -signal.SIGKILL:
             problems.append(f"{said}: exit code {code} instead of a kill")
             continue
-        if (place / folder / "run.toml").exists():
+        if (place / folder / "run.json").exists():
             code, _ = run(place, [arguments[0], "--resume", folder], folder)
-        else:  # it has no settings yet, and starts again: its folder is empty, or holds what names it
-            folder += "-again"
-            code, _ = run(place, [*given(f"{k}-again"), "--out", folder], folder)
+        else:  # killed before it had begun: the same command works again
+            code, _ = run(place, [*given(str(k)), "--out", folder], folder)
         if code:
             problems.append(f"{said}: --resume has exit code {code}, see {place / folder}.log")
         elif results(place / folder) != expected:

@@ -240,7 +240,13 @@ def test_torchrun_takes_the_command_line_of_one_process(place, tiny_model):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("kept: sentences") == finished.stdout.count("The run made") == 1
     assert "Warning" not in finished.stderr and "rank1" not in finished.stderr
-    assert {path.name for path in (place / "by-torchrun").iterdir()} == {"model", "metrics.json", "curves.png", "run.toml", "run.json"}
+    assert {path.name for path in (place / "by-torchrun").iterdir()} == {
+        "model",
+        "metrics.json",
+        "curves.png",
+        "run.toml",
+        "run.json",
+    }
 
 
 # ---- without processes

@@ -338,7 +338,14 @@ def test_a_static_run_and_the_model_that_it_saves(place, tiny_model):
     for expected in ("Spearman at each length", "truncate_dim", "sentences a second", "dims 16,4", "distillation"):
         assert expected in stdout
     out = place / "out"
-    assert {path.name for path in out.iterdir()} == {"model", "metrics.json", "curves.png", "lengths.png", "run.toml", "run.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "model",
+        "metrics.json",
+        "curves.png",
+        "lengths.png",
+        "run.toml",
+        "run.json",
+    }
     metrics = json.loads((out / "metrics.json").read_text())
     static = metrics["static"]
     assert [entry["length"] for entry in static["lengths"]] == metrics["settings"]["dims"] == [16, 4]

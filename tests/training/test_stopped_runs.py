@@ -91,6 +91,16 @@ def test_a_signal_before_the_first_step_leaves_nothing(place, tiny_model, monkey
     assert files(place) == before and not (place / "out").exists()
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(place, tiny_model, monkeypatch):
+    before = files(place)
+    for out in ("out", None):
+        with monkeypatch.context() as patch:
+            at_step(patch, 1, lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                start(tiny_model, "out", *(["--out", "runs/x"] if out is None else []))
+        assert files(place) == before and not (place / "out").exists() and not (place / "runs").exists()
+
+
 def test_a_run_that_goes_on_refuses_what_is_new(place, tiny_model, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -173,7 +183,7 @@ def test_default_folders_never_meet(tmp_path, monkeypatch):
     from pycse.training.folder import claim
 
     monkeypatch.chdir(tmp_path)
-    with claim(Path("runs/a"), False, {}) as first, claim(Path("runs/a"), False, {}) as second:
+    with claim(Path("runs/a"), False, "", {}) as first, claim(Path("runs/a"), False, "", {}) as second:
         assert (first.path, second.path) == (Path("runs/a"), Path("runs/a-2"))
 
 
