@@ -23,9 +23,9 @@ app = typer.Typer(
 
 def version(wanted: bool) -> None:
     if wanted:
-        import pycse
+        from importlib.metadata import version as of
 
-        typer.echo(pycse.__version__)
+        typer.echo(of("pycse-kernels"))
         raise typer.Exit
 
 

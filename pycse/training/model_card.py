@@ -12,11 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pycse import __version__
 from pycse.sparse.linear import SparseLinear
 from pycse.training.choices import BUNDLED
 from pycse.training.options import option_of
 from pycse.training.recipes import RECIPES
+from pycse.training.resume import installed
 from pycse.training.run import Run
 from pycse.training.settings import Settings
 
@@ -39,7 +39,7 @@ def card(run: Run, encoder: SentenceTransformer, dtype: str) -> str:
     """
     settings = run.settings
     what = "A static table of tokens" if run.static else "A sentence encoder"
-    how = f"trained with [pycse](https://pypi.org/project/pycse-kernels/) {__version__}"
+    how = f"trained with [pycse](https://pypi.org/project/pycse-kernels/) {installed('pycse-kernels')}"
     if settings.prunes:
         how = how.replace("trained", "pruned")
     width = encoder.get_embedding_dimension()

@@ -124,6 +124,7 @@ def test_the_recipe_trains_removes_and_trains_again(place, tiny_model):
         "curves.png",
         "run.toml",
         "run.json",
+        "checkpoints",
     }
     code, stdout, stderr = run(
         place, tiny_model, "again", "--recipe", "sparsecse", "--granularity", "neuron", "--finetune-steps", 0

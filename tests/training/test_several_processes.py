@@ -226,7 +226,7 @@ def test_what_breaks_on_one_rank_ends_both_and_is_said_once(done, place):
     assert (first["code"], second["code"]) == (1, 1)
     assert second["err"].startswith("pycse train: rank 1: Traceback") and "broken on purpose" in second["err"]
     assert "Traceback" not in first["err"] and "rank" not in first["err"]
-    assert list((place / "broken").iterdir()) == []  # the trainer's folder has gone
+    assert not (place / "broken").exists()  # nothing was saved in it
 
 
 @needs_extras

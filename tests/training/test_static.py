@@ -147,7 +147,7 @@ def test_a_teacher_reads_a_text_once(tmp_path):
 
     teacher = Teacher()
     texts = ["a" * (k + 1) for k in range(BLOCK + 3)]
-    kept = KeptTeacher(teacher, texts, tmp_path / "kept")
+    kept = KeptTeacher(teacher, [*texts, "never"], np.arange(BLOCK + 3)[::-1], tmp_path / "kept")
     assert kept(np.array([2, 0, 2])).tolist() == [[3, 1], [1, 1], [3, 1]]
     assert teacher.read == texts[:BLOCK]  # and its neighbours: a run that goes on reads them together too
     assert kept(np.array([0, BLOCK + 1, 2])).tolist() == [[1, 1], [BLOCK + 2, 1], [3, 1]]

@@ -80,7 +80,10 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
         tokens = tokenise(text, begun.tokenizer, settings.max_length, folder.work)
         run.seconds["tokenise"] = time.perf_counter() - before
         sentences = tokens.sentences if teachers else []
-        kept = [KeptTeacher(one, sentences, folder.work / f"teacher-{k}") for k, one in enumerate(teachers)]
+        kept = [
+            KeptTeacher(one, sentences, tokens.index[:, 0], folder.work / f"teacher-{k}")
+            for k, one in enumerate(teachers)
+        ]
         with recorded(run, folder.path):
             fit(run, model, tokens, kept, sets, folder.path, console)
         run.teachers = described(teachers)

@@ -102,26 +102,28 @@ def batches(rows: int, size: int, seed: int) -> Iterator[np.ndarray]:
 
 
 class KeptTeacher:
-    """A teacher that reads each text once in a run; its embeddings lie in a file, by the text's number.
+    """A teacher that reads each text once in a run; its embeddings lie in a file.
 
     It reads BLOCK neighbours at a time, whichever of them is asked for: the last bits of an embedding depend on what it
     is read with, and a run that goes on has to get the same.
 
     Args:
         teacher: a function of texts, with a width.
-        sentences: all that it may be asked for, by number.
+        sentences: the texts, by number.
+        numbers: those that it may be asked for.
     """
 
-    def __init__(self, teacher: Any, sentences: Sequence[str], path: Path) -> None:
-        self.teacher, self.sentences = teacher, sentences
-        self.known = np.zeros(-(-len(sentences) // BLOCK), dtype=bool)
-        shape = (len(sentences), teacher.width)
+    def __init__(self, teacher: Any, sentences: Sequence[str], numbers: np.ndarray, path: Path) -> None:
+        self.teacher, self.sentences, self.numbers = teacher, sentences, np.unique(numbers)
+        self.known = np.zeros(-(-len(self.numbers) // BLOCK), dtype=bool)
+        shape = (len(self.numbers), teacher.width)
         self.embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)  # pages never written take no disk
 
     def __call__(self, numbers: np.ndarray) -> Tensor:
-        blocks = np.unique(numbers // BLOCK)
+        places = np.searchsorted(self.numbers, numbers)
+        blocks = np.unique(places // BLOCK)
         for block in blocks[~self.known[blocks]]:
             here = slice(block * BLOCK, (block + 1) * BLOCK)
-            self.embeddings[here] = self.teacher(self.sentences[here]).float().cpu().numpy()
+            self.embeddings[here] = self.teacher([self.sentences[i] for i in self.numbers[here]]).float().cpu().numpy()
             self.known[block] = True
-        return torch.from_numpy(self.embeddings[numbers])
+        return torch.from_numpy(self.embeddings[places])
