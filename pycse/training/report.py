@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -357,6 +358,7 @@ def write_metrics(run: Run, path: Path) -> None:
             "scores": [{"step": step, "scores": scores} for step, scores in run.scores],
         },
         "similarities": run.similarities,
+        "rows_a_second": rows_a_second(run),
         "seconds": run.seconds,
     }
     if run.static:
@@ -375,6 +377,14 @@ def write_metrics(run: Run, path: Path) -> None:
 def json_text(value) -> str:
     """JSON that every reader takes: what is not finite becomes null."""
     return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def rows_a_second(run: Run) -> float | None:
+    """Of the training, without its evaluations: by the median step of this part of the run."""
+    steps = [after - before for before, after in zip(run.step_ends, run.step_ends[1:])]
+    settings = run.settings
+    rows = settings.batch_size * settings.grad_accumulation * run.processes
+    return rows / statistics.median(steps) if steps else None
 
 
 def write_json(value, path: Path) -> None:

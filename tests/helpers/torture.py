@@ -104,7 +104,7 @@ def torture(place: Path, points: int, seed: int, say: Any = print) -> list[str]:
         arguments = RUNS[name].split()
 
         def given(tag: str, arguments: list[str] = arguments, name: str = name) -> list[str]:
-            return [f"cache-{name}-{tag}" if word == "CACHE" else word for word in arguments]
+            return [f"{name}-{tag}-teachers" if word == "CACHE" else word for word in arguments]
 
         if name not in whole:
             code, passed = run(place, [*given("whole"), "--out", f"{name}-whole"], f"{name}-whole")

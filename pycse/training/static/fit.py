@@ -222,6 +222,7 @@ def fit(
                     f"--temperature. The weights before it are in {out / 'last-good-model'}"
                 ) from None
             training.stepping += time.perf_counter() - before
+            run.step_ends.append(time.perf_counter())
             training.step += 1
             run.loss.append((training.step, value))
             for name, part in loss.parts.items():
