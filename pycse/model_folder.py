@@ -34,7 +34,8 @@ ARGUMENTS = {
     "use_cache", "is_causal", "reference_compile", "clean_up_tokenization_spaces", "fix_mistral_regex", "backend",
 }  # fmt: skip
 DEEPEST = 50  # levels of a settings file; the libraries that read it walk it with functions that call themselves
-WEIGHTS, PICKLES = ("*.safetensors",), ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+SAFE_INDEX = ".safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class UntrustedModel(ValueError):
@@ -68,7 +69,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False, trust_remote_code:
             )
         check_links(folder, place)
         for file in sorted(place.glob("*.json")):
-            check_json(folder, place, file, trust_remote_code)
+            check_json(folder, place, file, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         check_pickles(place, allow_pickle)
 
 
@@ -135,11 +136,10 @@ def check_links(folder: Path, place: Path) -> None:
             inside(folder, file, str(file.relative_to(folder)))
 
 
-def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -> None:
+def check_json(folder: Path, place: Path, file: Path, *, allow_pickle: bool, trust_remote_code: bool) -> None:
     """Check what a settings file of a module names. Files of other kinds (tokenizers, vocabularies) name nothing."""
     if file.name.endswith(".index.json"):
-        for name in shards(file):
-            inside(folder, place / name, str(file.relative_to(folder)))
+        check_index(folder, place, file, allow_pickle)
         return
     if not (file.name.endswith("config.json") or file.name.startswith("sentence_")):
         return
@@ -154,15 +154,34 @@ def check_json(folder: Path, place: Path, file: Path, trust_remote_code: bool) -
             f"{file} names foreign code ({', '.join(sorted(map(str, strings(code))))}), which is not run; "
             "trust_remote_code (--trust-remote-code) runs it, if you trust its author"
         )
-    weights = values.get("transformers_weights")
-    if weights is not None and not (isinstance(weights, str) and weights.endswith((".safetensors", ".index.json"))):
-        raise UntrustedModel(f"{file}: transformers_weights must name a safetensors file, got {str(weights)[:60]}")
+    for weights in named(values, "transformers_weights"):
+        check_weights_name(folder, place, file, weights, allow_pickle)
     # Attention, and whatever else may have several kernels.
     elsewhere = [text for text in strings(list(named(values, "_implementation"))) if "/" in text]
     if elsewhere and not trust_remote_code:
         raise UntrustedModel(f"{file} asks for code of another place ({elsewhere[0]}), which is not run")
     if file.name.startswith("sentence_"):
         check_arguments(file, values)
+
+
+def check_weights_name(folder: Path, place: Path, file: Path, weights: Any, allow_pickle: bool) -> None:
+    """What a configuration's transformers_weights names: safetensors or an index of them, in the model's folder."""
+    if weights is None:
+        return
+    if not isinstance(weights, str) or not weights.endswith((".safetensors", SAFE_INDEX)):
+        raise UntrustedModel(f"{file}: transformers_weights must name a safetensors file, got {str(weights)[:60]}")
+    path = inside(folder, place / weights, str(file.relative_to(folder)))
+    if weights.endswith(SAFE_INDEX) and path.is_file():
+        check_index(folder, place, path, allow_pickle)
+
+
+def check_index(folder: Path, place: Path, index: Path, allow_pickle: bool) -> None:
+    """The files of sharded weights lie in the model's folder.
+
+    transformers looks for them from the module's folder, wherever the index lies.
+    """
+    for name in shards(index, allow_pickle):
+        inside(folder, place / name, str(index.relative_to(folder)))
 
 
 def check_arguments(file: Path, values: dict[str, Any]) -> None:
@@ -219,18 +238,25 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(one)
 
 
-def shards(index: Path) -> list[str]:
-    """File names in an index of sharded weights."""
+def shards(index: Path, allow_pickle: bool) -> list[str]:
+    """File names in an index of sharded weights. One of safetensors names no others: transformers takes whatever stands
+    there, by its ending, also where it was told to read safetensors alone."""
     found = read_json(index)
     names = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UntrustedModel(f"{index} must have a weight_map of file names")
+    others = [name for name in names.values() if not name.endswith(".safetensors")]
+    if others and index.name.endswith(SAFE_INDEX) and not allow_pickle:
+        raise UntrustedModel(
+            f"{index} names weights that are no safetensors ({others[0][:60]}), which can run code; save them as "
+            "safetensors, or allow it (--allow-pickle), if you trust its author"
+        )
     return list(dict.fromkeys(names.values()))
 
 
 def check_pickles(place: Path, allow_pickle: bool) -> None:
     """Weights are safetensors, or a pickle where that is allowed."""
-    if any(next(place.glob(pattern), None) for pattern in WEIGHTS):
+    if any(next(place.glob(pattern), None) for pattern in ("*.safetensors",)):
         return
     pickles = sorted(file.name for pattern in PICKLES for file in place.glob(pattern))
     if pickles and not allow_pickle:
