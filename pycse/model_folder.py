@@ -35,6 +35,7 @@ ARGUMENTS = {
 }  # fmt: skip
 DEEPEST = 50  # levels of a settings file; the libraries that read it walk it with functions that call themselves
 SAFE_INDEX = ".safetensors.index.json"
+SINGLE_PICKLE = "pytorch_model.bin"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -255,12 +256,27 @@ def shards(index: Path, allow_pickle: bool) -> list[str]:
 
 
 def check_pickles(place: Path, allow_pickle: bool) -> None:
-    """Weights are safetensors, or a pickle where that is allowed."""
-    if any(next(place.glob(pattern), None) for pattern in ("*.safetensors",)):
+    """Weights are safetensors, or a pickle where that is allowed.
+
+    Safetensors count by the names that are read: another file beside a pickle would hide it. sentence-transformers'
+    own modules know model.safetensors alone, and take SINGLE_PICKLE where there is none; transformers, which is told to
+    read safetensors, knows the other names too.
+    """
+    if allow_pickle or (place / "model.safetensors").is_file():
         return
     pickles = sorted(file.name for pattern in PICKLES for file in place.glob(pattern))
-    if pickles and not allow_pickle:
+    if has_other_safetensors(place):
+        pickles = [name for name in pickles if name == SINGLE_PICKLE]
+    if pickles:
         raise UntrustedModel(
             f"{place} has its weights as a pickle ({pickles[0]}), which can run code; save them as safetensors, or "
             "allow it (--allow-pickle), if you trust its author"
         )
+
+
+def has_other_safetensors(place: Path) -> bool:
+    """Whether transformers finds safetensors in a module's folder by another name than model.safetensors."""
+    file = place / "config.json"
+    settings = read_json(file) if file.is_file() else None
+    named_here = settings.get("transformers_weights") if isinstance(settings, dict) else None
+    return (place / f"model{SAFE_INDEX}").is_file() or (named_here is not None and (place / named_here).is_file())

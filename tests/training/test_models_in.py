@@ -294,6 +294,57 @@ def test_pickles_are_read_only_where_that_is_allowed(bert, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+DECOYS = {
+    "none": lambda folder: None,
+    "another name": lambda folder: save_tensors(folder, "a.safetensors"),
+    "an index": lambda folder: (save_tensors(folder, "a.safetensors"), architectures.edit(folder, "model.safetensors.index.json", weight_map={"linear.weight": "a.safetensors"})),
+    "a name in the settings": lambda folder: (save_tensors(folder, "a.safetensors"), architectures.edit(folder, "config.json", transformers_weights="a.safetensors")),
+    "a link to nothing": lambda folder: link("model.safetensors", "nothing")(folder),
+}  # fmt: skip
+
+
+def save_tensors(folder, name):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1, dtype=torch.float32)}, folder / name)
+
+
+@pytest.mark.parametrize("decoy", DECOYS)
+def test_safetensors_that_nobody_reads_hide_no_pickle(made, tmp_path, decoy):
+    """Of a module of sentence-transformers, which takes the pickle where there is no model.safetensors."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    import pycse.sparse
+
+    encoder = SentenceTransformer(str(made("bert")), device="cpu")
+    encoder.append(Dense(32, 8))
+    folder = tmp_path / "whole"
+    encoder.save_pretrained(str(folder), create_model_card=False)
+    check_folder(folder)
+    pickled(folder / "2_Dense")
+    DECOYS[decoy](folder / "2_Dense")
+    refused(folder, "2_Dense has its weights as a pickle (pytorch_model.bin)", "--allow-pickle")
+    with pytest.raises(UntrustedModel):
+        pycse.sparse.load(folder)
+    assert load(folder, allow_pickle=True).encode("a").shape == (8,)
+
+
+def test_pickles_beside_shards_are_not_read(bert):
+    """Folders with both are common, and transformers is told which to take."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors").rename(bert / "shard.safetensors")
+    names = dict.fromkeys(tensors, "shard.safetensors")
+    architectures.edit(bert, "model.safetensors.index.json", weight_map=names, metadata={})
+    architectures.edit(
+        bert, "pytorch_model.bin.index.json", weight_map=dict.fromkeys(tensors, "shard.bin"), metadata={}
+    )
+    (bert / "shard.bin").write_text("no pickle")
+    assert load(bert).encode("a").shape == (32,)
+
+
 def modules(*entries):
     return lambda folder: (folder / "modules.json").write_text(json.dumps(list(entries)))
 
