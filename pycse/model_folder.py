@@ -125,9 +125,13 @@ def inside(folder: Path, path: Path, named_in: str) -> Path:
 
 
 def roots(folder: Path) -> list[Path]:
-    """Where a folder's files may lie: in it, and for one of Hugging Face's cache beside it, where its links point."""
-    cached = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    return [place.resolve() for place in (folder, *cached)]
+    """Where a folder's files may lie: in it, and for one of Hugging Face's cache beside it, where its links point.
+
+    Those blobs are a folder of its own: as a link, in an archive that was unpacked, they would be any place.
+    """
+    blobs = folder.parent.parent.resolve() / "blobs"
+    cached = [blobs] if folder.parent.name == "snapshots" and blobs.resolve() == blobs else []
+    return [folder.resolve(), *cached]
 
 
 def check_links(folder: Path, place: Path) -> None:

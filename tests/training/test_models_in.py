@@ -454,8 +454,28 @@ def test_links_within_the_cache_of_hugging_face_are_inside(made, tmp_path):
         file.symlink_to(f"../../blobs/{k}")
     check_folder(snapshot)
     assert load(snapshot).encode("a").shape == (32,)
+    (tmp_path / "linked").symlink_to(repository)
+    check_folder(tmp_path / "linked" / "snapshots" / "0123")
     (snapshot / "vocab.txt").symlink_to("../../../secret")
     refused(snapshot, "leads out")
+
+
+@pytest.mark.parametrize("target", ["/", "..", "../secret", "real"])
+def test_blobs_that_are_a_link_are_outside(made, tmp_path, target):
+    """As an archive may have them, with links through them to wherever they lead."""
+    import pycse.sparse
+
+    repository = tmp_path / "unpacked"
+    snapshot = Path(shutil.copytree(made("bert"), repository / "snapshots" / "0123"))
+    secret = tmp_path / "secret" / "a"
+    secret.parent.mkdir()
+    (snapshot / "model.safetensors").rename(secret)
+    (repository / "real").symlink_to(secret.parent)
+    (repository / "blobs").symlink_to(target)
+    (snapshot / "model.safetensors").symlink_to(secret)
+    refused(snapshot, "model.safetensors leads out of the folder")
+    with pytest.raises(UntrustedModel):
+        pycse.sparse.load(snapshot)
 
 
 # ---- names
