@@ -23,7 +23,8 @@ def set_pooling(encoder: SentenceTransformer, kind: str | None) -> None:
     """Give an encoder this pooling, in place, after its layers are chosen; None leaves it as it is.
 
     Raises:
-        UserError: an encoder without tokens' embeddings, or without a pooling to replace.
+        UserError: an encoder without tokens' embeddings, without a pooling to replace, or with another module that
+            changes the tokens' embeddings before it: that belongs to the pooling it was trained with.
     """
     import torch
     from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
@@ -32,9 +33,16 @@ def set_pooling(encoder: SentenceTransformer, kind: str | None) -> None:
         return
     first: Any = encoder[0]
     backbone = getattr(first, "auto_model", None)
-    at = next((name for name, module in encoder.named_children() if isinstance(module, Pooling)), None)
+    own = list(encoder)
+    at = next((k for k, module in enumerate(own) if isinstance(module, Pooling)), None)
     if backbone is None or at is None or first.module_output_name != "token_embeddings":
         raise UserError(f"--pooling {kind}: this model has no pooling of tokens to replace; leave --pooling out")
+    between = [type(m).__name__ for m in own[1:at] if not isinstance(m, WeightedLayerPooling)]
+    if between:
+        raise UserError(
+            f"--pooling {kind}: this model has {', '.join(between)} between its transformer and its pooling; leave "
+            "--pooling out"
+        )
     width = first.get_embedding_dimension()
     layers: Any = None
     if kind == "first-last":
@@ -44,9 +52,9 @@ def set_pooling(encoder: SentenceTransformer, kind: str | None) -> None:
         layers = WeightedLayerPooling(width, count, 1, torch.nn.Parameter(weights, requires_grad=False))
     # Kept in the configuration: the transformer then hands out what every layer put out, also when it is loaded.
     backbone.config.output_hidden_states = layers is not None
-    old: Any = encoder[list(encoder._modules).index(at)]
+    old: Any = own[at]
     new = Pooling(width, "cls" if kind == "cls" else "mean", include_prompt=old.include_prompt)
-    modules = [m for m in encoder if not isinstance(m, (Pooling, WeightedLayerPooling))]
+    modules = [m for m in own if not isinstance(m, (Pooling, WeightedLayerPooling))]
     replace_modules(encoder, [first, *([layers] if layers is not None else []), new, *modules[1:]])
 
 

@@ -255,6 +255,28 @@ def test_layers_that_are_weighed_in_another_way_are_not_cut(made):
         keep_layers(encoder, [0, 2])
 
 
+@pytest.mark.parametrize("first_last", [False, True])
+@pytest.mark.parametrize("kind", ["cls", "mean", "first-last"])
+def test_modules_before_the_pooling_stay_there(made, kind, first_last):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    from pycse.training.pooling import replace_modules, set_pooling
+
+    encoder = load(made("bert"))
+    set_pooling(encoder, "first-last" if first_last else "mean")
+    *before, pooling = encoder
+    tokens = Dense(32, 32, module_input_name="token_embeddings", module_output_name="token_embeddings")
+    replace_modules(encoder, [*before, tokens, pooling])
+    modules, states = list(encoder), encoder[0].auto_model.config.output_hidden_states
+    with pytest.raises(UserError, match=f"--pooling {kind}: this model has Dense between"):
+        set_pooling(encoder, kind)
+    assert list(encoder) == modules and encoder[0].auto_model.config.output_hidden_states == states
+    # Behind the pooling it stays as it is.
+    replace_modules(encoder, [*before, pooling, Dense(32, 8)])
+    set_pooling(encoder, kind)
+    assert [type(m).__name__ for m in encoder][-2:] == ["Pooling", "Dense"]
+
+
 def test_a_head_is_there_in_training_alone(made, tmp_path):
     from pycse.training.heads import add_head, remove_head
     from pycse.training.loaded import embed
