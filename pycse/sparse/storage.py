@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pycse import validation
+from pycse.loaded_weights import check_weights, embeddings_of_texts, embeddings_of_tokens, loading_reports
 from pycse.model_folder import check_folder, transformer_folder
 from pycse.pattern import unpack_mask
 from pycse.sparse.choice import PATTERNS
@@ -42,8 +43,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        TypeError, ValueError: the folder holds no model, masks that do not fit its weights, or asks for more than to
-            be read (UntrustedModel of pycse.model_folder).
+        TypeError, ValueError: the folder holds no model, masks that do not fit its weights, other weights than the
+            model uses (WrongWeights of pycse.loaded_weights), or asks for more than to be read (UntrustedModel of
+            pycse.model_folder).
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -54,7 +56,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
     check_folder(folder)
     register()
     read: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
-    with masks_expected():
+    with masks_expected(), loading_reports() as reports:
         if whole:
             from sentence_transformers import SentenceTransformer
 
@@ -63,6 +65,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Any:
         else:
             encoder = encoder_class(folder).from_pretrained(str(folder), local_files_only=True, **read)
             encoder = encoder if device is None else encoder.to(device)
+    encoder.eval()
+    for model, report in reports:
+        check_weights(model, report, embeddings_of_texts(encoder) if whole else embeddings_of_tokens(encoder))
     restore_saved(encoder, folder)
     return encoder.eval()
 

@@ -58,9 +58,10 @@ def load_encoder(
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from pycse.loaded_weights import WrongWeights, loading_reports
     from pycse.model_folder import UntrustedModel, check_folder
     from pycse.sparse.storage import masks_expected, register, restore_saved
-    from pycse.training.loaded import check_loaded, loading_reports
+    from pycse.training.loaded import check_loaded
     from pycse.training.pooling import freeze_layer_weights
 
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
@@ -93,7 +94,7 @@ def load_encoder(
             )
         check_loaded(encoder, reports)
         return encoder
-    except (UserError, UntrustedModel) as error:
+    except (UserError, UntrustedModel, WrongWeights) as error:
         raise UserError(f"cannot load the model {name}: {error}") from error
     except BaseException as error:  # loaders raise many kinds for a damaged folder, an unknown id, a missing network
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers

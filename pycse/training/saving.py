@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pycse.loaded_weights import CHARACTERS, embed, listed
 from pycse.training import ranks
 from pycse.training.encoder import load_encoder, loading_options, stored_dtype, transformer
 from pycse.training.errors import UserError
 from pycse.training.folder import umask
 from pycse.training.heads import without_head
-from pycse.training.loaded import CHARACTERS, embed, listed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -159,6 +159,36 @@ def test_sizes_of_other_weights(sparse, tmp_path):
         load_encoder(str(folder), "cpu")
 
 
+UNLOADED = {
+    "module": (lambda t: {f"module.{k}": v for k, v in t.items()}, ["missing and would be random", "save them without 'module.'"]),
+    "layer": (lambda t: {k: v for k, v in t.items() if "layer.2." not in k}, ["layer.2.", "missing and would be random"]),
+    "size": (lambda t: {k: v[:, :16] if "layer.0.attention.self.query.weight" in k else v for k, v in t.items()}, ["query.weight (32, 16) instead of (32, 32)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dense", "masks", "neurons"])
+@pytest.mark.parametrize("case", UNLOADED)
+def test_weights_that_a_loader_would_make_up(sparse, kind, case, tmp_path):
+    """Of SentenceTransformers, and of a model of transformers alone."""
+    change, words = UNLOADED[case]
+    source = Path(sparse("masks")).parent / "dense" if kind == "dense" else sparse(kind)
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    weights(folder, change)
+    refused(folder, *words)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masks"])
+def test_a_pooler_that_is_not_used_may_be_missing(sparse, kind, tmp_path):
+    from pycse.sparse import load
+
+    source = Path(sparse("masks")).parent / kind if kind == "dense" else sparse(kind)
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    weights(folder, lambda tensors: {k: v for k, v in tensors.items() if "pooler" not in k})
+    whole, cut = (model if kind == "dense" else model[0].auto_model for model in (load(source), load(folder)))
+    ids = torch.tensor([[2, 6, 7, 3]], dtype=torch.int64)
+    assert torch.equal(whole(ids).last_hidden_state, cut(ids).last_hidden_state)
+
+
 @pytest.mark.parametrize("kind", ["masks", "heads", "neurons"])
 def test_what_was_saved_is_read(sparse, kind):
     from pycse.sparse import load

@@ -119,7 +119,7 @@ def test_every_command_refuses_random_weights(bert, command, tmp_path, monkeypat
 def test_reports_leave_transformers_as_it_was():
     from transformers import PreTrainedModel
 
-    from pycse.training.loaded import loading_reports
+    from pycse.loaded_weights import loading_reports
 
     before = PreTrainedModel.__dict__["from_pretrained"]
     with loading_reports():

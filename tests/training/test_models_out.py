@@ -278,8 +278,8 @@ def test_modules_before_the_pooling_stay_there(made, kind, first_last):
 
 
 def test_a_head_is_there_in_training_alone(made, tmp_path):
+    from pycse.loaded_weights import embed
     from pycse.training.heads import add_head, remove_head
-    from pycse.training.loaded import embed
     from pycse.training.saving import save_model
 
     encoder = load(made("bert"))
