@@ -85,6 +85,10 @@ def evaluate(
             if keep is not None:
                 keep_layers(encoder, keep)
             found.append(evaluated(model, encoder, sets, tasks, batch_size=batch_size, prompts=settings.prompts))
+        if path is not None:
+            each = [one.as_dict() for one in found]
+            with new_file("json", path) as file:
+                file.write(report.json_text(each if len(each) > 1 else each[0]).encode())
         console = Console(markup=False, highlight=False)
         if sets:
             columns = {one.model: one.scores for one in found} if len(found) > 1 else {"score": found[0].scores}
@@ -101,7 +105,3 @@ def evaluate(
                 console.print(parts_table(found))
             for difference in differences(tasks):
                 console.print(f"{difference}: no comparison with published scores", style="bold red")
-        if path is not None:
-            each = [one.as_dict() for one in found]
-            with new_file("json", path) as file:
-                file.write(report.json_text(each if len(each) > 1 else each[0]).encode())

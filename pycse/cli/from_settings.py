@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -72,7 +73,7 @@ def config(command: str) -> inspect.Parameter:
     def read(context: typer.Context, value: str | None) -> str | None:
         if value is not None:
             with reported(command):
-                take(context, command, Path(value).expanduser(), "--config")
+                take(context, command, Path(os.path.expanduser(value)), "--config")
         return value
 
     said = typer.Option("--config", help=CONFIG_HELP, metavar="FILE", callback=read, is_eager=True)
@@ -86,7 +87,7 @@ def from_run(command: str) -> Callable[[typer.Context, str | None], str | None]:
     def read(context: typer.Context, value: str | None) -> str | None:
         if value is not None:
             with reported(command):
-                folder = Path(value).expanduser()
+                folder = Path(os.path.expanduser(value))
                 state_of(folder)
                 take(context, command, folder / CONFIG, "--resume")
         return value

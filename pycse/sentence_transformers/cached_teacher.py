@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from pycse.embedding_cache import EmbeddingCache, key_of
+from pycse.embedding_cache import CacheError, EmbeddingCache, key_of
 from pycse.sentence_transformers.distillation import embed
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class CachedTeacher:
         self.path = self.cache.path
         self.embedded = 0
         self.found = 0
+        self.failed = False  # whether the file can be written no more
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """(B, D_k) float32 embeddings on the encoder's device, without gradient."""
@@ -57,7 +59,12 @@ class CachedTeacher:
         self.embedded += len(missing)
         if missing:
             new = embed(self.encoder, missing).float().cpu().numpy()
-            self.cache.add(missing, new)
+            try:
+                self.cache.add(missing, new)
+            except CacheError as error:  # a full disk; what was read is there all the same
+                if not self.failed:
+                    warnings.warn(f"pycse: {error}; embeddings are not kept any more", stacklevel=2)
+                self.failed = True
             held.update(zip(missing, new))
         rows = torch.stack([torch.tensor(held[text], dtype=torch.float32, device="cpu") for text in texts])
         return rows.to(self.encoder.device)

@@ -16,6 +16,7 @@ from typing import Any
 
 from pycse.training.choices import SAVE_MINUTES
 from pycse.training.folder import STAGE, is_of_disk, rename
+from pycse.training.progress import say
 
 KEPT = 2
 
@@ -62,6 +63,10 @@ class Checkpoints:
         """Where the next one is written to."""
         return self.folder / f"{STAGE}{self.phase}"
 
+    def begin(self) -> None:
+        """One is being written, or tried to be: the clock starts anew, on every rank."""
+        self.saved = time.monotonic()
+
     def stage(self) -> None:
         """Make that folder."""
         self.drop()
@@ -75,7 +80,6 @@ class Checkpoints:
     def take(self, name: str, step: int) -> None:
         """What was staged under this name is the checkpoint of this step; older ones go."""
         rename(self.staging / name if name else self.staging, self.name(step))
-        self.saved = time.monotonic()
         kept = self.all()[-KEPT:]
         best = {self.best_of(path) for path in kept}
         for path in self.folder.glob(f"{self.phase}-*"):
@@ -88,8 +92,8 @@ def step_of(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
-def guarded(save: Callable[[], object], console: Any) -> bool:
-    """Whether something could be saved. A full disk is said, and ends no training."""
+def guarded(save: Callable[[], object], console: Any, what: str = "a checkpoint could not be written") -> bool:
+    """Whether something could be written. A full disk is said, and ends no training."""
     try:
         save()
         return True
@@ -97,5 +101,5 @@ def guarded(save: Callable[[], object], console: Any) -> bool:
         if not is_of_disk(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        console.print(f"a checkpoint could not be written ({reason}); the training goes on without", style="red")
+        say(console, f"{what} ({reason}); the run goes on without", style="red")
         return False

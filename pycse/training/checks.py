@@ -106,6 +106,8 @@ def check_course(settings: Settings) -> None:
         raise UserError(
             f"--cached is {settings.cached}, and a batch has {settings.batch_size} rows; give fewer, or leave it out"
         )
+    if settings.resume is not None and settings.out is not None:
+        raise UserError("--resume and --out exclude each other; a run goes on in its own folder")
     if settings.dry_run and settings.resume is not None:
         raise UserError("--dry-run and --resume exclude each other")
     if settings.static is not None:

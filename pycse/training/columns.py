@@ -26,9 +26,23 @@ SINGLES = ("sentence", "text", "anchor", "query", "question")
 NEGATIVE = re.compile(r"(hard)?neg(ative)?s?\d*")
 # What says whether the texts of a row belong together.
 LABELS = {
-    "label", "labels", "goldlabel", "score", "scores", "similarity", "similarityscore", "relatedness",
-    "relatednessscore", "isduplicate", "entailmentjudgment", "class", "target", "rating",
-}  # fmt: skip
+    "label",
+    "labels",
+    "goldlabel",
+    "score",
+    "scores",
+    "similarity",
+    "similarityscore",
+    "relatedness",
+    "relatednessscore",
+    "isduplicate",
+    "entailmentjudgment",
+    "class",
+    "target",
+    "rating",
+}
+JUDGES = re.compile(r"label|score|simil|paraphras|duplicat|relat|entail|gold|quality")  # in other names of such columns
+NOTHING = {"nan", "na", "n/a", "none", "null", "inf", "-inf", "-"}  # where a number is missing  # fmt: skip
 INDICES = {"", "unnamed:0", "index", "indexlevel0", "id", "idx", "pairid", "qid", "qid1", "qid2", "genre", "split"}
 TEXTS = {name for pair in PAIRS for name in pair} | set(SINGLES)
 NUMBER = re.compile(r"[-+]?(\d[\d.,]*|\.\d+)([eE][-+]?\d+)?%?")
@@ -136,7 +150,10 @@ def _by_name(table: Table, names: Sequence[str], labels: Sequence[str], rows) ->
             f"{table.source} has the columns {_described(range(len(names)), labels, rows)}; say which of them are "
             f"anchor, positive and negatives, as in --columns {_suggestion(texts, labels, names)}"
         )
-    judged = [k for k, name in enumerate(plains) if name in LABELS and k not in columns]
+    left = [k for k, name in enumerate(plains) if k not in columns and name not in INDICES]
+    judged = [
+        k for k in left if plains[k] in LABELS or (JUDGES.search(plains[k]) and _no_text([row[k] for _, row in rows]))
+    ]
     if judged:
         raise UserError(
             f"{table.source}: {_described(judged, labels, rows)} says which rows belong together, and every row is "
@@ -165,9 +182,10 @@ def _check(table: Table, columns: list[int], labels, names, rows) -> None:
 
 def _no_text(values: Sequence[str]) -> str | None:
     """What a column holds, where it is no text."""
-    numbers = sum(NUMBER.fullmatch(value) is not None for value in values)
+    count = sum(NUMBER.fullmatch(value) is not None for value in values)
+    numbers = count + sum(value.lower() in NOTHING for value in values) if count else 0
     # All but one: the first may be a name.
-    if numbers == len(values) or (numbers == len(values) - 1 >= 2 and not NUMBER.fullmatch(values[0])):
+    if numbers and numbers == len(values) or (numbers == len(values) - 1 >= 2 and not NUMBER.fullmatch(values[0])):
         return "numbers"
     distinct = set(values)
     if len(values) >= FEWEST and len(distinct) == 1:

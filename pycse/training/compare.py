@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Group:
 
 def read_run(folder: str) -> dict[str, Any]:
     """metrics.json of a run; UserError where there is none."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         metrics["settings"], metrics["after"], metrics["history"]
@@ -116,11 +117,17 @@ def table(groups: list[Group]) -> Table:
         out.add_row(f"{key[0]}: {key[1]} ({BETTER.get(key[1], '')})", *cells)
     out.add_section()
     out.add_row("steps", *(shown(group.metrics[0].get("steps")) for group in groups))
-    out.add_row("seconds", *(f"{statistics.mean(m['seconds']['total'] for m in g.metrics):.0f}" for g in groups))
+    out.add_row("seconds", *(taken(group) for group in groups))
     failed = [next((m["failed"] for m in group.metrics if m.get("failed")), "") for group in groups]
     if any(failed):
         out.add_row("failed", *failed)
     return out
+
+
+def taken(group: Group) -> str:
+    """Seconds, where the runs ended."""
+    known = [metrics["seconds"]["total"] for metrics in group.metrics if "total" in metrics.get("seconds", {})]
+    return f"{statistics.mean(known):.0f}" if known else ""
 
 
 def seeds(group: Group) -> str:

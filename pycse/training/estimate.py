@@ -15,12 +15,14 @@ import torch
 
 from pycse.training import ranks
 from pycse.training.choices import EVALUATIONS
+from pycse.training.errors import Failed
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import evaluate
 from pycse.training.fit import fit
 from pycse.training.folder import WORK
 from pycse.training.progress import clock
 from pycse.training.run import Run
+from pycse.training.signals import Interrupted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +50,12 @@ def estimate(run: Run, encoder: Any, loss: Any, sets: list[ScoredPairs], steps: 
     )
     with tempfile.TemporaryDirectory(prefix="pycse-") as scratch:
         (Path(scratch) / WORK).mkdir()
-        fit(trial, encoder, loss, sets, Path(scratch), Console(quiet=True))
+        try:
+            fit(trial, encoder, loss, sets, Path(scratch), Console(quiet=True))
+        except Failed as error:
+            raise Failed(str(error).split(" The weights")[0]) from None
+        except Interrupted as error:
+            raise Interrupted(error.number) from None
     step = statistics.median(b - a for a, b in zip(trial.step_ends, trial.step_ends[1:]))
     evaluations = 2 + run.steps // (settings.eval_steps or max(1, run.steps // EVALUATIONS))
     table = Table(title="What this run would take", title_justify="left", show_header=False)

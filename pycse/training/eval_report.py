@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def plane_table(found: list[Evaluated]) -> Table:
     for measure in PLANE:
         table.add_column(f"{measure} ({BETTER[measure]})", justify="right")
     for one in found:
-        table.add_row(one.model, *(number(one.senteval["STS-B"][measure]) for measure in PLANE))
+        table.add_row(one.model, *(number(one.senteval["STS-B"].get(measure, math.nan)) for measure in PLANE))
     return table
 
 

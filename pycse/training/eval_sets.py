@@ -64,24 +64,28 @@ def is_score(text: str) -> bool:
         return False
 
 
-def layout(path: str | Path, names: Sequence[str] | None, first: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
-    """(columns of score and sentences, whether the first row is a header); UserError where neither names nor the first
-    row say."""
+def layout(
+    path: str | Path, names: Sequence[str] | None, first: Sequence[str]
+) -> tuple[tuple[int, int, int], bool, float | None]:
+    """(columns of score and sentences, whether the first row is a header, top of the scale where the file is known);
+    UserError where neither names nor the first row say."""
     for row, heading in ((names, False), (first, True)):
         found = [plain(name) for name in row or ()]
         score = [k for k, name in enumerate(found) if name in LABELS]
+        score.sort(key=lambda k: "score" not in found[k] and "similarity" not in found[k])  # before labels of classes
         pair = next((pair for pair in PAIRS if all(found.count(name) == 1 for name in pair)), None)
         if score and pair is not None and all(found[k] not in pair for k in score[:1]):
-            return (score[0], found.index(pair[0]), found.index(pair[1])), heading
+            top = STSB_TOP if found[score[0]] == "relatednessscore" else None
+            return (score[0], found.index(pair[0]), found.index(pair[1])), heading, top
     if names is None:
         if len(first) == 3:
             word = first[0].lower()
             letters = any(c.isalpha() for c in word) and not any(c.isdigit() for c in word)
-            return (0, 1, 2), letters and word not in NO_SCORES
+            return (0, 1, 2), letters and word not in NO_SCORES, None
         if len(first) == 5 and first[4].upper() in SICK_LABELS:
-            return SICK, False
+            return SICK, False, STSB_TOP
         if len(first) >= 7 and (is_score(first[4]) or not first[4]):
-            return STSB, False
+            return STSB, False, STSB_TOP
         raise UserError(f"{path}, line 1: {GIVE}")
     raise UserError(f"{path} has the columns {', '.join(names)}; name them score, sentence1 and sentence2")
 
@@ -111,7 +115,7 @@ def read_eval_file(path: str | Path) -> ScoredPairs:
     digit is a header.
     """
     rows, names = rows_of(path)
-    columns, heading = layout(path, names, rows[0][1])
+    columns, heading, known_top = layout(path, names, rows[0][1])
     width, skipped = max(columns) + 1, 0
     found: list[tuple[float, str, str]] = []
     exact = columns == (0, 1, 2) and names is None  # a tab inside a text
@@ -132,7 +136,7 @@ def read_eval_file(path: str | Path) -> ScoredPairs:
     if all(first == second for _, first, second in found):
         raise UserError(f"{path}: both texts of every pair are the same, so all are equally similar: nothing to rank")
     scores, firsts, seconds = (list(column) for column in zip(*found, strict=True))
-    top = STSB_TOP if columns in (STSB, SICK) else max(scores)
+    top = known_top if known_top is not None else max(scores)
     return ScoredPairs(user_path(path).stem, firsts, seconds, scores, top, skipped)
 
 

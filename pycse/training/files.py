@@ -185,9 +185,17 @@ def _read_csv(table: Table, path: str | Path) -> None:
             table.dropped["blank lines"] += 1
         elif not table.rows and len(cells) == 1 and "\t" in cells[0]:
             raise UserError(f"{path}, line {number} has tabs and no commas; give --format tsv")
+        elif not table.rows and len(cells) == 1 and semicolons(cells[0]):
+            raise UserError(f"{path}, line {number} is separated by semicolons; write commas, and quote what has them")
         else:
             _add(table, number, cells)
         number = reader.line_num + 1
+
+
+def semicolons(line: str) -> bool:
+    """Whether a line without commas is columns all the same: short words between semicolons, as names are."""
+    parts = [part.strip() for part in line.split(";")]
+    return len(parts) > 1 and all(part and len(part.split()) <= 2 for part in parts)
 
 
 def _read_jsonl(table: Table, path: str | Path) -> None:
@@ -235,6 +243,11 @@ def _cell(table: Table, column: int, value: Any) -> str:
     if isinstance(value, (list, dict, tuple, set)):
         table.nested.add(column)
         return ""
+    if isinstance(value, bytes):  # of Parquet writers that do not mark text as text
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{table.source}: column {column + 1} holds bytes that are no text; leave it out") from None
     return "" if value is None else str(value).strip()
 
 

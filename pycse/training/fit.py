@@ -12,12 +12,12 @@ from typing import Any
 from pycse.training import ranks, signals
 from pycse.training.checkpoints import Checkpoints
 from pycse.training.choices import EVALUATIONS
-from pycse.training.errors import Failed
+from pycse.training.errors import Failed, UserError
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import by_set, evaluator, metric
-from pycse.training.folder import WORK, staged
+from pycse.training.folder import LAST_GOOD, WORK, save_or_rescue
 from pycse.training.heads import without_head
-from pycse.training.progress import shown
+from pycse.training.progress import say, shown
 from pycse.training.run import Run
 from pycse.training.saving import write
 from pycse.training.settings import Settings
@@ -69,26 +69,25 @@ def fit(
         ranks.seed_dropout(settings.seed)
         course.started = time.perf_counter()
         try:
-            with signals.noted():
-                # The trainer would take one step more from a checkpoint of the last.
-                if latest is not None and (done >= run.steps or is_complete(latest)):
-                    take_up(trainer, latest)
-                else:
-                    if latest is not None:
-                        console.print(f"going on after step {done}")
-                    trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
-                    course.complete = not course.signal
-                    if course.complete and run.more_to_come:
-                        trainer._save_checkpoint(trainer.model, None)
+            # The trainer would take one step more from a checkpoint of the last.
+            if latest is not None and (done >= run.steps or is_complete(latest, settings.patience)):
+                take_up(trainer, latest)
+            else:
+                if latest is not None:
+                    console.print(f"going on after step {done}")
+                trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
+                course.complete = not course.signal
+                if course.complete and run.more_to_come:
+                    trainer._save_checkpoint(trainer.model, None)
         except Failed as error:
-            if ranks.first():
-                with staged(out / "last-good-model") as stage, without_head(encoder):  # of before the step
-                    write(encoder, stage)
+            words = rescued(encoder, out) if ranks.first() else ""  # the weights of before the step
             collect(run, trainer, course, names)
-            raise Failed(f"{error}. The weights before it are in {out / 'last-good-model'}") from None
-        if course.signal:
-            raise Interrupted(course.signal, in_words(course.saved, trainer.state.global_step, out, settings))
-        run.seconds["train"] = course.seconds
+            raise Failed(f"{error}. {words}") from None
+        # A signal during the last step waits for the end of the run, where this phase is not its end.
+        number = course.signal or (max(ranks.exchange(signals.caught())) if run.more_to_come else 0)
+        if number:
+            raise Interrupted(number, in_words(course.saved, trainer.state.global_step, out, settings))
+        run.seconds["train"], run.earlier = course.seconds, course.before
         collect(run, trainer, course, names)
         reached = trainer.state.global_step
         if reached < run.steps:
@@ -99,7 +98,10 @@ def fit(
         run.before, run.after = run.scores[0][1], run.scores[-1][1]
         if course.best is not None:
             run.kept = int(course.best[0])
-            if run.kept != run.steps:
+            if run.kept != run.steps and not checkpoints.best(run.kept).is_dir():
+                say(console, f"{checkpoints.best(run.kept)} has gone; the last weights are kept", style="red")
+                run.kept = run.steps
+            elif run.kept != run.steps:
                 put_weights(encoder, checkpoints.best(run.kept))
                 run.after = dict(run.scores)[run.kept]
     if run.processes > 1:
@@ -138,9 +140,24 @@ def best_of(checkpoint: Path) -> int | None:
     return None if best is None else int(best[0])
 
 
-def is_complete(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path, patience: int | None) -> bool:
     """Whether a checkpoint is the end of its phase."""
-    return bool(course_of(checkpoint)["complete"])
+    course = course_of(checkpoint)
+    return bool(course["complete"]) or (patience is not None and course["since"] >= patience)
+
+
+def rescued(encoder: Any, out: Path) -> str:
+    """Save the weights that are left; where they are, in words."""
+
+    def save(folder: Path) -> None:
+        with without_head(encoder):
+            write(encoder, folder)
+
+    try:
+        save_or_rescue(save, out / LAST_GOOD)
+    except UserError as error:
+        return str(error)
+    return f"The weights before it are in {out / LAST_GOOD}"
 
 
 def course_of(checkpoint: Path) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from typing import Any
 
 from pycse.training.errors import UserError
 
+REFUSED, LAST_GOOD = "model-refused", "last-good-model"
 STATE, CONFIG, TEXT, WORK, LOCK, STAGE = "run.json", "run.toml", "text.parquet", ".work", ".lock", ".new-"
+OLD = ".old-"  # what a name had before, until it has the new
 
 
 class Folder:
@@ -45,8 +47,8 @@ class Folder:
     def done(self) -> None:
         """The run has ended: nobody need hold the folder."""
         shutil.rmtree(self.work, ignore_errors=True)
-        (self.path / TEXT).unlink(missing_ok=True)
         self.say(ended=True)
+        (self.path / TEXT).unlink(missing_ok=True)
         (self.path / LOCK).unlink(missing_ok=True)
 
     def say(self, **changes: Any) -> None:
@@ -56,13 +58,16 @@ class Folder:
 
 
 @contextmanager
-def claim(out: Path, given: bool, config: str, state: dict[str, Any]) -> Iterator[Folder]:
+def claim(
+    out: Path, given: bool, config: str, state: dict[str, Any], keep: Callable[[Path], None] | None = None
+) -> Iterator[Folder]:
     """Make the folder and hold it.
 
     Args:
         out: its name; where it was not ``given``, a number is added if another run has it by now.
         config: run.toml, written first: a folder with a run.json can be resumed.
         state: run.json.
+        keep: writes text.parquet, before run.json too.
 
     Raises:
         UserError: the folder cannot be made; or another run has claimed it since its name was checked.
@@ -87,6 +92,9 @@ def claim(out: Path, given: bool, config: str, state: dict[str, Any]) -> Iterato
         clean(path)
         with of_disk(str(path)):
             write_text(path / CONFIG, config)
+            if keep is not None:
+                keep(path / f"{STAGE}{TEXT}")
+                (path / f"{STAGE}{TEXT}").replace(path / TEXT)
             folder.say(**state)
         with working(folder):
             yield folder
@@ -143,6 +151,11 @@ def forget(path: Path) -> None:
 
 def clean(path: Path) -> None:
     """Remove what a killed run has left half-written, and its working files."""
+    for old in [*path.glob(f"{OLD}*"), *(path / "checkpoints").glob(f"{OLD}*")]:
+        for kept in old.iterdir():
+            if not (old.parent / kept.name).exists():
+                kept.rename(old.parent / kept.name)
+        shutil.rmtree(old, ignore_errors=True)
     for entry in [*path.iterdir(), *(path / "checkpoints").glob(f"{STAGE}*")]:
         if entry.name == WORK or entry.name.startswith(STAGE):
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
@@ -151,7 +164,7 @@ def clean(path: Path) -> None:
 def has_content(path: Path) -> bool:
     """Whether a folder holds more than what a run leaves that was killed before it had begun."""
     return any(
-        entry.name not in (LOCK, CONFIG, WORK) and not entry.name.startswith(STAGE) for entry in path.iterdir()
+        entry.name not in (LOCK, CONFIG, TEXT, WORK) and not entry.name.startswith(STAGE) for entry in path.iterdir()
     ) or ((path / CONFIG).exists() and not (path / LOCK).exists())
 
 
@@ -186,7 +199,7 @@ def rename(stage: Path, target: Path) -> None:
     for path in [stage, *stage.rglob("*")]:
         sync(path)
     if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=STAGE, dir=target.parent))
+        old = Path(tempfile.mkdtemp(prefix=OLD, dir=target.parent))
         target.rename(old / target.name)
         stage.rename(target)
         shutil.rmtree(old, ignore_errors=True)
@@ -245,7 +258,8 @@ def save_or_rescue(save: Callable[[Path], None], target: Path) -> None:
             try:
                 save(stage)
             except UserError as error:  # written, and not equal to what was to be saved
-                kept = target.with_name(f"{target.name}-refused")
+                kept = target.with_name(REFUSED)
+                shutil.rmtree(kept, ignore_errors=True)
                 stage.rename(kept)
                 raise UserError(str(error).replace(str(stage), str(kept))) from error
         return
@@ -265,10 +279,13 @@ def save_or_rescue(save: Callable[[Path], None], target: Path) -> None:
 
 def is_of_disk(error: Exception) -> bool:
     """Whether a library's own error speaks of the disk: safetensors and torch wrap the system's."""
-    words = str(error)
-    return isinstance(error, OSError) or any(
-        sign in words for sign in ("os error", "No space left", "I/O error", "iostream error", "file write failed")
-    )
+    signs = ("os error", "No space left", "I/O error", "iostream error", "file write failed", "inline_container")
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) or any(sign in str(found) for sign in signs):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def output_folder(out: str | None, recipe: str) -> Path:
@@ -283,7 +300,7 @@ def output_folder(out: str | None, recipe: str) -> Path:
             count += 1
             path = name.with_name(f"{name.name}-{count}")
     else:
-        path = Path(out).expanduser()
+        path = Path(os.path.expanduser(out))
     with of_path("out", path):
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a new or empty folder")

@@ -79,8 +79,16 @@ def keep_prompts(encoder: SentenceTransformer, settings: Settings) -> None:
     encode the one of --prompt."""
     named = dict(zip(("query", "document"), settings.prompts))
     encoder.prompts |= {name: prompt for name, prompt in named.items() if prompt is not None}
-    if settings.prompt is not None:
-        encoder.default_prompt_name = "query"
+    if settings.prompts != (None, None):
+        encoder.default_prompt_name = "query" if settings.prompt is not None else None
+
+
+def take_prompt(settings: Settings, encoder: SentenceTransformer) -> None:
+    """An encoder that puts a prompt of its own before every text is trained, scored and pruned with it, unless the
+    settings have others."""
+    own = encoder.prompts.get(encoder.default_prompt_name) if encoder.default_prompt_name else None
+    if own and settings.prompts == (None, None):
+        settings.prompt = own
 
 
 def model_name(settings: Settings) -> str:
@@ -91,7 +99,8 @@ def model_name(settings: Settings) -> str:
 
 def step_count(settings: Settings, text: Text) -> int:
     """Training steps: each takes a batch on every process."""
-    per_epoch = len(text.rows) // (settings.batch_size * ranks.size())
+    batches = len(text.rows) // (settings.batch_size * ranks.size())
+    per_epoch = -(-batches // settings.grad_accumulation)
     return settings.steps or (max(1, round(settings.epochs * per_epoch)) if settings.epochs else DEFAULT_STEPS)
 
 
@@ -102,8 +111,15 @@ def load_all_teachers(settings: Settings, encoder, model: str, own: str) -> list
 
     if not RECIPES[settings.recipe].teaches:
         return []
-    device, cache, options = str(encoder.device), settings.cache_teachers, loading_options(settings) | {"dtype": None}
-    uncut = [] if settings.teachers else [Teacher(own, load_encoder(model, device, **options), cache)]
+    cache = None if settings.dry_run else settings.cache_teachers
+    device, options = str(encoder.device), loading_options(settings) | {"dtype": None}
+    uncut = []
+    if not settings.teachers:
+        whole = load_encoder(model, device, **options)
+        keep_prompts(whole, settings)
+        if settings.prompts[0]:  # it reads the anchors
+            whole.default_prompt_name = "query"
+        uncut = [Teacher(own, whole, cache)]
     teachers = uncut + load_teachers(settings.teachers, device, cache, **options)
     set_seed(settings.seed)  # loading a model may draw numbers: the student's do not depend on its teachers
     return teachers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 EVERY = 15.0  # seconds between plain lines
@@ -29,7 +29,7 @@ class Lines:
         if step > self.begun and took > 0:
             each = took / (step - self.begun)
             parts += [f"{self.rows / each:.0f} rows/s", f"{clock((self.steps - step) * each)} left"]
-        self.console.print(", ".join(part for part in parts if part))
+        say(self.console, ", ".join(part for part in parts if part))
 
 
 class Bar:
@@ -67,6 +67,12 @@ def shown(console: Any, steps: int, rows: int, done: int = 0) -> Iterator[Bar | 
     )
     with bar.Progress(*columns, console=console) as progress:
         yield Bar(progress, steps, done)
+
+
+def say(console: Any, text: str, **style: Any) -> None:
+    """Print a line of a training. Where nobody reads any more (a closed pipe or terminal) the training goes on."""
+    with suppress(OSError, SystemExit):  # rich makes the latter of a closed pipe
+        console.print(text, **style)
 
 
 def clock(seconds: float) -> str:

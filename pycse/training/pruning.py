@@ -15,6 +15,7 @@ from torch import nn
 from pycse.sparse import Report, score, sparsify
 from pycse.sparse.sparsify import count_parameters
 from pycse.training import ranks
+from pycse.training.checkpoints import guarded
 from pycse.training.choices import n_of_m
 from pycse.training.data import Text
 from pycse.training.encoder import check_for_training, keep_layers, load_encoder, loading_options
@@ -22,10 +23,10 @@ from pycse.training.errors import UserError
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import Scores, evaluate
 from pycse.training.fit import fit
-from pycse.training.folder import Folder, save_or_rescue
+from pycse.training.folder import Folder
 from pycse.training.loss import build_loss, check_loss
-from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare
-from pycse.training.report import recorded, text_table, write
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, take_prompt
+from pycse.training.report import end, recorded, text_table
 from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Pruned, Run
 from pycse.training.saving import save_model
@@ -142,9 +143,12 @@ def tune(
         found = evaluate(encoder, sets, settings.eval_batch_size, prompts=settings.prompts)
         pruned = Pruned(report, scores, found)
     if ranks.first():
-        pruned.size = sizes(
-            {"before": dense, "after": encoder}, [row[0] for row in later.text.rows[:TIMED]], folder.work
-        )
+        sentences = [row[0] for row in later.text.rows[:TIMED]]
+
+        def measure() -> None:
+            pruned.size = sizes({"before": dense, "after": encoder}, sentences, folder.work)
+
+        guarded(measure, console, "sizes could not be measured")
     return pruned
 
 
@@ -196,6 +200,7 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         check_same_data(settings, text, sets, console)
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
+        take_prompt(settings, encoder)
         steps = settings.pruning()["finetune_steps"] or 0
         check_for_training(encoder, bool(steps) and text.by_dropout, settings.max_length)
         check_prunable(settings, encoder, text)
@@ -230,9 +235,5 @@ def sparsify_run(settings: Settings, console: Any) -> tuple[Run, Path]:
         keep_prompts(encoder, settings)
         with ranks.together():
             if ranks.first():
-                save_or_rescue(lambda stage: save_model(encoder, stage, settings, run), folder.path / "model")
-        run.seconds["total"] = time.perf_counter() - started
-        with ranks.together():
-            if ranks.first():
-                write(run, folder.path)
+                end(run, folder, lambda stage: save_model(encoder, stage, settings, run), started)
     return run, folder.path

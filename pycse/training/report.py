@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pycse.sparse.report import new_figure
 from pycse.training import ranks
 from pycse.training.data import Text
-from pycse.training.errors import Failed
+from pycse.training.errors import Failed, UserError
 from pycse.training.evaluate import BINS, MEASURES, Scores, no_ranking
-from pycse.training.folder import of_disk, write_text
+from pycse.training.folder import Folder, of_disk, save_or_rescue, write_text
 from pycse.training.resume import PACKAGES, installed
 from pycse.training.run import Pruned, Run
 from pycse.training.static import report as of_static
@@ -48,12 +49,27 @@ def show(run: Run, out: Path, console: Console) -> None:
     console.print(scores_table(score_columns(run)))
     if run.static:
         console.print(of_static.lengths_table(run.static))
-        console.print(of_static.beside_table(run.static))
-    if run.pruned:
+        if {"static", "encoder"} <= run.static.size.keys():
+            console.print(of_static.beside_table(run.static))
+    if run.pruned and run.pruned.size:
         console.print(size_table(run.pruned))
     fine, sentence = verdict(run.before, run.after)
     console.print(sentence, style="green" if fine else "bold red")
     console.print(run_table(run, out))
+
+
+def end(run: Run, folder: Folder, save: Callable[[Path], None], started: float) -> None:
+    """The end of a run, by rank 0: the model, metrics.json, the pictures. Where the model cannot have its place, the
+    rest is written all the same."""
+    run.seconds["total"] = time.perf_counter() - started + run.earlier
+    try:
+        save_or_rescue(save, folder.path / "model")
+    except UserError as error:
+        run.failed = str(error)
+        with suppress(OSError):
+            write_metrics(run, folder.path / "metrics.json")
+        raise
+    write(run, folder.path)
 
 
 @contextmanager

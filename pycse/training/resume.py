@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pycse.training import ranks
+from pycse.training import ranks, signals
 from pycse.training.data import Text
 from pycse.training.errors import UserError
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.files import is_stream
-from pycse.training.folder import TEXT, Folder, claim, claim_again, forget, state_of
+from pycse.training.folder import LAST_GOOD, REFUSED, Folder, claim, claim_again, forget, state_of
 from pycse.training.options import flag
 from pycse.training.settings import FIELDS, Settings
 from pycse.training.signals import Interrupted
@@ -40,15 +40,20 @@ def run_folder(settings: Settings, out: Path, text: Text, sets: list[ScoredPairs
                     folder = stack.enter_context(claim_again(out))
                 else:
                     folder = stack.enter_context(
-                        claim(out, settings.out is not None, settings.as_toml(), description(settings, text, sets))
+                        claim(
+                            out,
+                            settings.out is not None,
+                            settings.as_toml(),
+                            description(settings, text, sets),
+                            text.save if settings.train_file and is_stream(settings.train_file) else None,
+                        )
                     )
-                    if settings.train_file is not None and is_stream(settings.train_file):
-                        text.save(folder.path / TEXT)
         found = Path(ranks.of_first(str(folder.path) if folder else None))
         try:
-            yield folder or Folder(found, {})
+            with signals.noted():
+                yield folder or Folder(found, {})
         except BaseException as error:
-            has_more = any((found / name).exists() for name in ("checkpoints", "model", "last-good-model"))
+            has_more = any((found / name).exists() for name in ("checkpoints", "model", LAST_GOOD, REFUSED))
             if isinstance(error, Interrupted) and not error.words and has_more:
                 error.words = f"go on with: pycse {command_of(settings)} --resume {found}"
             if ranks.first() and not has_more and settings.resume is None:
@@ -56,6 +61,8 @@ def run_folder(settings: Settings, out: Path, text: Text, sets: list[ScoredPairs
             raise
         if folder is not None:
             folder.done()
+        if number := signals.caught():
+            raise Interrupted(number, f"the run had ended; all of it is in {found}")
 
 
 def description(settings: Settings, text: Text, sets: list[ScoredPairs]) -> dict[str, Any]:

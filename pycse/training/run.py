@@ -81,6 +81,7 @@ class Run:
     stopped: str = ""  # why, where it ended before its last step
     kept: int | None = None  # step of the weights that were kept, where they are not the last
     failed: str = ""  # what went wrong
+    earlier: float = 0.0  # seconds of training before the run was stopped
 
     @property
     def shape(self) -> str:
@@ -100,6 +101,12 @@ class Run:
         """Take in a run that went on with the same encoder."""
         self.loss += [(self.steps + step, loss) for step, loss in later.loss]
         self.rates += later.rates
+        self.step_ends += later.step_ends
+        self.kept = None if later.kept is None else self.steps + later.kept
+        self.stopped = later.stopped or self.stopped
+        self.earlier += later.earlier
+        if "after" in later.similarities:
+            self.similarities["after"] = later.similarities["after"]
         self.scores += [(self.steps + step, scores) for step, scores in later.scores]
         for name, values in later.parts.items():
             self.parts.setdefault(name, []).extend(values)

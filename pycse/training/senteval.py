@@ -81,6 +81,8 @@ def _task(root: Path, task: str) -> ScoredPairs | None:
         begin = len(joined.scores)
         _subset(joined, folder / f"STS.input.{subset}.txt", folder / f"STS.gs.{subset}.txt")
         joined.parts[subset] = (begin, len(joined.scores))
+    if len(set(joined.scores)) < 2:
+        raise UserError(f"{folder} has no two different scores in its {len(joined.scores)} pairs, so nothing to rank")
     return joined
 
 

@@ -6,6 +6,7 @@ is imported here: `pycse --help` reads this file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
@@ -370,13 +371,17 @@ class Settings:
     @property
     def prompts(self) -> tuple[str | None, str | None]:
         """What stands before anchors and before the other columns; before both texts of a pair in evaluation."""
-        return (self.prompt, self.prompt) if self.prompt is not None else (self.query_prompt, self.document_prompt)
+        if self.prompt is not None:
+            return self.prompt, self.prompt
+        if self.query_prompt is None and self.document_prompt is None:
+            return None, None
+        return self.query_prompt or "", self.document_prompt or ""  # without a prompt is not with the encoder's own
 
     def column_prompts(self, columns: Sequence[str]) -> dict[str, str] | None:
         """In the words of sentence-transformers' trainer; None where there are none."""
         query, document = self.prompts
         given = {name: document if k else query for k, name in enumerate(columns)}
-        return {name: prompt for name, prompt in given.items() if prompt is not None} or None
+        return {name: prompt for name, prompt in given.items() if prompt} or None
 
     @property
     def heading(self) -> bool | None:
@@ -485,12 +490,12 @@ class Settings:
 
 def home(path: str) -> str:
     """~ is the user's folder, also in --out=~/x, which the shell leaves as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return os.path.expanduser(path)
 
 
 def whole(path: str) -> str:
     """The whole name of a file or folder that is here; what is none, a name on the hub, stays."""
-    found = Path(path).expanduser()
+    found = Path(home(path))
     return str(found.absolute()) if found.exists() else path
 
 

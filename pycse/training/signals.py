@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -48,9 +48,14 @@ def receive(number: int, frame: FrameType | None) -> None:
     if _noted is None:
         _noted = number
         if ranks.first():
-            print(f"{name(number)}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # the terminal may be what has gone
+                print(
+                    f"{name(number)}: stopping when this step is saved; once more ends at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for known in NUMBERS:
-        if known not in others:
+        if known not in others and signal.getsignal(known) is receive:  # nohup's SIGHUP stays ignored
             signal.signal(known, signal.SIG_DFL)
 
 

@@ -10,14 +10,13 @@ from pycse.training import ranks
 from pycse.training.encoder import check_case, check_for_training, keep_layers, load_encoder, loading_options
 from pycse.training.estimate import estimate
 from pycse.training.fit import fit
-from pycse.training.folder import save_or_rescue
 from pycse.training.heads import add_head, remove_head
 from pycse.training.loss import build_loss, check_loss
 from pycse.training.pooling import set_pooling
-from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, step_count
+from pycse.training.prepare import keep_prompts, load_all_teachers, model_name, prepare, step_count, take_prompt
 from pycse.training.pruning import check_prunable, remove, tune, tuning_steps
 from pycse.training.recipes import RECIPES
-from pycse.training.report import recorded, text_table, write
+from pycse.training.report import end, recorded, text_table
 from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Run
 from pycse.training.saving import check_saves, save_model
@@ -52,6 +51,7 @@ def train(settings: Settings, console) -> tuple[Run, Path] | None:
 
         set_seed(settings.seed)
         encoder = load_encoder(model, ranks.device(settings.device), **loading_options(settings, training=True))
+        take_prompt(settings, encoder)
         layers_before = keep_layers(encoder, keep)
         set_pooling(encoder, settings.pooling)
         check_for_training(encoder, text.by_dropout, settings.max_length)
@@ -103,9 +103,5 @@ def train(settings: Settings, console) -> tuple[Run, Path] | None:
         keep_prompts(encoder, settings)
         with ranks.together():
             if ranks.first():
-                save_or_rescue(lambda stage: save_model(encoder, stage, settings, run), folder.path / "model")
-        run.seconds["total"] = time.perf_counter() - started
-        with ranks.together():
-            if ranks.first():
-                write(run, folder.path)
+                end(run, folder, lambda stage: save_model(encoder, stage, settings, run), started)
     return run, folder.path

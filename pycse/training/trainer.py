@@ -62,6 +62,7 @@ class Course(TrainerCallback, ExportableState):
         self.before = 0.0  # seconds of earlier parts of the run
         self.started = time.perf_counter()
         self.losses: list[torch.Tensor] = []  # of the batches of this step
+        self.latest: list[Any] = []  # and their parts
         self.signal, self.due = 0, False
         self.saved = True  # whether the latest checkpoint could be written
 
@@ -97,8 +98,10 @@ class Course(TrainerCallback, ExportableState):
         self.losses, self.signal, self.due = [], int(number), bool(due)
 
     def on_step_end(self, args, state, control, **_):
-        for name in PARTS if hasattr(self.loss, "latest") and self.loss.latest is not None else ():
-            self.run.parts.setdefault(name, []).append(float(getattr(self.loss.latest, name)))
+        for name in PARTS if self.latest else ():
+            values = [float(getattr(parts, name)) for parts in self.latest]
+            self.run.parts.setdefault(name, []).append(sum(values) / len(values))
+        self.latest = []
         self.run.step_ends.append(time.perf_counter())
         control.should_save = control.should_save or self.due or self.signal > 0
         if self.signal:
@@ -121,10 +124,10 @@ class Course(TrainerCallback, ExportableState):
             return
         score = ranks.of_first(float(metrics[metric(self.judge, "spearman", "eval_")]))
         if math.isfinite(score) and (self.best is None or score > self.best[1]):
-            self.best, self.since, seen["after"] = [state.global_step, score], 0, self.evaluation.histogram
-            if ranks.first():
-                encoder = getattr(self.loss, "model", model)
-                guarded(lambda: self.save_best(encoder, state.global_step), self.console)
+            encoder = getattr(self.loss, "model", model)
+            written = ranks.first() and guarded(lambda: self.save_best(encoder, state.global_step), self.console)
+            if ranks.of_first(written):
+                self.best, self.since, seen["after"] = [state.global_step, score], 0, self.evaluation.histogram
             return
         self.since += 1
         if settings.patience is not None and self.since >= settings.patience:
@@ -148,6 +151,8 @@ class RunTrainer(SentenceTransformerTrainer):
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*args, **options)
         self.course.losses.append(loss)
+        if getattr(self.course.loss, "latest", None) is not None:
+            self.course.latest.append(self.course.loss.latest)
         return loss
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -156,6 +161,8 @@ class RunTrainer(SentenceTransformerTrainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """A checkpoint of all ranks, written under another name; rank 0 gives it its own."""
         course, checkpoints, step = self.course, self.course.checkpoints, self.state.global_step
+        checkpoints.begin()
+        course.run.parts = ranks.mean(course.run.parts)  # of all ranks, as what they find here when they go on
         made = ranks.first() and guarded(checkpoints.stage, course.console)
         where = ranks.of_first(str(checkpoints.staging) if made else None)
         written = where is not None

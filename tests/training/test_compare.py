@@ -29,7 +29,7 @@ def runs(tmp_path, monkeypatch):
             },
         }
         if value is None:
-            metrics["failed"] = "step 2: the loss is nan"
+            metrics |= {"failed": "step 2: the loss is nan", "seconds": {}}
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path
 

@@ -69,7 +69,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(place, tiny_model, mo
         at_step(patch, 1, lambda: os.kill(os.getpid(), number))
         code, _, stderr = start(tiny_model, "out", *more)
     assert code == 128 + number
-    assert f"{name}: saving after this step; once more ends at once" in stderr
+    assert f"{name}: stopping when this step is saved; once more ends at once" in stderr
     assert f"pycse train: {name}: stopped after step " in stderr and "pycse train --resume out" in stderr
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
     assert not (place / "out" / "model").exists() and not list((place / "out").rglob(".new-*"))
@@ -114,6 +114,7 @@ def test_a_run_that_goes_on_refuses_what_is_new(place, tiny_model, monkeypatch):
         (["--eval-file", "text.txt"], "--eval-file"),
         (["--keep", "best"], "--keep last, not best"),
         (["--config", "out/run.toml"], "--config and --resume exclude each other"),
+        (["--out", "other"], "--resume and --out exclude each other"),
     ):
         code, _, stderr = pycse("train", "--resume", "out", *arguments)
         assert code == 2 and words in stderr and stderr.count("\n") == 1, stderr
@@ -149,6 +150,74 @@ def test_what_a_pipe_gave_is_kept(place, tiny_model):
     )
     assert done.stdout.startswith("143 "), done.stdout + done.stderr
     assert "\n0 " in done.stdout and (place / "out" / "model").is_dir(), done.stdout
+
+
+def test_a_signal_while_the_model_is_saved_waits_for_it(place, tiny_model, monkeypatch):
+    from pycse.training import train
+
+    save = train.save_model
+    monkeypatch.setattr(train, "save_model", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), save(*a)))
+    code, _, stderr = start(tiny_model, "out")
+    assert code == 143 and "the run had ended" in stderr
+    assert (place / "out" / "model").is_dir() and json.loads((place / "out" / "run.json").read_text())["ended"]
+
+
+def test_signals_of_a_terminal_that_has_gone(monkeypatch):
+    """Nothing can be printed, and a SIGHUP that nohup ignores stays ignored."""
+    from pycse.training import signals
+
+    class Gone:
+        def write(self, _):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch, signals.received(), signals.noted():
+            patch.setattr(sys, "stderr", Gone())
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.caught() == signal.SIGTERM
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends at once
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signals.caught() == 0
+
+
+def test_phases_and_their_checkpoints(tmp_path):
+    from pycse.training.checkpoints import Checkpoints
+    from pycse.training.fit import STATE, is_complete
+    from pycse.training.folder import clean
+
+    clock = Checkpoints(tmp_path / "checkpoints", "train")
+    clock.saved -= 3600
+    assert clock.due(1)
+    clock.begin()  # also where it then fails, and on ranks that write nothing
+    assert not clock.due(1)
+
+    # The name was being given to a new checkpoint of the same step.
+    (tmp_path / "checkpoints" / ".old-a" / "train-4").mkdir(parents=True)
+    clean(tmp_path)
+    assert clock.latest() == tmp_path / "checkpoints" / "train-4" and not list(tmp_path.rglob(".old-*"))
+
+    course = {"complete": False, "since": 2}
+    state = {"stateful_callbacks": {"Course": {"attributes": course}}}
+    (clock.latest() / STATE).write_text(json.dumps(state))
+    assert [is_complete(clock.latest(), patience) for patience in (None, 3, 2)] == [False, False, True]
+
+
+def test_steps_of_epochs_count_batches_that_are_added_up():
+    from collections import Counter
+
+    from pycse.training.data import Text
+    from pycse.training.prepare import step_count
+    from pycse.training.settings import Settings
+
+    text = Text("a", [(str(i),) for i in range(100)], Counter())
+    for accumulation, steps in ((1, 30), (4, 9), (10, 3), (50, 3)):
+        settings = Settings(batch_size=10, epochs=3, grad_accumulation=accumulation)
+        assert step_count(settings, text) == steps
 
 
 # ---- kill -9
@@ -257,6 +326,77 @@ def lifted(limits):
     return save
 
 
+def test_a_full_disk_is_known_from_libraries_words(tmp_path):
+    import torch
+
+    from pycse.training.folder import is_of_disk
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(Exception) as caught:
+            torch.save(torch.ones(10_000, dtype=torch.float32, device="cpu"), tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_of_disk(caught.value) and not is_of_disk(ValueError("no"))
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_measured_or_kept_costs_no_model(place, tiny_model, monkeypatch):
+    from pycse.training import pruning
+    from pycse.training.trainer import Course
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "write_model", no_space)
+        code, stdout, stderr = start(tiny_model, "sparse", "--score-batches", 1, command="sparsify")
+    assert code == 0 and "sizes could not be measured (No space left on device)" in stdout, stderr
+    assert (place / "sparse" / "model").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "save_best", no_space)
+        code, stdout, stderr = start(tiny_model, "best", "--keep", "best")
+    assert code == 0 and "a checkpoint could not be written" in stdout, stderr
+    assert (place / "best" / "model").is_dir()
+
+
+def test_a_model_that_is_another_when_loaded_is_kept_apart(place, tiny_model, monkeypatch):
+    from pycse.training import train
+    from pycse.training.errors import UserError
+
+    save = train.save_model
+
+    def refuse(encoder, folder, *more):
+        save(encoder, folder, *more)
+        raise UserError(f"the model in {folder} is another one")
+
+    monkeypatch.setattr(train, "save_model", refuse)
+    code, _, stderr = start(tiny_model, "out")
+    assert code == 2 and "the model in out/model-refused is another one" in stderr
+    assert (place / "out" / "model-refused" / "model.safetensors").exists() and not (place / "out" / "model").exists()
+    assert "another one" in json.loads((place / "out" / "metrics.json").read_text())["failed"]
+
+
+def test_a_teachers_cache_on_a_full_disk(tiny_model, tmp_path, monkeypatch):
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from pycse.embedding_cache import CacheError
+    from pycse.sentence_transformers import CachedTeacher
+
+    teacher = CachedTeacher(SentenceTransformer(tiny_model, device="cpu"), tmp_path / "cache")
+    expected = teacher(["a", "b"])
+
+    def add(*_):
+        raise CacheError("cannot write it (No space left on device)")
+
+    monkeypatch.setattr(teacher.cache, "add", add)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        found = teacher(["a", "c"])
+    assert torch.equal(found[0], expected[0]) and found.isfinite().all()
+
+
 def test_a_folder_that_vanishes(place, tiny_model, monkeypatch):
     at_step(monkeypatch, 3, lambda: shutil.rmtree(place / "out"))
     code, _, stderr = start(tiny_model, "out", "--steps", 3)
@@ -288,6 +428,7 @@ def test_the_home_folder_has_one_name(place, tiny_model, monkeypatch):
     monkeypatch.setenv("HOME", str(place))
     settings = Settings(out="~/x", train_file="~/text.txt", teachers=("~/a", "b"), eval_files=("~/set.tsv",))
     assert settings.out == str(place / "x") and settings.train_file == str(place / "text.txt")
+    assert Settings(out="~nobody-has-this-name/x").out == "~nobody-has-this-name/x"
     assert settings.teachers == (str(place / "a"), "b") and settings.eval_files == (str(place / "set.tsv"),)
 
 

@@ -470,3 +470,57 @@ def test_a_cased_tokenizer_sees_the_switch(tiny_model, monkeypatch):
 
     encoder.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     check_case(encoder, pairs)
+
+
+def test_columns_that_judge_under_any_name(tmp_path):
+    """A similarity or a class of each pair says which rows are no positives, whatever it is called."""
+    for name, values in (("Quality", "01"), ("gold_score", "05"), ("is_paraphrase", ("true", "false"))):
+        path = tmp_path / f"{name}.csv"
+        rows = [f"text {i},other {i},{values[i % 2]}" for i in range(40)]
+        path.write_text(f"sentence1,sentence2,{name}\n" + "\n".join(rows) + "\n")
+        with pytest.raises(UserError, match="says which rows belong together"):
+            read_train_file(path)
+    path = tmp_path / "scores.tsv"
+    path.write_text("".join(f"text {i}\tother {i}\t{'nan' if i == 50 else i / 100}\n" for i in range(100)))
+    with pytest.raises(UserError, match="holds numbers"):
+        read_train_file(path)
+
+
+def test_bytes_and_semicolons(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"anchor": [b"one cat", "caf\u00e9".encode()], "positive": [b"a cat", b"tea"]}
+    schema = pyarrow.schema([(name, pyarrow.binary()) for name in columns])
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), tmp_path / "a.parquet")
+    assert read_train_file(tmp_path / "a.parquet").rows == [("one cat", "a cat"), ("caf\u00e9", "tea")]
+    columns["positive"] = [b"\xff", b"tea"]
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="column 2 holds bytes that are no text"):
+        read_train_file(tmp_path / "b.parquet")
+    (tmp_path / "c.csv").write_text("anchor;positive\nhow are you;fine\n")
+    with pytest.raises(UserError, match="separated by semicolons"):
+        read_train_file(tmp_path / "c.csv")
+
+
+def test_the_top_of_a_scale_is_that_of_the_scores(tmp_path):
+    (tmp_path / "a.csv").write_text("id,sentence1,sentence2,score\n1,a,b,0.9\n2,c,d,0.1\n3,e,f,0.95\n")
+    assert read_eval_file(tmp_path / "a.csv").top == 0.95
+    (tmp_path / "b.csv").write_text("label,sentence1,sentence2,similarity_score\n1,a,b,0.9\n0,c,d,0.1\n1,e,f,0.95\n")
+    assert read_eval_file(tmp_path / "b.csv").scores == [0.9, 0.1, 0.95]
+
+
+@needs_extras
+def test_an_encoders_own_prompt_is_trained_with(tiny_model):
+    from sentence_transformers import SentenceTransformer
+
+    from pycse.training.prepare import keep_prompts, take_prompt
+
+    encoder = SentenceTransformer(tiny_model, device="cpu", prompts={"query": "q: "}, default_prompt_name="query")
+    own, other = Settings(), Settings(query_prompt="to: ")
+    take_prompt(own, encoder)
+    take_prompt(other, encoder)
+    assert own.prompts == ("q: ", "q: ") and own.column_prompts(["a", "b"]) == {"a": "q: ", "b": "q: "}
+    assert other.prompts == ("to: ", "") and other.column_prompts(["a", "b"]) == {"a": "to: "}
+    keep_prompts(encoder, other)  # plain encode would put one of two prompts before every text
+    assert encoder.default_prompt_name is None and encoder.prompts["query"] == "to: "

@@ -23,9 +23,9 @@ from pycse.training.encoder import load_encoder
 from pycse.training.errors import Failed
 from pycse.training.eval_sets import ScoredPairs
 from pycse.training.evaluate import Embedded, Scores, evaluate
-from pycse.training.fit import in_words, judge_of
+from pycse.training.fit import in_words, judge_of, rescued
 from pycse.training.folder import staged
-from pycse.training.progress import shown
+from pycse.training.progress import say, shown
 from pycse.training.run import Run
 from pycse.training.saving import write
 from pycse.training.settings import Settings
@@ -111,6 +111,7 @@ class Training:
     def save(self, checkpoints: Checkpoints) -> None:
         run, static = self.run, self.run.static
         assert static is not None
+        checkpoints.begin()
         checkpoints.stage()
         write(self.model, checkpoints.staging / "model")
         state = {
@@ -151,16 +152,27 @@ class Training:
         if settings.keep != "best":
             return False
         if math.isfinite(score) and (self.best is None or score > self.best[1]):
-            self.best, self.since = (self.step, score), 0
 
             def save_best() -> None:
                 with staged(checkpoints.best(self.step)) as stage:
                     write(self.model, stage)
 
-            guarded(save_best)
+            if guarded(save_best):
+                self.best, self.since = (self.step, score), 0
             return False
         self.since += 1
-        return settings.patience is not None and self.since >= settings.patience
+        return self.spent()
+
+    def spent(self) -> bool:
+        """Whether there have been --patience evaluations without a better one."""
+        patience = self.run.settings.patience
+        return patience is not None and self.since >= patience
+
+    def stop(self) -> None:
+        """End before the last step."""
+        run = self.run
+        run.stopped = f"after step {self.step} of {run.steps}: {run.settings.patience} evaluations without a better one"
+        run.steps = self.step
 
 
 def best_of(checkpoint: Path) -> int | None:
@@ -193,6 +205,8 @@ def fit(
     training = Training(run, model, loss, optimizer)
     if (latest := checkpoints.latest()) is not None:
         training.take_up(latest)
+        if training.spent() and training.step < run.steps:
+            training.stop()
         console.print(f"going on after step {training.step}")
     else:
         static.before = scores_by_length(model, sets, settings.lengths, size)
@@ -204,7 +218,7 @@ def fit(
     for _ in range(training.step):
         next(order)
     saved = True
-    with shown(console, run.steps, settings.batch_size, training.step) as progress, signals.noted():
+    with shown(console, run.steps, settings.batch_size, training.step) as progress:
         started, earlier = time.perf_counter(), training.seconds
         model.train()
         while training.step < run.steps and not signals.caught():
@@ -215,11 +229,9 @@ def fit(
             try:
                 value = train_step(model, tokens, next(order), loss, optimizer, teachers)
             except NotFinite as error:
-                with staged(out / "last-good-model") as stage:
-                    write(model, stage)
                 raise Failed(
                     f"step {training.step + 1}: {error}, at a learning rate of {rate:g}. Try a lower --lr or a higher "
-                    f"--temperature. The weights before it are in {out / 'last-good-model'}"
+                    f"--temperature. {rescued(model, out)}"
                 ) from None
             training.stepping += time.perf_counter() - before
             run.step_ends.append(time.perf_counter())
@@ -239,21 +251,23 @@ def fit(
                 saved = guarded(lambda: training.save(checkpoints), console)
                 checkpoints.drop()
             if stop:
-                run.stopped = (
-                    f"after step {training.step} of {run.steps}: {settings.patience} evaluations without a better one"
-                )
-                run.steps = training.step
-        number = signals.caught()
+                training.stop()
+        number = signals.caught() if training.step < run.steps else 0
+        if number and checkpoints.latest() != checkpoints.name(training.step):  # it came after the step was looked at
+            saved = guarded(lambda: training.save(checkpoints), console)
     if number:
         raise Interrupted(number, in_words(saved, training.step, out, settings))
-    run.seconds["train"], run.seconds["steps"] = training.seconds, training.stepping
+    run.seconds["train"], run.seconds["steps"], run.earlier = training.seconds, training.stepping, earlier
     if not run.scores or run.scores[-1][0] != run.steps:
         scores = scores_by_length(model, sets, [static.width], size)[static.width]
         run.scores.append((run.steps, scores))
         training.judged(scores, judge, checkpoints, lambda save: guarded(save, console))
     if training.best is not None:
         run.kept = training.best[0]
-        if run.kept != run.steps:
+        if run.kept != run.steps and not checkpoints.best(run.kept).is_dir():
+            say(console, f"{checkpoints.best(run.kept)} has gone; the last weights are kept", style="red")
+            run.kept = run.steps
+        elif run.kept != run.steps:
             saved_best = load_encoder(str(checkpoints.best(run.kept)), "cpu")
             with torch.no_grad():
                 bag(model).weight.copy_(bag(saved_best).weight)

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pycse.training import ranks
+from pycse.training.checkpoints import guarded
 from pycse.training.choices import BUNDLED
 from pycse.training.encoder import check_case, load_encoder
 from pycse.training.errors import UserError
 from pycse.training.evaluate import evaluate
-from pycse.training.folder import save_or_rescue
+from pycse.training.folder import of_disk
 from pycse.training.names import bundled_model
 from pycse.training.prepare import load_all_teachers, model_name, prepare, step_count
 from pycse.training.pruning import encoding, speeds
-from pycse.training.report import recorded, text_table, write
+from pycse.training.report import end, recorded, text_table
 from pycse.training.resume import check_same_data, run_folder
 from pycse.training.run import Run, Static
 from pycse.training.saving import save_model
@@ -77,7 +78,8 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
     console.print(text_table(text, sets))
     with run_folder(settings, out, text, sets) as folder:
         before = time.perf_counter()
-        tokens = tokenise(text, begun.tokenizer, settings.max_length, folder.work)
+        with of_disk(f"in {folder.path}"):
+            tokens = tokenise(text, begun.tokenizer, settings.max_length, folder.work)
         run.seconds["tokenise"] = time.perf_counter() - before
         sentences = tokens.sentences if teachers else []
         kept = [
@@ -88,11 +90,9 @@ def train_static(settings: Settings, console) -> tuple[Run, Path]:
             fit(run, model, tokens, kept, sets, folder.path, console)
         run.teachers = described(teachers)
         model.eval()
-        save_or_rescue(lambda stage: save_model(model, stage, settings, run), folder.path / "model")
         name, encoder = beside(begun.encoder, shown, settings.device)
-        stand(run, model, name, encoder, sets, folder.work)
-        run.seconds["total"] = time.perf_counter() - started
-        write(run, folder.path)
+        guarded(lambda: stand(run, model, name, encoder, sets, folder.work), console, "sizes could not be measured")
+        end(run, folder, lambda stage: save_model(model, stage, settings, run), started)
     return run, folder.path
 
 

@@ -12,6 +12,7 @@ A batch is rows of `index`; no text is copied, and no worker process is needed. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pycse.sentence_transformers.texts import hashes as hashes_of
 from pycse.training.data import Text
+from pycse.training.folder import of_disk
 
 CHUNK = 16384  # texts tokenised at a time
 BLOCK = 64  # texts that a teacher reads at a time
@@ -116,14 +118,21 @@ class KeptTeacher:
     def __init__(self, teacher: Any, sentences: Sequence[str], numbers: np.ndarray, path: Path) -> None:
         self.teacher, self.sentences, self.numbers = teacher, sentences, np.unique(numbers)
         self.known = np.zeros(-(-len(self.numbers) // BLOCK), dtype=bool)
+        self.row = 4 * teacher.width
+        self.file = path.open("w+b")
+        self.file.truncate(max(1, len(self.numbers) * self.row))
         shape = (len(self.numbers), teacher.width)
-        self.embeddings = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)  # pages never written take no disk
+        self.embeddings = np.memmap(self.file, dtype=np.float32, mode="r+", shape=shape)
 
     def __call__(self, numbers: np.ndarray) -> Tensor:
         places = np.searchsorted(self.numbers, numbers)
         blocks = np.unique(places // BLOCK)
         for block in blocks[~self.known[blocks]]:
             here = slice(block * BLOCK, (block + 1) * BLOCK)
+            if hasattr(os, "posix_fallocate"):  # on a full disk an error here, where the mapping would end the process
+                with of_disk(f"a teacher's embeddings in {self.file.name}"):
+                    count = len(self.numbers[here])
+                    os.posix_fallocate(self.file.fileno(), int(block) * BLOCK * self.row, count * self.row)
             self.embeddings[here] = self.teacher([self.sentences[i] for i in self.numbers[here]]).float().cpu().numpy()
             self.known[block] = True
         return torch.from_numpy(self.embeddings[places])
