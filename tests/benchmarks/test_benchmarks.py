@@ -333,8 +333,9 @@ class TestCompare:
         real = Path(pycse.__file__)
         other = tmp_path / "pycse"
         other.mkdir()
-        wrong = "right = fused_focal_infonce\ndef fused_focal_infonce(*a, **k): return 1.01 * right(*a, **k)\n"
-        (other / "__init__.py").write_text(f"__path__ = [{str(real.parent)!r}]\n{real.read_text()}\n{wrong}")
+        wrong = "load()\nright = fused_focal_infonce\ndef fused_focal_infonce(*a, **k): return 1.01 * right(*a, **k)\n"
+        text = real.read_text().replace('if "torch" in', f'__path__ = [{str(real.parent)!r}]\nif "torch" in')
+        (other / "__init__.py").write_text(f"{text}\n{wrong}")
         with Side(tmp_path) as base:
             assert base.package == str(other) and new.package == str(real.parent)
             c = compared(base, new, self.NAME, 0)
@@ -344,7 +345,8 @@ class TestCompare:
         (tmp_path / "pycse").mkdir()
         real = Path(pycse.__file__)
         (tmp_path / "pycse" / "__init__.py").write_text(
-            f"__path__ = [{str(real.parent)!r}]\n{real.read_text()}\ndel fused_focal_infonce\n"
+            real.read_text().replace('if "torch" in', f'__path__ = [{str(real.parent)!r}]\nif "torch" in')
+            + "\nload()\ndel fused_focal_infonce\n__all__.remove('fused_focal_infonce')\n"
         )
         with Side(tmp_path) as base:
             assert "fused_focal_infonce" in compared(base, new, self.NAME, 0).left_out

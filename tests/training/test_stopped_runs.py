@@ -65,13 +65,14 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(place, tiny_model, mo
     code, _, stderr = start(tiny_model, "whole", *more)
     assert code == 0, stderr
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # what started the tests may ignore it
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: os.kill(os.getpid(), number))
         code, _, stderr = start(tiny_model, "out", *more)
+    assert signal.signal(number, before) is signal.SIG_DFL  # as it was
     assert code == 128 + number
     assert f"{name}: stopping when this step is saved; once more ends at once" in stderr
     assert f"pycse train: {name}: stopped after step " in stderr and "pycse train --resume out" in stderr
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
     assert not (place / "out" / "model").exists() and not list((place / "out").rglob(".new-*"))
     code, stdout, stderr = pycse("train", "--resume", "out")
     assert code == 0, stderr
@@ -173,6 +174,7 @@ def test_signals_of_a_terminal_that_has_gone(monkeypatch):
         flush = write
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch, signals.received(), signals.noted():
             patch.setattr(sys, "stderr", Gone())
@@ -182,6 +184,7 @@ def test_signals_of_a_terminal_that_has_gone(monkeypatch):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends at once
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert signals.caught() == 0
 
 
