@@ -15,20 +15,24 @@ class Lines:
 
     def __init__(self, console: Any, steps: int, rows: int, done: int = 0):
         self.console, self.steps, self.rows, self.begun = console, steps, rows, done
-        self.started = time.monotonic()
+        self.started = self.marked = time.monotonic()
+        self.stepping, self.counted = 0.0, 0  # seconds of steps without their evaluations, and those steps
         self.said, self.loss, self.step = 0.0, "", done
 
     def update(self, step: int, loss: str = "", score: str = "") -> None:
-        self.step, self.loss = step, loss or self.loss
         now = time.monotonic()
+        if step > self.step and not score:
+            self.stepping, self.counted = self.stepping + now - self.marked, self.counted + step - self.step
+        self.marked = now
+        self.step, self.loss = step, loss or self.loss
         if not score and now - self.said < EVERY and step < self.steps:
             return
         self.said = now
         took = now - self.started
         parts = [f"step {step}/{self.steps}", self.loss, score]
-        if step > self.begun and took > 0:
-            each = took / (step - self.begun)
-            parts += [f"{self.rows / each:.0f} rows/s", f"{clock((self.steps - step) * each)} left"]
+        if self.counted and self.stepping > 0:
+            parts.append(f"{self.rows * self.counted / self.stepping:.0f} rows/s")
+            parts.append(f"{clock((self.steps - step) * took / (step - self.begun))} left")
         say(self.console, ", ".join(part for part in parts if part))
 
 

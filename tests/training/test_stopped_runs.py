@@ -210,6 +210,22 @@ def test_phases_and_their_checkpoints(tmp_path):
     assert [is_complete(clock.latest(), patience) for patience in (None, 3, 2)] == [False, False, True]
 
 
+def test_plain_lines_of_a_training(monkeypatch):
+    """Rows a second are those of the steps, the time left also that of evaluations."""
+    from pycse.training import progress
+
+    clock, said = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    lines = progress.Lines(type("Console", (), {"print": lambda _, text: said.append(text)})(), 4, rows=10)
+    for now, arguments in ((8, (0, "", "lee 0.1")), (10, (1, "loss 3")), (40, (1, "", "lee 0.2")), (42, (2, "loss 2"))):
+        clock[0] = now
+        lines.update(*arguments)
+    assert said == ["step 0/4, lee 0.1", "step 1/4, loss 3, lee 0.2, 5 rows/s, 2:00 left"]
+    clock[0] = 60
+    lines.update(3, "loss 1")
+    assert said[-1] == "step 3/4, loss 1, 1 rows/s, 0:20 left"
+
+
 def test_steps_of_epochs_count_batches_that_are_added_up():
     from collections import Counter
 
