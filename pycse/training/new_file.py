@@ -11,6 +11,7 @@ from typing import IO
 
 from pycse.training.errors import UserError
 from pycse.training.files import user_path
+from pycse.training.folder import umask
 
 
 def check_new(name: str, path: str | Path, suffixes: tuple[str, ...] = ()) -> Path:
@@ -41,7 +42,7 @@ def new_file(name: str, path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # the name, unless somebody has it
         os.replace(temporary, path)
     except FileExistsError:
@@ -50,10 +51,3 @@ def new_file(name: str, path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"--{name} {path}: {error.strerror or error}; give another file") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """What the user takes from new files; it can only be read by being set."""
-    found = os.umask(0)
-    os.umask(found)
-    return found
